@@ -1,0 +1,27 @@
+"""The fastest Elman RNN: nn.RNN's drop-in replacement on Triton, cuDNN or plain torch.
+
+>>> from elman import Elman
+>>> layer = Elman(input_size=64, hidden_size=128)      # nn.RNN's arguments, parameters and results
+"""
+
+from . import reference
+from .functional import elman, elman_step
+from .layer import Elman, ElmanCell, ElmanNetwork
+from .routing import BackendUnavailableError, Route, available_backends, explain, use_backend
+
+__all__ = [
+    "BackendUnavailableError",
+    "Elman",
+    "ElmanCell",
+    "ElmanNetwork",
+    "Route",
+    "available_backends",
+    "elman",
+    "elman_step",
+    "explain",
+    "reference",
+    "use_backend",
+]
+
+
+__version__ = "0.1.0"

@@ -1,0 +1,287 @@
+"""The functions beneath the modules: check, route, call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import cudnn, eager, ops, routing
+from .reference import ACTIVATIONS, stacked_weights
+from .routing import DTYPES
+
+
+def elman(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    nonlinearity: str = "tanh",
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The Elman recurrence over a whole sequence, h_t = act(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+
+    input (T, B, I), with batch_first (B, T, I), or without a batch (T, I). hx (L * D, B, H), or
+    (L * D, H) without a batch, or None for zeros; L layers, D directions. weights is nn.RNN's flat list:
+    for each layer and direction weight_ih (H, I or D * H), weight_hh (H, H) and, with bias, bias_ih
+    (H,) and bias_hh (H,). nonlinearity "tanh" or "relu". dropout acts between layers while training.
+    lengths: int64 (B,), 1 <= length <= T in any order, or None. A row stops at its length: output is
+    zero past it, input past it is not read, the reversed direction begins there. backend: one of
+    elman.routing.NAMES, None for "auto".
+
+    dtypes: float64, float32, float16, bfloat16, all tensors alike; under autocast its dtype.
+    Returns output (T, B, D * H), laid out as the input is, and h_n, shaped as hx.
+
+    Raises, before anything runs: TypeError or ValueError for a wrong kind, rank, dtype or option,
+    RuntimeError for sizes or devices that don't fit each other, as nn.RNN does; and
+    BackendUnavailableError for a backend that can't run.
+    """
+    D = 2 if bidirectional else 1
+    _check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
+    if num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers}; expected at least 1")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout is {dropout}; expected a probability, 0 to 1")
+    _check_sequence(input, hx, weights, num_layers, D, bias, batch_first)
+    input, hx, weights, plain = _prepare(input, hx, weights, ValueError)
+    batched = input.dim() == 3
+    x = input.transpose(0, 1) if batch_first and batched else input
+    if not batched:
+        x, hx = x.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
+    T, B, _ = x.shape
+    H = weights[1].shape[0]
+    if lengths is not None:
+        lengths = _check_lengths(lengths, T, B, x.device)
+        ended = torch.arange(T, device=x.device)[:, None] >= lengths
+        x = x.masked_fill(ended[..., None], 0)
+    if hx is None:
+        hx = x.new_zeros(num_layers * D, B, H)
+    route = routing.route(backend, x.device, x.dtype, H, B)
+    with plain:
+        if route.backend == "cudnn":
+            options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)
+            x, h_n = cudnn.elman(x, hx, weights, lengths, options)
+        else:
+            states = []
+            for n, (w_ih, w_hh, b) in enumerate(stacked_weights(weights, num_layers, D, bias)):
+                if n and dropout:
+                    x = F.dropout(x, dropout, training)
+                h0, precision = hx[n * D : (n + 1) * D], routing.float32_precision(x.device)
+                x, h = ops.layer(x, h0, w_ih, w_hh, b, lengths, nonlinearity, route.kernel, precision)
+                states.append(h)
+            h_n = states[0] if num_layers == 1 else torch.cat(states)
+    if not batched:
+        return x.squeeze(1), h_n.squeeze(1)
+    return x.transpose(0, 1) if batch_first else x, h_n
+
+
+def elman_step(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    backend: str | None = None,
+) -> Tensor:
+    """One step, h' = act(W_ih x + b_ih + W_hh h + b_hh).
+
+    input (B, I) or (I,), hx (B, H) or (H,) or None for zeros, w_ih (H, I), w_hh (H, H), b_ih and b_hh
+    (H,) or both None. Returns h', shaped as hx. dtypes, autocast and errors as `elman`'s, but that
+    tensors of different dtypes are a RuntimeError, as nn.RNNCell's are.
+    """
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError("one of b_ih and b_hh is None; expected both or neither: pass zeros for it")
+    _check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
+    weights: Sequence[Tensor] = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    _check_step(input, hx, weights)
+    x, h, weights, plain = _prepare(input, hx, weights, RuntimeError)
+    batched = x.dim() == 2
+    if not batched:
+        x, h = x.unsqueeze(0), None if h is None else h.unsqueeze(0)
+    if h is None:
+        h = x.new_zeros(len(x), len(weights[1]))
+    route = routing.route(backend, x.device, x.dtype, h.shape[1], len(x))
+    with plain:
+        if route.backend == "eager":
+            new = eager.step(x, h, *weights, nonlinearity=nonlinearity)
+        elif route.backend == "cudnn":
+            options = cudnn.Options(len(weights) == 4, 1, nonlinearity, 0.0, False, False)
+            new = cudnn.elman(x[None], h[None], weights, None, options)[0][0]
+        else:
+            ((w1, w2, b),) = stacked_weights(weights, 1, 1, len(weights) == 4)
+            precision = routing.float32_precision(x.device)
+            new = ops.layer(x[None], h[None], w1, w2, b, None, nonlinearity, "step", precision)[0][0]
+    return new if batched else new.squeeze(0)
+
+
+def check_hx(hx: object, shape: tuple[int, ...], dims: str) -> None:
+    """Raises unless hx is a tensor of that shape, whose dimensions `dims` names."""
+    _check_tensor("hx", hx)
+    assert isinstance(hx, Tensor)
+    if hx.shape != shape:
+        raise RuntimeError(f"hx has shape {tuple(hx.shape)}; expected {shape}, {dims}")
+
+
+def _check_sequence(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    D: int,
+    bias: bool,
+    batch_first: bool,
+) -> None:
+    _check_tensor("input", input)
+    dims = "(B, T, I)" if batch_first else "(T, B, I)"
+    if input.dim() not in (2, 3):
+        raise ValueError(
+            f"input has {input.dim()} dimensions, shape {tuple(input.shape)}; expected 3, {dims}, or 2 "
+            "without a batch, (T, I)"
+        )
+    per_group, groups = 4 if bias else 2, num_layers * D
+    if not isinstance(weights, Sequence) or len(weights) != groups * per_group:
+        number = f"{len(weights)} tensors" if isinstance(weights, Sequence) else type(weights).__name__
+        raise ValueError(
+            f"weights is {number}; expected a list of {groups * per_group} tensors, {per_group} for each "
+            f"of {num_layers} layers and {D} directions"
+        )
+    H = _check_weights(weights, input, per_group, D)
+    batched = input.dim() == 3
+    if hx is not None:
+        if isinstance(hx, Tensor) and hx.dim() != input.dim():
+            raise RuntimeError(
+                f"hx has {hx.dim()} dimensions, shape {tuple(hx.shape)}; expected {input.dim()}, as the "
+                f"input of shape {tuple(input.shape)} has"
+            )
+        if batched:
+            B = input.shape[0 if batch_first else 1]
+            check_hx(hx, (groups, B, H), "(layers * directions, batch, hidden size)")
+        else:
+            check_hx(hx, (groups, H), "(layers * directions, hidden size)")
+    if input.shape[1 if batched and batch_first else 0] == 0:
+        raise RuntimeError(
+            f"input has no time steps, shape {tuple(input.shape)}; expected a sequence length of at least "
+            "1: leave empty sequences out"
+        )
+
+
+def _check_step(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> None:
+    _check_tensor("input", input)
+    if input.dim() not in (1, 2):
+        raise ValueError(
+            f"input has {input.dim()} dimensions, shape {tuple(input.shape)}; expected 2, (B, I), or 1, (I,)"
+        )
+    if isinstance(hx, Tensor) and hx.dim() not in (1, 2):
+        raise ValueError(
+            f"hx has {hx.dim()} dimensions, shape {tuple(hx.shape)}; expected 2, (B, H), or 1, (H,)"
+        )
+    H = _check_weights(weights, input, len(weights), 1)
+    if hx is not None:
+        dims = "(batch, hidden size)" if input.dim() == 2 else "(hidden size,)"
+        check_hx(hx, (*input.shape[:-1], H), dims)
+
+
+def _check_weights(weights: Sequence[Tensor], input: Tensor, per_group: int, D: int) -> int:
+    """The hidden size H, after checking every weight's kind and shape and the input's last size."""
+    for i, weight in enumerate(weights):
+        _check_tensor(f"weights[{i}]", weight)
+    if weights[0].dim() != 2:
+        raise RuntimeError(f"weights[0] has shape {tuple(weights[0].shape)}; expected 2 dimensions, (H, I)")
+    H, I = weights[0].shape
+    for i, weight in enumerate(weights):
+        sizes = ((H, I if i < per_group * D else D * H), (H, H), (H,), (H,))
+        expected = sizes[i % per_group]
+        if weight.shape != expected:
+            raise RuntimeError(
+                f"weights[{i}] has shape {tuple(weight.shape)}; expected {expected}, from input size {I}, "
+                f"hidden size {H} and {D} directions"
+            )
+    if input.shape[-1] != I:
+        raise RuntimeError(
+            f"input has size {input.shape[-1]} in its last dimension, shape {tuple(input.shape)}; expected "
+            f"the input size of the weights, {I}"
+        )
+    return H
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
+
+
+def _check_option(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, options))}")
+
+
+def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Tensor:
+    _check_tensor("lengths", lengths)
+    if lengths.shape != (B,) or lengths.dtype != torch.int64:
+        raise ValueError(
+            f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; expected torch.int64 of shape "
+            f"{(B,)}, one length for each row"
+        )
+    if lengths.device.type != "cpu" and lengths.device != device:
+        raise RuntimeError(
+            f"lengths is on {lengths.device}; expected the CPU or the input's {device}: move it with .to()"
+        )
+    if B and not 1 <= int(lengths.min()) <= int(lengths.max()) <= T:
+        raise ValueError(
+            f"lengths runs from {int(lengths.min())} to {int(lengths.max())}; expected 1 to {T}, the "
+            "sequence length: leave empty rows out"
+        )
+    return lengths.to(device)
+
+
+def _prepare(
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], mismatch: type[Exception]
+) -> tuple[Tensor, Tensor | None, list[Tensor], AbstractContextManager]:
+    """The tensors in one dtype, on one device, and a context in which they stay in it.
+
+    Under autocast they are cast here, once, to its dtype (float64 stays, as everywhere under autocast),
+    and the context switches it off. mismatch is the error for an input of another dtype.
+    """
+    device = input.device
+    plain: AbstractContextManager = nullcontext()
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        low = torch.get_autocast_dtype(device.type)
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(low) if tensor.dtype in DTYPES[1:] else tensor
+
+        input, hx, weights = cast(input), None if hx is None else cast(hx), [cast(w) for w in weights]
+        plain, mismatch = torch.autocast(device.type, enabled=False), RuntimeError
+    dtype = weights[0].dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"weights[0] is {dtype}; expected {', '.join(map(str, DTYPES))}")
+    if input.dtype != dtype:
+        raise mismatch(
+            f"input is {input.dtype} and the weights are {dtype}; expected one dtype: convert the input "
+            f"with input.to({dtype}), or the model with model.to({input.dtype})"
+        )
+    for i, tensor in enumerate((hx, *weights), -1):
+        if tensor is None:
+            continue
+        name = f"weights[{i}]" if i >= 0 else "hx"
+        if tensor.dtype != dtype:
+            raise RuntimeError(
+                f"{name} is {tensor.dtype} and the input {dtype}; expected one dtype: convert with .to()"
+            )
+        if tensor.device != device:
+            raise RuntimeError(
+                f"{name} is on {tensor.device} and the input on {device}; expected one: move with .to()"
+            )
+    return input, hx, list(weights), plain

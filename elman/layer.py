@@ -1,0 +1,241 @@
+"""The modules: Elman for nn.RNN, ElmanCell for nn.RNNCell, ElmanNetwork for the network with an output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from .functional import check_hx, elman, elman_step
+from .routing import check_name
+
+MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+
+
+class Elman(nn.RNNBase):
+    """nn.RNN with the same arguments, parameters, results and errors, run by the fastest backend.
+
+        h_t = act(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)        act = tanh or relu
+
+    The arguments are nn.RNN's; backend (one of elman.routing.NAMES, "auto" by default) is one more. A
+    state_dict moves both ways. Parameters, for layer k and with the suffix _reverse for the reversed
+    direction: weight_ih_lk (H, I or D * H), weight_hh_lk (H, H), bias_ih_lk (H,), bias_hh_lk (H,),
+    drawn from U(-1/sqrt(H), 1/sqrt(H)).
+
+    Errors have nn.RNN's types; BackendUnavailableError is raised by the first call, not here.
+    """
+
+    nonlinearity: str
+    backend: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+        **unsupported: Any,
+    ) -> None:
+        if "proj_size" in unsupported:
+            raise ValueError("proj_size is an option of nn.LSTM alone; leave it out, as with nn.RNN")
+        if unsupported:
+            raise TypeError(f"Elman has no option {', '.join(unsupported)}; see help(elman.Elman)")
+        if nonlinearity not in tuple(MODES):
+            raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
+        if not isinstance(num_layers, int):
+            raise TypeError(f"num_layers is a {type(num_layers).__name__}; expected an int")
+        if not isinstance(bidirectional, bool):
+            raise TypeError(f"bidirectional is a {type(bidirectional).__name__}; expected a bool")
+        check_name(backend)
+        # nn.RNNBase, not nn.RNN: torch.compile refuses nn.RNN's subclasses.
+        super().__init__(
+            MODES[nonlinearity],
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self.nonlinearity = nonlinearity
+        self.backend = backend
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """input (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence of any order.
+
+        hx (L * D, B, H), (L * D, H) unbatched, or None for zeros. Returns output, of the input's kind
+        with D * H in place of I, and h_n, shaped as hx.
+        """
+        if not isinstance(input, PackedSequence):
+            return self._run(input, hx, self.batch_first, None)
+        if input.data.dim() != 2:
+            raise RuntimeError(
+                f"the PackedSequence's data has {input.data.dim()} dimensions, shape "
+                f"{tuple(input.data.shape)}; expected 2, (sum of the lengths, I)"
+            )
+        if hx is not None:
+            groups = self.num_layers * (2 if self.bidirectional else 1)
+            shape = (groups, int(input.batch_sizes[0]), self.hidden_size)
+            check_hx(hx, shape, "(layers * directions, batch, hidden size)")
+        padded, lengths = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
+        if hx is not None and input.sorted_indices is not None:
+            hx = hx.index_select(1, input.sorted_indices)
+        output, h_n = self._run(padded, hx, False, lengths)
+        if input.unsorted_indices is not None:
+            h_n = h_n.index_select(1, input.unsorted_indices)
+        return input._replace(data=pack_padded_sequence(output, lengths).data), h_n
+
+    def _run(
+        self, input: Tensor, hx: Tensor | None, batch_first: bool, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # By name and at every call: a parametrization or functional_call puts other tensors there.
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        return elman(
+            input,
+            hx,
+            weights,
+            num_layers=self.num_layers,
+            bias=self.bias,
+            nonlinearity=self.nonlinearity,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=batch_first,
+            lengths=lengths,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _own_repr(self.nonlinearity, self.backend)
+
+
+class ElmanCell(nn.RNNCellBase):
+    """nn.RNNCell with the same arguments, parameters, results and errors: one step a call.
+
+        h' = act(W_ih x + b_ih + W_hh h + b_hh)
+
+    Parameters: weight_ih (H, I), weight_hh (H, H), bias_ih (H,), bias_hh (H,). backend as Elman's.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        check_name(backend)
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+        self.backend = backend
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input (B, I) or (I,), hx (B, H) or (H,) or None for zeros -> h', shaped as hx."""
+        if self.nonlinearity not in tuple(MODES):
+            raise RuntimeError(f"nonlinearity is {self.nonlinearity!r}; expected 'tanh' or 'relu'")
+        return elman_step(
+            input,
+            hx,
+            self.weight_ih,
+            self.weight_hh,
+            self.bias_ih if self.bias else None,
+            self.bias_hh if self.bias else None,
+            nonlinearity=self.nonlinearity,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        backend = "" if self.backend == "auto" else f", backend={self.backend!r}"
+        return super().extra_repr() + backend
+
+
+READOUTS = {"tanh": torch.tanh, "identity": None, "none": None}
+
+
+class ElmanNetwork(nn.Module):
+    """The network of Elman's paper: the recurrence and an output that reads the state.
+
+        h_t = act(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+        y_t = readout(W_y h_t + b_y)
+
+    output_size is the size O of y. readout: "tanh", or "identity" for the affine map alone ("none" and
+    None mean the same). The other options are Elman's. `rnn` is the Elman inside, `output` the
+    nn.Linear(D * H, O). Source: J. L. Elman, Finding Structure in Time, Cognitive Science 14 (1990).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        *,
+        readout: str | None = "tanh",
+        **options: Any,
+    ) -> None:
+        if readout is not None and readout not in tuple(READOUTS):
+            raise ValueError(f"readout is {readout!r}; expected 'tanh', 'identity' or None")
+        if not isinstance(output_size, int):
+            raise TypeError(f"output_size is a {type(output_size).__name__}; expected an int")
+        if output_size < 1:
+            raise ValueError(f"output_size is {output_size}; expected at least 1")
+        super().__init__()
+        self.rnn = Elman(input_size, hidden_size, **options)
+        directions = 2 if self.rnn.bidirectional else 1
+        self.output = nn.Linear(
+            directions * hidden_size,
+            output_size,
+            device=options.get("device"),
+            dtype=options.get("dtype"),
+        )
+        self.readout = readout or "none"
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """input as Elman's, or (I,) for one step; hx as Elman's, for one step also (H,) if L * D = 1.
+
+        Returns y, of the input's kind with O in place of I, and h_n, shaped as hx: hand it to the next
+        call to carry the state on. One step without hx gives h_n (H,), or (L * D, H) if L * D > 1.
+        """
+        if isinstance(input, PackedSequence):
+            h, h_n = self.rnn(input, hx)
+            return h._replace(data=self._read(h.data)), h_n
+        if not isinstance(input, Tensor) or input.dim() != 1:
+            h, h_n = self.rnn(input, hx)
+            return self._read(h), h_n
+        flat = self.rnn.num_layers * (2 if self.rnn.bidirectional else 1) == 1 and (
+            hx is None or (isinstance(hx, Tensor) and hx.dim() == 1)
+        )
+        h, h_n = self.rnn(input.unsqueeze(0), hx.unsqueeze(0) if flat and hx is not None else hx)
+        return self._read(h[0]), h_n[0] if flat else h_n
+
+    def _read(self, h: Tensor) -> Tensor:
+        y, readout = self.output(h), READOUTS[self.readout]
+        return y if readout is None else readout(y)
+
+    def extra_repr(self) -> str:
+        return f"readout={self.readout!r}"
+
+
+def _own_repr(nonlinearity: str, backend: str) -> str:
+    text = "" if nonlinearity == "tanh" else f", nonlinearity={nonlinearity!r}"
+    return text if backend == "auto" else f"{text}, backend={backend!r}"

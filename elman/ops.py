@@ -1,0 +1,207 @@
+"""The layer as two torch.library operators, with their fake implementations and their derivatives.
+
+    elman::layer      x, h0, weights -> output, h_n      one layer, all its directions, any kernel
+    elman::layer_dz   g_out, g_hn, output, w_hh -> dz    its backward scan
+
+Only the scans depend on the kernel. What is left of the backward pass is products over the whole
+sequence, the vendor's library's work. Saved for it are the input, the weights and the output, nothing
+else: act' follows from the output.
+
+`kernel` is "eager", or the name of a module of elman.kernels ("step", "resident").
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager, reference
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    kernel: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """output (T, B, D * H) and h_n (D, B, H) of one layer, arguments as `reference.layer`'s.
+
+    kernel as above; precision, "ieee", "tf32" or "tf32x3", is that of a float32 product in Triton.
+    """
+    call = _Layer.apply if torch._C._are_functorch_transforms_active() else torch.ops.elman.layer.default
+    return call(x, h0, w_ih, w_hh, bias, lengths, nonlinearity, kernel, precision)
+
+
+def _layer(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    kernel: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    if kernel == "eager":
+        output = eager.forward(x, h0, w_ih, w_hh, bias, lengths, nonlinearity)
+    else:
+        output = eager.project(x, w_ih, bias)
+        if output.numel():
+            _module(kernel).scan(output, h0.contiguous(), w_hh.contiguous(), lengths, nonlinearity, precision)
+    return output, _at_last_step(output, w_hh, lengths)
+
+
+def _layer_dz(
+    g_out: Tensor | None,
+    g_hn: Tensor | None,
+    output: Tensor,
+    w_hh: Tensor,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    kernel: str,
+    precision: str,
+) -> Tensor:
+    if kernel == "eager":
+        return eager.backward(g_out, g_hn, output, w_hh, lengths, nonlinearity)
+    dz = torch.empty_like(output)
+    if dz.numel():
+        g_hn = None if g_hn is None else g_hn.contiguous()
+        _module(kernel).scan_backward(
+            g_out, g_hn, output, w_hh.contiguous(), dz, lengths, nonlinearity, precision
+        )
+    return dz
+
+
+def _module(kernel: str) -> ModuleType:
+    # On first use: importing the package must not import Triton.
+    return importlib.import_module(f"elman.kernels.{kernel}")
+
+
+def _at_last_step(output: Tensor, w_hh: Tensor, lengths: Tensor | None) -> Tensor:
+    """(D, B, H): the rows of output (T, B, D * H) at each direction's last step, copied."""
+    D, H, _ = w_hh.shape
+    if lengths is None:
+        last = output[-1]
+    else:
+        last = output[lengths - 1, torch.arange(len(lengths), device=lengths.device)]
+    return torch.stack([last[:, :H], output[0][:, H:]]) if D == 2 else last.unsqueeze(0).clone()
+
+
+def _at_first_step(dz: Tensor, w_hh: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    """D times (B, H): the rows of dz (T, B, D * H) at each direction's first step."""
+    D, H, _ = w_hh.shape
+    forward = dz[0, :, :H]
+    if D == 1:
+        return [forward]
+    if lengths is None:
+        return [forward, dz[-1, :, H:]]
+    return [forward, dz[lengths - 1, torch.arange(len(lengths), device=lengths.device)][:, H:]]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, h0, w_ih, w_hh, bias, lengths, ctx.nonlinearity, ctx.kernel, ctx.precision = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h0, w_ih, w_hh, bias, lengths, output[0])
+
+
+def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, h0, w_ih, w_hh, bias, lengths, output = ctx.saved_tensors
+    needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = ctx.needs_input_grad[:5]
+    none: tuple[Tensor | None, ...] = (None,) * 9
+    if g_out is None and g_hn is None:
+        return none
+    dtype = x.dtype
+    if torch.is_grad_enabled():
+        # A second derivative is wanted, and it flows through the state too: redo both scans in
+        # differentiable torch, in the precision that the kernels accumulate in.
+        compute = eager.COMPUTE.get(x.dtype, x.dtype)
+        x, h0, w_ih, w_hh = (t.to(compute) for t in (x, h0, w_ih, w_hh))
+        b = None if bias is None else bias.to(compute)
+        g_out, g_hn = (None if g is None else g.to(compute) for g in (g_out, g_hn))
+        output, _ = reference.layer(x, h0, w_ih, w_hh, b, lengths, ctx.nonlinearity)
+        dz = reference.layer_dz(g_out, g_hn, output, w_hh, lengths, ctx.nonlinearity)
+    else:
+        dz = torch.ops.elman.layer_dz(
+            g_out, g_hn, output, w_hh, lengths, ctx.nonlinearity, ctx.kernel, ctx.precision
+        )
+    compute = dz.dtype
+    T, B, _ = dz.shape
+    D, H, I = w_ih.shape
+    x, h0, w_ih, w_hh, output = (t.to(compute) for t in (x, h0, w_ih, w_hh, output))
+    flat = dz.reshape(T * B, D * H)
+    first = _at_first_step(dz, w_hh, lengths)
+    dx = dh0 = dw_ih = dw_hh = db = None
+    if needs_x:
+        dx = (flat @ w_ih.flatten(0, 1)).view(T, B, I).to(dtype)
+    if needs_h0:
+        dh0 = torch.stack([f @ w for f, w in zip(first, w_hh, strict=True)]).to(dtype)
+    if needs_w_ih:
+        dw_ih = (flat.t() @ x.reshape(T * B, I)).view(D, H, I).to(dtype)
+    if needs_w_hh:
+        dw_hh = torch.stack(
+            [
+                torch.addmm(
+                    first[d].t() @ h0[d],
+                    # Past a row's length either factor is zero, so neighbours need no mask.
+                    (dz[1:, :, :H] if d == 0 else dz[:-1, :, H:]).reshape(-1, H).t(),
+                    (output[:-1, :, :H] if d == 0 else output[1:, :, H:]).reshape(-1, H),
+                )
+                for d in range(D)
+            ]
+        ).to(dtype)
+    if needs_bias:
+        db = flat.sum(0).view(D, H).to(dtype)
+    return dx, dh0, dw_ih, dw_hh, db, *none[5:]
+
+
+class _Layer(torch.autograd.Function):
+    """The operator for torch.func's transforms, which take a Function of this form alone.
+
+    Elsewhere the operator itself is called: this form's way through Python costs more than a short
+    sequence.
+    """
+
+    forward = staticmethod(lambda *arguments: torch.ops.elman.layer(*arguments))
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+    generate_vmap_rule = True
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("elman", "DEF")
+    library.define(
+        "layer(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? lengths, "
+        "str nonlinearity, str kernel, str precision) -> (Tensor, Tensor)"
+    )
+    library.define(
+        "layer_dz(Tensor? g_out, Tensor? g_hn, Tensor output, Tensor w_hh, Tensor? lengths, "
+        "str nonlinearity, str kernel, str precision) -> Tensor"
+    )
+    library.impl("layer", _layer, "CompositeExplicitAutograd")
+    library.impl("layer_dz", _layer_dz, "CompositeExplicitAutograd")
+
+    @torch.library.register_fake("elman::layer", lib=library)
+    def _(x, h0, w_ih, w_hh, bias, lengths, nonlinearity, kernel, precision):
+        D, H, _ = w_hh.shape
+        return x.new_empty(x.shape[0], x.shape[1], D * H), x.new_empty(h0.shape)
+
+    @torch.library.register_fake("elman::layer_dz", lib=library)
+    def _(g_out, g_hn, output, w_hh, lengths, nonlinearity, kernel, precision):
+        compute = eager.COMPUTE.get(output.dtype, output.dtype) if kernel == "eager" else output.dtype
+        return output.new_empty(output.shape, dtype=compute)
+
+    torch.library.register_autograd("elman::layer", _backward, setup_context=_setup_context, lib=library)
+    return library
+
+
+_LIBRARY = _register()

@@ -1,0 +1,164 @@
+"""What the kernels share: the product, row masks, tiles of rows, and the launchers' checks."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc + a @ b in acc's dtype."""
+    if INTERPRET and a.dtype.primitive_bitwidth == 16:  # its 16-bit products are wrong
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """x in dtype, rounded to nearest, ties to even, as the hardware rounds."""
+    if INTERPRET and dtype == tl.bfloat16:  # it only cuts the low bits off, so round them away first
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def row_lengths(lengths, rb, T, B, HAS_LENGTHS: tl.constexpr):
+    """Own steps of the rows rb, int32; 0 for rows past the batch: `t < length` is all the mask they need."""
+    if HAS_LENGTHS:
+        return tl.load(lengths + rb, mask=rb < B, other=0).to(tl.int32)
+    else:
+        return tl.where(rb < B, T, 0)
+
+
+@triton.jit
+def load_tiles(rows, ok, stride, H: tl.constexpr, C: tl.constexpr):
+    """The H columns of the rows at `rows` (BLOCK_B,) as a tuple of (BLOCK_B, C) tiles; zero where not ok."""
+    tiles = ()
+    for n in tl.static_range((H + C - 1) // C):
+        rn = n * C + tl.arange(0, C)
+        mask = ok[:, None] & (rn[None, :] < H)
+        tiles += (tl.load(rows[:, None] + rn[None, :].to(tl.int64) * stride, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def load_weight(w, K0, N0, H: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The (C, C) tile at (K0, N0) of w (H, H), or of its transpose; zero past the edges."""
+    rk = K0 + tl.arange(0, C)[:, None]
+    rn = N0 + tl.arange(0, C)[None, :]
+    if TRANSPOSED:
+        return tl.load(w + rn * H + rk, mask=(rk < H) & (rn < H), other=0.0)
+    else:
+        return tl.load(w + rk * H + rn, mask=(rk < H) & (rn < H), other=0.0)
+
+
+@triton.jit
+def add_product(
+    acc,
+    rows,
+    ok,
+    w,
+    w_k: tl.constexpr,
+    w_n: tl.constexpr,
+    rn,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """acc (BLOCK_B, BLOCK_N) + rows (BLOCK_B, K; pointers to their first elements) @ w's columns rn.
+
+    Element (k, n) of the weight lies at w + k * w_k + n * w_n. Rows that are not ok count as zero.
+    """
+    for k in range(0, K, BLOCK_K):
+        rk = k + tl.arange(0, BLOCK_K)
+        a = tl.load(rows[:, None] + rk[None, :], mask=ok[:, None] & (rk[None, :] < K), other=0.0)
+        offsets = rk[:, None].to(tl.int64) * w_k + rn[None, :].to(tl.int64) * w_n
+        b = tl.load(w + offsets, mask=(rk[:, None] < K) & (rn[None, :] < N), other=0.0)
+        acc = dot(a, b, acc, PRECISION, INTERPRET)
+    return acc
+
+
+# Triton decides when a kernel is decorated; reading the environment later could disagree with it.
+INTERPRETED = not isinstance(dot, triton.JITFunction)
+
+
+def constants(tensor: torch.Tensor, nonlinearity: str, precision: str) -> dict:
+    """The constexprs that every kernel takes and that follow from the dtype and the options."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(
+            f"dtype {tensor.dtype} has no kernel; expected float64, float32, float16 or bfloat16."
+        )
+    return {
+        "RELU": nonlinearity == "relu",
+        "PRECISION": precision if tensor.dtype == torch.float32 else "ieee",
+        "ACC": tl.float64 if tensor.dtype == torch.float64 else tl.float32,
+        "INTERPRET": INTERPRETED,
+    }
+
+
+def expect(tensor: torch.Tensor | None, name: str, shape: tuple, like: torch.Tensor) -> None:
+    """Raises unless the tensor (if there is one) has that shape and the dtype and device of `like`."""
+    if tensor is not None and (
+        tensor.shape != shape or tensor.dtype != like.dtype or tensor.device != like.device
+    ):
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; "
+            f"expected {like.dtype} {tuple(shape)} on {like.device}."
+        )
+
+
+def expect_sequence(
+    tensor: torch.Tensor, name: str, w_hh: torch.Tensor, lengths: torch.Tensor | None
+) -> tuple:
+    """(T, B, D, H) of a kernel's sequence (T, B, D * H), after checking it, its weight and its lengths."""
+    if w_hh.dim() != 3 or w_hh.shape[1] != w_hh.shape[2]:
+        raise ValueError(f"w_hh has shape {tuple(w_hh.shape)}; expected (directions, hidden, hidden).")
+    directions, hidden = w_hh.shape[:2]
+    if tensor.dim() != 3:
+        raise ValueError(
+            f"{name} has {tensor.dim()} dimensions; expected (time, batch, directions * hidden)."
+        )
+    steps, batch = tensor.shape[:2]
+    expect(tensor, name, (steps, batch, directions * hidden), w_hh)
+    if tensor.stride(2) != 1 and tensor.shape[2] > 1:
+        raise ValueError(f"{name} has stride {tensor.stride(2)} in its last dimension; expected 1.")
+    if lengths is not None and (lengths.shape != (batch,) or lengths.dtype != torch.int64):
+        raise ValueError(
+            f"lengths is {lengths.dtype} {tuple(lengths.shape)}; expected torch.int64 ({batch},)."
+        )
+    if lengths is not None and lengths.device != tensor.device:
+        raise ValueError(f"lengths is on {lengths.device}; expected {tensor.device}, where {name} is.")
+    return steps, batch, directions, hidden
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@lru_cache
+def chip(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, shared memory in bytes that one program may have) of a device."""
+    if device.type != "cuda":
+        return configs.DEFAULT_PROCESSORS, configs.DEFAULT_LIMIT
+    properties = torch.cuda.get_device_properties(device)
+    # ROCm's properties have no opt-in limit.
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return properties.multi_processor_count, shared

@@ -1,0 +1,78 @@
+"""The wheel and the sdist: what is in them, and that an installed copy works away from the checkout."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(wheel, sdist), the wheel built from the sdist, as for a release."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def modules(folder):
+    return sorted(path.name for path in (ROOT / folder).glob("*.py"))
+
+
+def test_wheel_holds_elman_alone(built):
+    names = [name for name in zipfile.ZipFile(built[0]).namelist() if ".dist-info/" not in name]
+    expected = [f"elman/{name}" for name in modules("elman")]
+    expected += [f"elman/kernels/{name}" for name in modules("kernels")]
+    assert sorted(names) == sorted([*expected, "elman/py.typed"])
+
+
+def test_wheel_states_licence_and_dependencies(built):
+    wheel = zipfile.ZipFile(built[0])
+    metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
+    requires = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    always = [line for line in requires if "extra ==" not in line]
+    assert len(always) == 2
+    assert always[0].startswith("Requires-Dist: torch")
+    assert always[1].startswith("Requires-Dist: triton")
+    assert "platform_machine" in always[1]
+    assert "License-Expression: MIT" in metadata
+    assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_sdist_builds_without_the_checkout(built):
+    names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
+    assert {f"kernels/{name}" for name in modules("kernels")} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "elman/py.typed"} <= names
+
+
+def test_installed_copy_works_elsewhere(built, tmp_path):
+    zipfile.ZipFile(built[0]).extractall(tmp_path / "site")
+    code = """
+import importlib.util, pathlib, torch, elman, elman.kernels.step
+site = pathlib.Path(elman.__file__).parents[1]
+assert pathlib.Path(elman.kernels.step.__file__) == site / "elman" / "kernels" / "step.py"
+assert importlib.util.find_spec("kernels") is None
+with elman.use_backend("triton"):
+    print(elman.Elman(3, 4)(torch.ones(2, 1, 3))[0].shape)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([2, 1, 4])"
+
+
+def test_runs_in_place_from_the_root():
+    done = subprocess.run(
+        [sys.executable, "-m", "elman", "doctor"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Backends" in done.stdout
