@@ -38,27 +38,32 @@ def forward(
     T, B, _ = x.shape
     D, H, _ = w_hh.shape
     dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
-    act_ = torch.tanh_ if nonlinearity == "tanh" else torch.relu_
-    batch = _Batch(lengths, T, B)
-    x, h0 = batch.sort(x), batch.sort(h0)
+    act_, act = (torch.tanh_, torch.tanh) if nonlinearity == "tanh" else (torch.relu_, _RELU)
+    batch = None if lengths is None else _SortedBatch(lengths, T)
+    if batch is not None:
+        x, h0 = batch.sort(x), batch.sort(h0)
     output = project(x.to(compute), w_ih.to(compute), None if bias is None else bias.to(compute))
     for d in range(D):
-        rows = output[..., d * H : (d + 1) * H].unbind(0)
-        h = start = h0[d].to(compute)
-        add_product = _adder(w_hh[d].to(compute).t(), B if lengths is None else 0)
+        rows = _rows(output, d, H, batch)
+        h = start = h0[d, 0] if B == 1 and batch is None else h0[d]
+        h = h.to(compute)
+        add_product = _adder(w_hh[d].to(compute).t(), B if batch is None else 0)
         for t in range(T) if d == 0 else range(T - 1, -1, -1):
             z = rows[t]
-            if lengths is not None:
+            if batch is not None:
                 n = batch.active[t]
                 # Forward, rows leave as t grows; reversed, rows of t + 1 steps begin here with h0.
-                h = h[:n] if len(h) >= n else torch.cat([h, start[len(h) : n]])
+                h = h[:n] if len(h) >= n else torch.cat([h, start[len(h) : n].to(compute)])
                 z = z[:n]
-            add_product(z, h)
-            act_(z)
+            total = add_product(z, h)
+            if total is z:
+                act_(z)
+            else:
+                act(total, out=z)
             if compute != dtype:
                 z.copy_(z.to(dtype))
             h = z
-    return batch.unsort_(output).to(dtype)
+    return output.to(dtype) if batch is None else batch.unsort_(output).to(dtype)
 
 
 def backward(
@@ -73,31 +78,42 @@ def backward(
     T, B, _ = output.shape
     D, H, _ = w_hh.shape
     compute = COMPUTE.get(output.dtype, output.dtype)
-    batch = _Batch(lengths, T, B)
-    output = batch.sort(output).to(compute)
-    dz = torch.zeros_like(output) if g_out is None else torch.empty_like(output).copy_(batch.sort(g_out))
+    tanh = nonlinearity == "tanh"
+    batch = None if lengths is None else _SortedBatch(lengths, T)
+    if batch is not None:
+        output = batch.sort(output)
+        g_out, g_hn = (None if g is None else batch.sort(g) for g in (g_out, g_hn))
+    output = output.to(compute)
+    dz = torch.zeros_like(output) if g_out is None else torch.empty_like(output).copy_(g_out)
     for d in range(D):
-        columns = slice(d * H, (d + 1) * H)
         if g_hn is not None:
-            last = batch.last if d == 0 else torch.zeros_like(batch.last)
-            dz[last, batch.rows, columns] += batch.sort(g_hn)[d].to(compute)
-        h, g = output[..., columns].unbind(0), dz[..., columns].unbind(0)
-        add_product = _adder(w_hh[d].to(compute), B if lengths is None else 0)
+            columns = slice(d * H, (d + 1) * H)
+            if d == 1 or batch is None:
+                dz[0 if d == 1 else -1, :, columns] += g_hn[d]
+            else:
+                dz[batch.last, torch.arange(B, device=dz.device), columns] += g_hn[d].to(compute)
+        h, g = _rows(output, d, H, batch), _rows(dz, d, H, batch)
+        add_product = _adder(w_hh[d].to(compute), B if batch is None else 0)
         later = None
         for t in range(T - 1, -1, -1) if d == 0 else range(T):
-            g_t, h_t = g[t], h[t]
-            if lengths is not None:
+            total = g_t = g[t]
+            h_t = h[t]
+            if batch is not None:
                 n = batch.active[t]
                 g_t, h_t = g_t[:n], h_t[:n]
-            if later is not None:
-                n = min(len(later), len(g_t))
-                add_product(g_t if len(g_t) == n else g_t[:n], later if len(later) == n else later[:n])
-            if nonlinearity == "tanh":
-                _TANH_BACKWARD(g_t, h_t, grad_input=g_t)
+                # Of the rows here, those that have a later step; it may have rows that begin there.
+                if later is not None:
+                    n = min(n, len(later))
+                    add_product(g_t[:n], later[:n])
+                total = g_t
+            elif later is not None:
+                total = add_product(g_t, later)
+            if tanh:
+                _TANH_BACKWARD(total, h_t, grad_input=g_t)
             else:
-                _THRESHOLD_BACKWARD(g_t, h_t, 0, grad_input=g_t)
+                _THRESHOLD_BACKWARD(total, h_t, 0, grad_input=g_t)
             later = g_t
-    return batch.unsort_(dz)
+    return dz if batch is None else batch.unsort_(dz)
 
 
 def step(
@@ -127,29 +143,37 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
     return z
 
 
-# Each is one call that reads the output and writes the gradient in place; nothing public does that.
+# One call each that writes where it is told to; torch has no public name for them.
+_RELU = torch.ops.aten.relu.out
 _TANH_BACKWARD = torch.ops.aten.tanh_backward.grad_input
 _THRESHOLD_BACKWARD = torch.ops.aten.threshold_backward.grad_input
 
 
-def _adder(m: Tensor, B: int) -> Callable[[Tensor, Tensor], object]:
-    """A function add(z, h) that does z += h m in place, for m (H, H) and B rows of h.
+def _rows(sequence: Tensor, d: int, H: int, batch: _SortedBatch | None) -> tuple[Tensor, ...]:
+    """T views (B, H) of direction d's columns, or (H,) where the only row makes vectors of them."""
+    columns = sequence if sequence.shape[2] == H else sequence[..., d * H : (d + 1) * H]
+    return (columns.squeeze(1) if columns.shape[1] == 1 and batch is None else columns).unbind(0)
 
-    The weights are laid out once for T steps. B = 0 stands for a number of rows that changes.
+
+def _adder(m: Tensor, B: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function add(z, h) that returns z + h m, in z's memory or not, for m (H, H) and B rows of h.
+
+    The weights are laid out once for T steps. B = 0 stands for a number of rows that changes, B = 1
+    for vectors.
     """
     H = m.shape[0]
-    if m.device.type != "cpu":
-        return lambda z, h: z.addmm_(h, m)
     if B == 1:
         # Each element a dot product along contiguous memory: the other way round rounds twice as much.
-        columns = m.t().contiguous().t()
-        return lambda z, h: z.addmm_(h, columns)
+        rows = m.t().contiguous()
+        return lambda z, h: z.addmv_(rows, h)
+    if m.device.type != "cpu":
+        return lambda z, h: z.addmm_(h, m)
     if ONEDNN and m.dtype == torch.float32 and B >= 4 and H >= 512:
         # A product of few rows packs the weights anew at every call, which from here on costs more
         # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
         packed = torch.ops.mkldnn._reorder_linear_weight(m.t().contiguous(), B)
         linear_add = torch.ops.mkldnn._linear_pointwise.binary
-        return lambda z, h: z.copy_(linear_add(h, z, packed, None, "add"))
+        return lambda z, h: linear_add(h, z, packed, None, "add")
     # A row pitch that is no power of two: a product of few rows walks down the columns of m, and with
     # a pitch of 4096 bytes every element it touches would fall into the same few cache sets.
     padded = m.new_empty(H, H + 16)[:, :H].copy_(m)
@@ -165,24 +189,18 @@ ONEDNN = (
 )
 
 
-class _Batch:
+class _SortedBatch:
     """The rows of a batch in order of falling length, and how many of them each step has.
 
-    active: number of rows at step t; last (B,): each sorted row's own last step; rows: 0..B-1.
+    active: number of rows at step t; last (B,): each sorted row's own last step.
     """
 
-    def __init__(self, lengths: Tensor | None, T: int, B: int) -> None:
-        self.lengths, self.order = lengths, None
-        if lengths is None:
-            self.last = torch.full((B,), T - 1)
-        else:
-            ordered, order = lengths.sort(descending=True, stable=True)
-            if not torch.equal(ordered, lengths):
-                self.order = order
-            self.last = ordered - 1
-            counts = torch.bincount(ordered, minlength=T + 1)[1:]
-            self.active: list[int] = counts.flip(0).cumsum(0).flip(0).tolist()
-        self.rows = torch.arange(B, device=self.last.device)
+    def __init__(self, lengths: Tensor, T: int) -> None:
+        ordered, order = lengths.sort(descending=True, stable=True)
+        self.order = None if torch.equal(ordered, lengths) else order
+        self.last = ordered - 1
+        counts = torch.bincount(ordered, minlength=T + 1)[1:]
+        self.active: list[int] = counts.flip(0).cumsum(0).flip(0).tolist()
 
     def sort(self, tensor: Tensor) -> Tensor:
         """tensor (N, B, K) with its rows in order of falling length."""
@@ -190,8 +208,6 @@ class _Batch:
 
     def unsort_(self, tensor: Tensor) -> Tensor:
         """tensor (T, B, K) with its rows in the caller's order, zero past their lengths."""
-        if self.lengths is None:
-            return tensor
         ended = torch.arange(len(tensor), device=tensor.device)[:, None] > self.last
         tensor.masked_fill_(ended[..., None], 0)
         return tensor if self.order is None else tensor.index_select(1, self.order.argsort())

@@ -37,8 +37,14 @@ def layer(
 
     kernel as above; precision, "ieee", "tf32" or "tf32x3", is that of a float32 product in Triton.
     """
-    call = _Layer.apply if torch._C._are_functorch_transforms_active() else torch.ops.elman.layer.default
-    return call(x, h0, w_ih, w_hh, bias, lengths, nonlinearity, kernel, precision)
+    arguments = (x, h0, w_ih, w_hh, bias, lengths, nonlinearity, kernel, precision)
+    if torch.compiler.is_compiling():
+        return torch.ops.elman.layer(*arguments)
+    if torch._C._are_functorch_transforms_active():
+        return _Layer.apply(*arguments)
+    if torch.is_grad_enabled() or type(x) is not Tensor:
+        return torch.ops.elman.layer.default(*arguments)
+    return _layer(*arguments)  # with nothing to record, the dispatcher only costs time
 
 
 def _layer(
@@ -146,22 +152,32 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
     if needs_h0:
         dh0 = torch.stack([f @ w for f, w in zip(first, w_hh, strict=True)]).to(dtype)
     if needs_w_ih:
-        dw_ih = (flat.t() @ x.reshape(T * B, I)).view(D, H, I).to(dtype)
+        dw_ih = _sum_of_products(flat, x.reshape(T * B, I)).view(D, H, I).to(dtype)
     if needs_w_hh:
+        # Past a row's length either factor is zero, so neighbours need no mask.
+        pairs = [(dz[1:, :, :H], output[:-1, :, :H]), (dz[:-1, :, H:], output[1:, :, H:])]
         dw_hh = torch.stack(
             [
-                torch.addmm(
-                    first[d].t() @ h0[d],
-                    # Past a row's length either factor is zero, so neighbours need no mask.
-                    (dz[1:, :, :H] if d == 0 else dz[:-1, :, H:]).reshape(-1, H).t(),
-                    (output[:-1, :, :H] if d == 0 else output[1:, :, H:]).reshape(-1, H),
-                )
-                for d in range(D)
+                _sum_of_products(g.reshape(-1, H), h.reshape(-1, H)) + first[d].t() @ h0[d]
+                for d, (g, h) in enumerate(pairs[:D])
             ]
         ).to(dtype)
     if needs_bias:
         db = flat.sum(0).view(D, H).to(dtype)
     return dx, dh0, dw_ih, dw_hh, db, *none[5:]
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, for a (N, P) and b (N, Q), N = T * B.
+
+    On the CPU as eight partial sums: one long sum in float32 rounds half as much again as nn.RNN does,
+    which adds the steps' products one by one.
+    """
+    n = len(a) // 8
+    if a.device.type != "cpu" or not n:
+        return a.t() @ b
+    partial = torch.bmm(a[: 8 * n].unflatten(0, (8, n)).transpose(1, 2), b[: 8 * n].unflatten(0, (8, n)))
+    return partial.sum(0) + a[8 * n :].t() @ b[8 * n :]
 
 
 class _Layer(torch.autograd.Function):

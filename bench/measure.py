@@ -1,0 +1,132 @@
+"""Sampling and statistics. Nothing here knows what it measures."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Stopwatch = Callable[[Callable[[], object]], float]
+
+MIN_ROUNDS = 6  # the fewest samples whose range holds the median with 95% probability
+MAX_ROUNDS = 200
+RESAMPLES = 2000
+
+
+@dataclass
+class Target:
+    """What is timed, and what has to happen, untimed, before each sample."""
+
+    call: Callable[[], object]
+    prepare: Callable[[], object]
+
+
+def wall_seconds(call: Callable[[], object]) -> float:
+    """Seconds of one call by time.perf_counter: for synchronous work (CPU)."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def cuda_seconds(call: Callable[[], object]) -> float:
+    """Seconds of one call between two CUDA events on the current stream."""
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def collect(
+    targets: Mapping[str, Target],
+    stopwatch: Stopwatch,
+    *,
+    seconds: float,
+    min_rounds: int,
+    warmup: float,
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Sample all targets interleaved: each round takes one sample of every target.
+
+    Drift of the machine (clock, temperature, other tenants) so reaches all of them alike. The order
+    rotates with every round, and its direction turns after each full turn, so that no target always
+    follows the same one. Every target is warmed up for `warmup` seconds, at least once. Sampling ends
+    after `seconds` per target, but not before `min_rounds` rounds (MIN_ROUNDS at least), and after
+    MAX_ROUNDS in any case. The garbage collector is off meanwhile.
+
+    Returns the samples of each target in seconds, equally many, and the exceptions of those that
+    raised; these are dropped from the rounds.
+    """
+    names = list(targets)
+    samples: dict[str, list[float]] = {name: [] for name in targets}
+    errors: dict[str, Exception] = {}
+
+    def sample(name: str) -> float | None:
+        try:
+            targets[name].prepare()
+            return round(stopwatch(targets[name].call), 9)  # no clock here resolves less than a ns
+        except Exception as error:  # the caller gets it
+            errors[name] = error
+            del samples[name]
+            names.remove(name)
+            return None
+
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for name in list(names):
+            start, calls = time.perf_counter(), 0
+            while name in names and (calls < 1 or time.perf_counter() - start < warmup):
+                sample(name)
+                calls += 1
+        start, rounds = time.perf_counter(), 0
+        while names and rounds < MAX_ROUNDS:
+            enough = time.perf_counter() - start >= seconds * len(names)
+            if enough and rounds >= max(min_rounds, MIN_ROUNDS):
+                break
+            for name in order(names, rounds):
+                taken = sample(name)
+                if taken is not None:
+                    samples[name].append(taken)
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return samples, errors
+
+
+def order(names: Sequence[str], turn: int) -> list[str]:
+    """The names in the order of this round: rotated by `turn`, backwards every other full turn."""
+    shift = turn % len(names)
+    rotated = [*names[shift:], *names[:shift]]
+    return rotated[::-1] if turn // len(names) % 2 else rotated
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """The q-quantile (0 to 1), with linear interpolation between neighbours."""
+    return torch.tensor(samples, dtype=torch.float64).quantile(q).item()
+
+
+def speedup(baseline: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    """median(baseline) / median(own), and its bootstrap 95% interval (low, high).
+
+    The samples are paired (taken in the same round), so rounds are resampled, not samples: what slowed
+    a whole round down cancels in the ratio, as it should. The seed is fixed: the same samples give the
+    same interval.
+    """
+    if len(baseline) != len(own):
+        raise ValueError(
+            f"The samples must be paired round by round, but there are {len(baseline)} and {len(own)}."
+        )
+    pairs = torch.tensor([baseline, own], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(own), (RESAMPLES, len(own)), generator=generator)
+    base_medians, own_medians = pairs[:, picks].quantile(0.5, dim=-1)
+    low, high = (base_medians / own_medians).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return quantile(baseline, 0.5) / quantile(own, 0.5), low.item(), high.item()

@@ -1,0 +1,55 @@
+"""What all tests share: Triton's interpreter where there is no GPU, one seed, the backends that can run."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it once, when it is imported, so before anything that might.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.helpers import ANY_BACKEND, BACKENDS
+
+# The tests' matrices are small: threads cost more than they bring, and the machine may be shared.
+torch.set_num_threads(1)
+if torch.cuda.is_available():
+    # The float32 tolerances are those of float32 products; TF32 has a test of its own.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _params(names: list[str]) -> list:
+    marks = [pytest.mark.gpu] if torch.cuda.is_available() else []
+    return [pytest.param(name, marks=marks) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """The seed that every test starts from, whatever ran before it."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(params=_params(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that can run here, by the name that `backend=` takes."""
+    return request.param
+
+
+@pytest.fixture(params=_params(ANY_BACKEND))
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """As `backend`, and without CUDA also nn.RNN's operator in our wrapper: for helpers.forward."""
+    return request.param
+
+
+@pytest.fixture
+def nan_memory():
+    """Fresh memory holds NaN, so that an element nobody wrote shows in the result."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(100).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled

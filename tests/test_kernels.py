@@ -1,0 +1,362 @@
+"""The Triton kernels by themselves, against the reference in float64, and compiled for a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import elman.reference
+from tests.helpers import DEVICE, DTYPES, dtype_name, error
+from tests.tolerances import tolerance
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from elman.kernels import activations, common, configs, resident, step
+
+# Triton 3.6's interpreter reads a run-time loop bound in a way that NumPy deprecates (and 2.4 refuses).
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+ROOT = Path(__file__).parents[1]
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+BOTH_KERNELS = pytest.mark.parametrize("module", [step, resident], ids=["step", "resident"])
+
+
+def problem(T, B, H, D, dtype, ragged, scale=1.0):
+    """z, h0, w_hh, lengths, g_out, g_hn; NaN in z and g_out past the lengths: nothing may read it."""
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    z, h0, w_hh = scale * normal(T, B, D * H), normal(D, B, H), normal(D, H, H) / H**0.5
+    g_out, g_hn = normal(T, B, D * H), normal(D, B, H)
+    lengths = None
+    if ragged:
+        lengths = torch.tensor([(T // 2 or 1, T, 1)[b % 3] for b in range(B)])
+        past = torch.arange(T)[:, None] >= lengths
+        z[past] = g_out[past] = float("nan")
+        lengths = lengths.to(DEVICE)
+    return (
+        *(t.to(DEVICE, dtype) for t in (z, h0, w_hh)),
+        lengths,
+        g_out.to(DEVICE, dtype),
+        g_hn.to(DEVICE, dtype),
+    )
+
+
+def truth(z, h0, w_hh, lengths, nonlinearity):
+    """The reference's output in float64, as a function of z: each direction's W_ih picks its columns of z."""
+    D, H = w_hh.shape[:2]
+    pick = torch.eye(D * H, dtype=torch.float64, device=z.device).view(D, H, D * H)
+    return elman.reference.layer(z.double(), h0.double(), pick, w_hh.double(), None, lengths, nonlinearity)
+
+
+def clean(t: Tensor, lengths: Tensor | None) -> Tensor:
+    """t with zeros past the lengths, for the reference, which takes 0 * NaN as it comes."""
+    if lengths is None:
+        return t
+    past = torch.arange(t.shape[0], device=t.device)[:, None] >= lengths
+    return t.masked_fill(past[..., None], 0.0)
+
+
+def check(module, z, h0, w_hh, lengths, g_out, g_hn, nonlinearity):
+    """Forward and backward of one kernel against the reference; returns both results."""
+    dtype, bound = z.dtype, tolerance(z.dtype)
+    expected, _ = truth(clean(z, lengths), h0, w_hh, lengths, nonlinearity)
+    output = z.clone()
+    module.scan(output, h0, w_hh, lengths, nonlinearity, "ieee")
+    assert error(output, expected) <= bound
+    dz = torch.full_like(output, float("nan"))
+    module.scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, "ieee")
+    # From the kernel's own output: where rounding has moved a relu across zero, the derivative jumps.
+    wide = [
+        None if g is None else g.double() for g in (None if g_out is None else clean(g_out, lengths), g_hn)
+    ]
+    expected = elman.reference.layer_dz(*wide, output.double(), w_hh.double(), lengths, nonlinearity)
+    assert error(dz, expected) <= bound
+    if lengths is not None:
+        past = torch.arange(z.shape[0], device=z.device)[:, None] >= lengths
+        assert (output[past] == 0).all()
+        assert (dz[past] == 0).all()
+    assert output.dtype == dz.dtype == dtype
+    return output, dz
+
+
+@BOTH_KERNELS
+@ALL_DTYPES
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+def test_options(module, dtype, nonlinearity, ragged):
+    check(module, *problem(3, 3, 17, 2, dtype, ragged), nonlinearity)
+
+
+@BOTH_KERNELS
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+def test_one_direction(module, ragged):
+    check(module, *problem(4, 3, 17, 1, torch.float32, ragged), "tanh")
+
+
+@BOTH_KERNELS
+@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 1), (3, 18, 63), (3, 2, 130), (2, 2, 264), (9, 33, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_sizes(module, T, B, H, dtype):
+    check(module, *problem(T, B, H, 2 if H < 100 else 1, dtype, ragged=True), "tanh")
+
+
+@BOTH_KERNELS
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_backward_is_the_derivative_of_the_forward(module, nonlinearity):
+    """Against autograd of the reference, not its hand-written backward; each gradient by itself too."""
+    z, h0, w_hh, lengths, g_out, g_hn = problem(3, 3, 9, 2, torch.float64, ragged=True)
+    for g_o, g_h in [(g_out, g_hn), (g_out, None), (None, g_hn)]:
+        leaf = clean(z, lengths).requires_grad_()
+        results = truth(leaf, h0, w_hh, lengths, nonlinearity)
+        pairs = zip(results, (None if g_o is None else clean(g_o, lengths), g_h), strict=True)
+        wanted = [(r, g) for r, g in pairs if g is not None]
+        (expected,) = torch.autograd.grad([r for r, _ in wanted], leaf, [g for _, g in wanted])
+        _, dz = check(module, z, h0, w_hh, lengths, g_o, g_h, nonlinearity)
+        assert error(dz, expected) <= tolerance(torch.float64)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@ALL_DTYPES
+def test_kernels_agree(dtype, ragged):
+    p = problem(4, 5, 20, 2, dtype, ragged)
+    for a, b in zip(check(step, *p, "tanh"), check(resident, *p, "tanh"), strict=True):
+        assert error(a, b) <= tolerance(dtype)
+
+
+@BOTH_KERNELS
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_saturating_inputs(module, nonlinearity):
+    output, _ = check(module, *problem(4, 3, 17, 2, torch.float32, False, scale=50.0), nonlinearity)
+    if nonlinearity == "tanh":
+        assert output.abs().max() == 1
+
+
+@BOTH_KERNELS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, in the interpreter
+def test_a_bad_row_spoils_no_other(module, bad, nonlinearity):
+    _, h0, w_hh, _, g_out, g_hn = problem(4, 5, 17, 2, torch.float32, ragged=False)
+    # One input column: a product with more of them would turn infinity into NaN before the kernel sees it.
+    x, w_ih = torch.randn(4, 5, 1, device=DEVICE), torch.randn(2, 17, 1, device=DEVICE)
+    x[1, 2] = bad
+    z = torch.cat([x * w_ih[0, :, 0], x * w_ih[1, :, 0]], -1)
+    output = z.clone()
+    module.scan(output, h0, w_hh, None, nonlinearity, "ieee")
+    wide = [t.double() for t in (x, h0, w_ih, w_hh)]
+    expected, _ = elman.reference.layer(*wide, None, None, nonlinearity)
+    rest = [0, 1, 3, 4]
+    assert error(output[:, rest], expected[:, rest]) <= tolerance(torch.float32)
+    # In the bad row NaN and infinity are where the reference has them: padding adds none, relu loses none.
+    assert torch.equal(output[:, 2].isnan(), expected[:, 2].isnan())
+    assert torch.equal(output[:, 2].isinf(), expected[:, 2].isinf())
+    dz = torch.full_like(z, float("nan"))
+    g_out[2, 2] = float("nan")
+    module.scan_backward(g_out, g_hn, output, w_hh, dz, None, nonlinearity, "ieee")
+    assert dz[:, rest].isfinite().all()
+
+
+@BOTH_KERNELS
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, in the interpreter
+def test_infinity_stays_infinity(module):
+    """17 columns lie in a block of 32: infinity times its zeros is NaN, and must not come back from there."""
+    z, h0, w_hh, _, g_out, _ = problem(4, 2, 17, 2, torch.float32, ragged=False)
+    w_hh = w_hh.abs() + 0.1
+    output = z.abs() + 1
+    output[1:3, 0] = g_out[1:3, 0] = float("inf")  # for each direction a step in the middle
+    module.scan(output, h0, w_hh, None, "relu", "ieee")
+    assert not output.isnan().any()
+    assert output[2, 0].isinf().all()
+    assert output[:, 1].isfinite().all()
+    half = torch.full_like(z, 0.5)
+    for nonlinearity in ("relu", "tanh"):  # relu's derivative is 0 in the padding and would hide a NaN there
+        dz = torch.full_like(z, float("nan"))
+        module.scan_backward(g_out, None, half, w_hh, dz, None, nonlinearity, "ieee")
+        assert not dz.isnan().any()
+        assert dz[0, 0, :17].isinf().all()
+        assert dz[:, 1].isfinite().all()
+
+
+@BOTH_KERNELS
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_nan_in_the_weights_leaves_the_padding_zero(module):
+    z, h0, w_hh, lengths, g_out, g_hn = problem(3, 3, 17, 2, torch.float32, ragged=True)
+    w_hh[:] = float("nan")
+    past = torch.arange(3, device=DEVICE)[:, None] >= lengths
+    module.scan(z, h0, w_hh, lengths, "tanh", "ieee")
+    dz = torch.full_like(z, float("nan"))
+    module.scan_backward(g_out, g_hn, z, w_hh, dz, lengths, "tanh", "ieee")
+    assert (z[past] == 0).all()
+    assert (dz[past] == 0).all()
+    assert z[~past].isnan().all()
+
+
+@BOTH_KERNELS
+def test_strides(module):
+    """z, output and dz as parts of larger memory; g_out expanded, transposed, or every other column."""
+    T, B, H, D = 3, 4, 17, 2
+    z, h0, w_hh, lengths, g_out, g_hn = problem(T, B, H, D, torch.float32, ragged=True)
+
+    def part(t):
+        memory = torch.full((B, T + 2, D * H + 3), float("nan"), device=DEVICE)
+        view = memory.transpose(0, 1)[1:-1, :, 2:-1]
+        view.copy_(t)
+        return memory, view
+
+    memory, view = part(z)
+    before = memory.clone()
+    module.scan(view, h0, w_hh, lengths, "tanh", "ieee")
+    expected, _ = truth(clean(z, lengths), h0, w_hh, lengths, "tanh")
+    assert error(view, expected) <= tolerance(torch.float32)
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    outside.transpose(0, 1)[1:-1, :, 2:-1] = False
+    assert torch.equal(memory[outside].isnan(), before[outside].isnan())
+    spread = torch.full((T, B, 2 * D * H), float("nan"), device=DEVICE)
+    spread[..., ::2] = g_out
+    batch_first = g_out.transpose(0, 1).contiguous().transpose(0, 1)
+    for g in (torch.ones((), device=DEVICE).expand(T, B, D * H), batch_first, spread[..., ::2]):
+        _, dz = part(torch.zeros_like(z))
+        module.scan_backward(g, g_hn, view, w_hh, dz, lengths, "tanh", "ieee")
+        wide = (clean(g, lengths).double(), g_hn.double(), view.double(), w_hh.double())
+        assert error(dz, elman.reference.layer_dz(*wide, lengths, "tanh")) <= tolerance(torch.float32)
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize(("B", "I", "H"), [(1, 1, 1), (3, 5, 17), (18, 70, 33), (2, 0, 4)])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_cell(dtype, B, I, H, bias):
+    shapes = [(B, I), (B, H), (H, I), (H, H), (H,)]
+    x, h, w_ih, w_hh, b = (torch.randn(s, dtype=torch.float64).to(DEVICE, dtype) for s in shapes)
+    b = b if bias else None
+    for nonlinearity in ("tanh", "relu"):
+        out = torch.full((B, H), float("nan"), dtype=dtype, device=DEVICE)
+        step.cell(x, h, w_ih, w_hh, b, out, nonlinearity, "ieee")
+        wide = [None if t is None else t.double()[None] for t in (x, h, w_ih, w_hh, b)]
+        expected, _ = elman.reference.layer(*wide, None, nonlinearity)
+        assert error(out, expected[0]) <= tolerance(dtype)
+
+
+@triton.jit
+def apply_kernel(x, y, dy, N, RELU: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    h = activations.activate(tl.load(x + i, mask=i < N, other=0.0), RELU)
+    tl.store(y + i, h, mask=i < N)
+    g = tl.full((BLOCK,), 3.0, h.dtype)
+    tl.store(dy + i, activations.activate_backward(g, h, RELU), mask=i < N)
+
+
+def apply(x, relu):
+    y, dy = torch.empty_like(x), torch.empty_like(x)
+    apply_kernel[triton.cdiv(x.numel(), 1024),](x, y, dy, x.numel(), RELU=relu, BLOCK=1024)
+    return y, dy
+
+
+@pytest.mark.parametrize(("dtype", "tiny"), [(torch.float32, 1e-37), (torch.float64, 1e-300)], ids=str)
+def test_tanh_is_right_to_a_few_ulp(dtype, tiny):
+    exponents = torch.linspace(torch.tensor(tiny).log10().item() if dtype == torch.float32 else -300, 2, 4000)
+    x = torch.cat([10.0 ** exponents.double(), torch.linspace(0.6, 0.65, 2000).double()]).to(DEVICE, dtype)
+    x = torch.cat([x, -x, torch.tensor([0.0, 20.0, 1e4, float("inf")], dtype=dtype, device=DEVICE)])
+    y, dy = apply(x, relu=False)
+    expected = x.double().tanh()
+    ulp = torch.finfo(dtype).eps * expected.abs()
+    # Float64's own tanh, the truth here, is off by up to an ulp itself.
+    assert ((y.double() - expected).abs() <= 4 * ulp).all()
+    assert (y.abs() <= 1).all()
+    assert y[-1] == 1
+    assert torch.allclose(dy, 3 * (1 - y * y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+def test_activations_follow_torch_at_the_edges(dtype):
+    x = torch.tensor(
+        [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-30, -1e-30], dtype=dtype, device=DEVICE
+    )
+    for relu in (True, False):
+        y, dy = apply(x, relu)
+        expected = x.relu() if relu else x.tanh()
+        assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
+        g = torch.full_like(x, 3.0)
+        expected = torch.ops.aten.threshold_backward(g, y, 0) if relu else torch.ops.aten.tanh_backward(g, y)
+        assert torch.equal(dy.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.skipif(not common.INTERPRETED, reason="the interpreter's rounding")
+def test_bfloat16_rounds_to_nearest_under_the_interpreter():
+    """Triton's interpreter cuts; the error would be twice the hardware's and biased."""
+    z = torch.randn(1, 4, 16).to(torch.bfloat16)
+    output, zero = z.clone(), torch.zeros(1, 16, 16, dtype=z.dtype)
+    step.scan(output, torch.zeros(1, 4, 16, dtype=z.dtype), zero, None, "tanh", "ieee")
+    assert torch.equal(output, z.double().tanh().to(torch.bfloat16))
+
+
+@BOTH_KERNELS
+def test_launchers_say_what_is_wrong(module):
+    z, h0, w_hh, lengths, _, _ = problem(3, 2, 4, 1, torch.float32, ragged=True)
+    for message, arguments in {
+        "nonlinearity is 'gelu'": (z, h0, w_hh, None, "gelu", "ieee"),
+        "precision is 'fp8'": (z, h0, w_hh, None, "tanh", "fp8"),
+        "h0 is": (z, h0[:, :1], w_hh, None, "tanh", "ieee"),
+        "in its last dimension": (
+            z.transpose(1, 2).contiguous().transpose(1, 2),
+            h0,
+            w_hh,
+            None,
+            "tanh",
+            "ieee",
+        ),
+        "lengths is torch.int32": (z, h0, w_hh, lengths.int(), "tanh", "ieee"),
+        "w_hh has shape": (z, h0, w_hh[0], None, "tanh", "ieee"),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            module.scan(*arguments)
+
+
+def test_empty_sequences_launch_nothing():
+    for shape in [(0, 2, 4), (3, 0, 4)]:
+        z = torch.zeros(shape, device=DEVICE)
+        h0, w_hh = torch.zeros(1, shape[1], 4, device=DEVICE), torch.zeros(1, 4, 4, device=DEVICE)
+        for module in (step, resident):
+            module.scan(z, h0, w_hh, None, "tanh", "ieee")
+            module.scan_backward(None, None, z, w_hh, z.clone(), None, "tanh", "ieee")
+
+
+def test_resource_model():
+    assert configs.resident_fits(320, 2)
+    assert not configs.resident_fits(384, 2)
+    assert not configs.resident_fits(264, 2, 163 * configs.KIB)
+    assert configs.resident_fits(128, 4)
+    assert not configs.resident_fits(160, 4)  # "ieee" spills
+    assert configs.resident_fits(160, 4, precision="tf32x3")
+    assert not configs.resident_fits(192, 4, precision="tf32x3")  # both halves of W_hh
+    assert configs.resident_fits(192, 4, precision="tf32")
+    for itemsize in (2, 4, 8):
+        for H in range(1, 330):
+            c = configs.choose_resident(5000, H, 2, itemsize)
+            if configs.resident_fits(H, itemsize):
+                needed = configs.resident_bytes(H, itemsize, block_b=c.BLOCK_B)
+                assert needed <= configs.DEFAULT_LIMIT, (H, itemsize, c)
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """All five, for sm_90, with and without lengths, within the shared memory that the model gives them."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cross_compile", "sm_90", "bf16:40", "fp64:17"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 * 9, done.stdout

@@ -1,0 +1,545 @@
+"""Which backend a call goes to and why; the command line; the import."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import elman
+from elman import BackendUnavailableError, Elman, ElmanCell, ElmanNetwork, cli, routing
+
+ROOT = Path(__file__).parents[1]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+SHAPE = {"batch": 16, "seq": 64, "input": 32, "hidden": 64}
+X = torch.ones(3, 2, 5)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    """No variable of the caller's decides; conftest.py sets TRITON_INTERPRET for all other tests."""
+    monkeypatch.delenv("ELMAN_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this look like another machine to routing; nothing is run there."""
+
+    def make(cudnn: int | None = 91300, capability=(9, 0), triton=True, hip=None, shared=232448):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Simulated GPU")
+        properties = SimpleNamespace(
+            shared_memory_per_block=49152, shared_memory_per_block_optin=shared, multi_processor_count=132
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: cudnn is not None)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        find_spec = routing.importlib.util.find_spec
+        monkeypatch.setattr(
+            routing.importlib.util,
+            "find_spec",
+            lambda name, *args: (
+                (object() if triton else None) if name == "triton" else find_spec(name, *args)
+            ),
+        )
+
+    return make
+
+
+# Precedence
+
+# argument, use_backend (None: not used), ELMAN_BACKEND (None: not set) -> backend, on a machine that has all
+PRECEDENCE = [
+    (None, None, None, "cudnn"),
+    ("auto", None, None, "cudnn"),
+    ("auto", None, "eager", "eager"),
+    ("auto", None, "triton", "triton"),
+    ("auto", None, "auto", "cudnn"),
+    ("auto", "triton", None, "triton"),
+    ("auto", "triton", "eager", "triton"),
+    ("auto", "auto", "eager", "eager"),
+    ("eager", None, None, "eager"),
+    ("eager", "triton", None, "eager"),
+    ("eager", None, "triton", "eager"),
+    ("cudnn", "triton", "eager", "cudnn"),
+    ("triton:step", "cudnn", "eager", "triton"),
+    (None, "eager", "triton", "eager"),
+]
+
+
+@pytest.mark.parametrize(("argument", "chosen", "variable", "expected"), PRECEDENCE)
+def test_precedence(machine, monkeypatch, argument, chosen, variable, expected):
+    machine()
+    if variable is not None:
+        monkeypatch.setenv("ELMAN_BACKEND", variable)
+    with elman.use_backend(chosen or "auto"):
+        route = routing.route(argument, CUDA, torch.float32, 64, 16)
+    assert route.backend == expected
+    by_name = [name for name in (argument, chosen, variable) if name not in (None, "auto")]
+    assert ("asked for by name" in route.reason) == bool(by_name)
+    assert route.reason.startswith("auto: ") == (not by_name)
+
+
+W = [torch.ones(7, 5), torch.ones(7, 7), torch.ones(7), torch.ones(7)]
+CALLS = {
+    "Elman": lambda backend: Elman(5, 7, backend=backend)(X),
+    "ElmanCell": lambda backend: ElmanCell(5, 7, backend=backend)(X[0]),
+    "ElmanNetwork": lambda backend: ElmanNetwork(5, 7, 2, backend=backend)(X),
+    "elman": lambda backend: elman.elman(X, None, W, backend=backend),
+    "elman_step": lambda backend: elman.elman_step(X[0], None, *W, backend=backend),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_every_entry_obeys(call, monkeypatch):
+    # cudnn can't run on CPU tensors, so whoever listens to it raises.
+    call("auto")
+    with pytest.raises(BackendUnavailableError, match="cuDNN needs a CUDA GPU"):
+        call("cudnn")
+    with elman.use_backend("cudnn"):
+        call("eager")
+        with pytest.raises(BackendUnavailableError, match="cuDNN"):
+            call("auto")
+    monkeypatch.setenv("ELMAN_BACKEND", "cudnn")
+    with pytest.raises(BackendUnavailableError, match="cuDNN"):
+        call("auto")
+    with elman.use_backend("eager"):
+        call("auto")
+
+
+def chosen() -> str:
+    try:
+        elman.elman(X, None, W)
+    except BackendUnavailableError as error:
+        return "cudnn" if "cuDNN" in str(error) else "triton"
+    return "eager"
+
+
+def test_use_backend_nests_and_is_put_back_after_an_exception():
+    with elman.use_backend("cudnn"):
+        with elman.use_backend("triton"):
+            assert chosen() == "triton"
+            with elman.use_backend("eager"):
+                assert chosen() == "eager"
+            assert chosen() == "triton"
+        assert chosen() == "cudnn"
+        with pytest.raises(ZeroDivisionError), elman.use_backend("eager"):
+            raise ZeroDivisionError
+        assert chosen() == "cudnn"
+        with pytest.raises(ValueError, match="backend"), elman.use_backend("gpu"):
+            pytest.fail("the block was entered")
+        assert chosen() == "cudnn"
+    assert chosen() == "eager"
+
+
+def test_use_backend_holds_for_all_threads():
+    seen = []
+    with elman.use_backend("cudnn"):
+        thread = threading.Thread(target=lambda: seen.append(chosen()))
+        thread.start()
+        thread.join()
+    assert seen == ["cudnn"]
+
+
+def test_use_backend_decorates():
+    assert elman.use_backend("cudnn")(chosen)() == "cudnn"
+    assert chosen() == "eager"
+
+
+# Named backends that can't run: (backend, device, reason, remedy)
+REFUSED = [
+    ("cudnn", CPU, "tensors are on 'cpu'", "use 'eager'"),
+    ("triton", CPU, "on the CPU", "TRITON_INTERPRET=1"),
+    ("triton:step", CPU, "on the CPU", "TRITON_INTERPRET=1"),
+    ("triton", torch.device("xpu"), "'xpu'", "use 'eager'"),
+    ("cudnn", torch.device("xpu"), "'xpu'", "use 'eager'"),
+]
+
+
+@pytest.mark.parametrize(("backend", "device", "reason", "remedy"), REFUSED, ids=str)
+def test_a_named_backend_that_cannot_run_says_so(backend, device, reason, remedy):
+    with pytest.raises(BackendUnavailableError) as raised:
+        elman.explain(**SHAPE, device=device, backend=backend)
+    message = str(raised.value)
+    assert isinstance(raised.value, RuntimeError)
+    for words in (repr(backend.partition(":")[0]), "was asked for and can't run", reason, remedy):
+        assert words in message
+
+
+def test_the_error_stands_in_no_context():
+    # A sentence, not the tail of an ImportError's traceback.
+    with pytest.raises(BackendUnavailableError) as raised:
+        Elman(5, 7, backend="triton")(X)
+    assert raised.value.__cause__ is None
+    assert raised.value.__context__ is None
+
+
+def test_triton_on_the_cpu_under_its_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert elman.explain(**SHAPE, device="cpu", backend="triton").backend == "triton"
+    assert elman.explain(**SHAPE, device="cpu").backend == "eager", "the interpreter is no choice of auto's"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendUnavailableError):
+        elman.explain(**SHAPE, device="cpu", backend="triton")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "xpu"])
+def test_auto_without_cuda_is_eager(device):
+    route = elman.explain(**SHAPE, device=device)
+    assert route.backend == "eager"
+    assert route.reason.startswith("auto: ")
+    assert repr(device) in route.reason
+
+
+# Simulated machines
+
+# machine, dtype -> auto's backend, words of its reason
+MACHINES = {
+    "all there": ({}, torch.float32, "cudnn", ("timed",)),
+    "no cuDNN": ({"cudnn": None}, torch.float32, "triton", ("not cudnn", "no cuDNN")),
+    "no triton": ({"triton": False}, torch.float32, "cudnn", ()),
+    "old GPU": ({"capability": (7, 5)}, torch.float32, "cudnn", ()),
+    "old GPU, no cuDNN": (
+        {"capability": (7, 5), "cudnn": None},
+        torch.float32,
+        "eager",
+        ("not cudnn", "not triton", "Simulated GPU", "7.5", "8.0"),
+    ),
+    "nothing": (
+        {"triton": False, "cudnn": None},
+        torch.float32,
+        "eager",
+        ("no cuDNN", "Triton is not installed"),
+    ),
+    "old cuDNN, bfloat16": ({"cudnn": 90100}, torch.bfloat16, "triton", ("90100", "bfloat16", "9.13")),
+    "old cuDNN, float16": ({"cudnn": 90100}, torch.float16, "cudnn", ()),
+    "new cuDNN, bfloat16": ({"cudnn": 91300}, torch.bfloat16, "cudnn", ()),
+    "ROCm, no MIOpen": ({"hip": "6.4", "capability": (9, 4), "cudnn": None}, torch.float32, "triton", ()),
+    # A gfx number is no CUDA capability.
+    "ROCm, gfx7": ({"hip": "6.4", "capability": (7, 0), "cudnn": None}, torch.float32, "triton", ()),
+}
+
+
+@pytest.mark.parametrize(("what", "dtype", "backend", "words"), MACHINES.values(), ids=MACHINES.keys())
+def test_auto_on(machine, what, dtype, backend, words):
+    machine(**what)
+    route = elman.explain(**SHAPE, dtype=dtype, device="cuda")
+    assert route.backend == backend
+    assert route.reason.startswith("auto: ")
+    for word in words:
+        assert word in route.reason
+    assert elman.explain(**SHAPE, dtype=dtype) == route, "the GPU is the device unless another is named"
+
+
+# machine, dtype, backend -> words of the refusal
+REFUSALS = {
+    "no cuDNN": ({"cudnn": None}, torch.float32, "cudnn", ("no cuDNN", "torch.backends.cudnn.enabled")),
+    "no triton": (
+        {"triton": False},
+        torch.float32,
+        "triton",
+        ("not installed", "install the triton package"),
+    ),
+    "old GPU": ({"capability": (7, 5)}, torch.float32, "triton", ("7.5", "8.0 or newer", "use 'cudnn'")),
+    "old cuDNN": ({"cudnn": 90100}, torch.bfloat16, "cudnn", ("90100", "9.13", "use 'triton'")),
+    "too large": ({}, torch.float32, "triton:resident", ("4096", "232448 bytes", "triton:step")),
+}
+
+
+@pytest.mark.parametrize(("what", "dtype", "backend", "words"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_named_on(machine, what, dtype, backend, words):
+    machine(**what)
+    with pytest.raises(BackendUnavailableError, match="can't run") as raised:
+        elman.explain(**{**SHAPE, "hidden": 4096}, dtype=dtype, device="cuda", backend=backend)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_cudnn_switched_off(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    assert elman.explain(**SHAPE, device="cuda").backend == "triton"
+    with pytest.raises(BackendUnavailableError, match="switched off"):
+        elman.explain(**SHAPE, device="cuda", backend="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("shared", "hidden", "kernel"),
+    [(232448, 64, "resident"), (232448, 256, "resident"), (232448, 1024, "step"), (101376, 256, "step")],
+)
+def test_the_kernel_follows_the_chip_s_memory(machine, shared, hidden, kernel):
+    machine(shared=shared)
+    call = {**SHAPE, "hidden": hidden, "dtype": torch.bfloat16, "device": "cuda"}
+    route = elman.explain(**call, backend="triton")
+    assert route.kernel == kernel
+    assert str(shared) in route.reason
+    assert elman.explain(**call, backend="triton:step").kernel == "step"
+
+
+def test_available_backends_on(machine):
+    machine(cudnn=None, capability=(7, 5))
+    available = elman.available_backends()
+    assert list(available) == ["triton", "cudnn", "eager"]
+    assert available["eager"] is True
+    assert "7.5" in available["triton"]
+    assert "cuDNN" in available["cudnn"]
+    machine()
+    assert elman.available_backends() == {"triton": True, "cudnn": True, "eager": True}
+
+
+def test_available_backends_without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    available = elman.available_backends()
+    assert available["eager"] is True
+    assert "TRITON_INTERPRET=1" in available["triton"]
+    assert "CUDA" in available["cudnn"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert elman.available_backends()["triton"] is True
+
+
+# explain
+
+
+def test_explain_fields(machine):
+    machine()
+    route = elman.explain(**SHAPE, dtype=torch.bfloat16, device="cuda", backend="triton")
+    assert isinstance(route, elman.Route)
+    assert (route.backend, route.kernel) == ("triton", "resident")
+    assert "asked for by name" in route.reason
+    assert route.config
+    assert all(isinstance(value, int) for value in route.config.values())
+    for part in ("triton", "resident", *map(str, route.config.values()), route.reason):
+        assert part in str(route)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        route.backend = "eager"
+    eager = elman.explain(**SHAPE, device="cpu", backend="eager")
+    assert (eager.backend, dict(eager.config)) == ("eager", {})
+    assert str(eager).startswith("eager")
+
+
+def test_explain_listens_to_use_backend_and_the_variable(monkeypatch):
+    with elman.use_backend("cudnn"), pytest.raises(BackendUnavailableError):
+        elman.explain(**SHAPE, device="cpu")
+    monkeypatch.setenv("ELMAN_BACKEND", "eager")
+    assert "asked for by name" in elman.explain(**SHAPE, device="cpu").reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "cudnn"])
+def test_explain_of_a_cuda_device_that_is_not_there(backend):
+    with pytest.raises(BackendUnavailableError, match="CUDA"):
+        elman.explain(**SHAPE, device="cuda", backend=backend)
+    assert elman.explain(**SHAPE, device="cuda").backend == "eager", "auto never fails for want of a backend"
+
+
+# float32
+
+
+@pytest.fixture
+def tf32_switches():
+    before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    yield
+    torch.backends.cudnn.rnn.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.usefixtures("tf32_switches")
+def test_float32_precision_follows_both_switches():
+    for allowed, expected in ((True, "tf32"), (False, "ieee"), (True, "tf32")):
+        torch.backends.cudnn.allow_tf32 = allowed
+        assert routing.float32_precision(CUDA) == expected
+    for precision in ("ieee", "tf32"):
+        torch.backends.cudnn.rnn.fp32_precision = precision
+        assert routing.float32_precision(CUDA) == precision
+    # Convolutions have a switch of their own.
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert routing.float32_precision(CUDA) == "ieee"
+
+
+@pytest.mark.usefixtures("tf32_switches")
+def test_float32_precision_on_the_cpu_is_ieee():
+    torch.backends.cudnn.allow_tf32 = True
+    assert routing.float32_precision(CPU) == "ieee"
+
+
+# The command line
+
+SIZES = ["--batch", "16", "--seq", "1024", "--input", "768", "--hidden", "768"]
+EXPLAIN = ["explain", *SIZES, "--dtype", "bfloat16", "--device", "cpu"]
+
+
+def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    """A new interpreter in the root, without the variables that decide between backends."""
+    ours = ("ELMAN_BACKEND", "TRITON_INTERPRET", "PYTHONWARNINGS")
+    inherited = {k: v for k, v in os.environ.items() if k not in ours}
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_doctor():
+    done = python("-m", "elman", "doctor")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        f"elman {elman.__version__}",
+        f"torch {torch.__version__.split('+')[0]}",
+        "triton",
+        "cuDNN",
+        "Devices",
+        "cpu:",
+        "Backends",
+        "eager: runs",
+        "ELMAN_BACKEND is not set",
+        "TRITON_INTERPRET is not set",
+        "Caches",
+    ):
+        assert words in done.stdout
+    assert done.stderr == ""
+
+
+def test_explain_as_a_command():
+    done = python("-m", "elman", *EXPLAIN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("eager")
+    assert done.stdout.count("\n") == 1
+    done = python("-m", "elman", *EXPLAIN, ELMAN_BACKEND="cudnn")
+    assert done.returncode == 1
+    assert "can't run" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# arguments added to EXPLAIN (the last of a kind counts) -> exit status, words
+COMMANDS = [
+    ((), 0, "eager"),
+    (("--backend", "eager"), 0, "asked for by name"),
+    (("--backend", "cudnn"), 1, "cuDNN needs a CUDA GPU"),
+    (("--backend", "triton"), 1, "TRITON_INTERPRET=1"),
+    (("--batch", "0"), 1, "batch is 0"),
+    (("--hidden", "-5"), 1, "hidden is -5"),
+    (("--device", "nowhere"), 1, "nowhere"),
+    (("--backend", "gpu"), 2, "gpu"),
+    (("--dtype", "int8"), 2, "int8"),
+    (("--batch", "two"), 2, "two"),
+]
+
+
+@pytest.mark.parametrize(("added", "status", "words"), COMMANDS, ids=str)
+def test_explain_exit_status(capsys, added, status, words):
+    try:
+        got = cli.main([*EXPLAIN, *added])
+    except SystemExit as exit:  # argparse's own way out
+        got = exit.code
+    assert got == status
+    printed = capsys.readouterr()
+    assert words in printed.out + printed.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["heal"], ["explain", "--batch", "1"]], ids=str)
+def test_wrong_commands_exit_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+    assert raised.value.code == 2
+    assert "usage: python -m elman" in capsys.readouterr().err
+
+
+def test_doctor_names_the_variables_that_decide(monkeypatch, capsys):
+    monkeypatch.setenv("ELMAN_BACKEND", "eager")
+    assert cli.main(["doctor"]) == 0
+    assert "ELMAN_BACKEND is eager" in capsys.readouterr().out
+
+
+# The import
+
+IMPORT = """
+import json, os, sys, time
+import torch
+
+def queried(*args, **kwargs):
+    raise AssertionError("import elman asked a device something")
+
+for name in ("is_available", "device_count", "get_device_properties", "get_device_capability", "init"):
+    setattr(torch.cuda, name, queried)
+before, environment, state = set(sys.modules), dict(os.environ), torch.get_rng_state()
+# Of this process alone: what else the machine does meanwhile is not the import's.
+start = time.process_time()
+import elman
+seconds = time.process_time() - start
+new = set(sys.modules) - before
+print(json.dumps({
+    "milliseconds": 1000 * seconds,
+    "heavy": sorted(m for m in new if m.split(".")[0] in ("triton", "matplotlib", "numpy", "tabulate")),
+    "kernels": sorted(m for m in new if "kernels" in m),
+    "same environment": dict(os.environ) == environment,
+    "same generator": torch.equal(torch.get_rng_state(), state),
+    "cuda": torch.cuda.is_initialized(),
+}))
+"""
+
+
+def test_import_is_light_and_changes_nothing():
+    times = []
+    for _ in range(3):
+        done = python("-c", IMPORT)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        times.append(report.pop("milliseconds"))
+        assert report == {
+            "heavy": [],
+            "kernels": [],
+            "same environment": True,
+            "same generator": True,
+            "cuda": False,
+        }
+    assert min(times) < 50, times
+
+
+WITHOUT_TRITON = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch, elman
+layer = elman.Elman(5, 7)
+layer(torch.ones(3, 2, 5))[0].sum().backward()
+assert layer.weight_hh_l0.grad is not None
+assert elman.available_backends()["eager"] is True
+assert "install the triton package" in elman.available_backends()["triton"]
+for backend in ("triton", "triton:step"):
+    layer.backend = backend
+    try:
+        layer(torch.ones(3, 2, 5))
+    except elman.BackendUnavailableError as error:
+        print(error)
+"""
+
+
+def test_without_triton_eager_works_and_triton_says_why_not():
+    # Under TRITON_INTERPRET=1 nothing but the missing package stands in triton's way.
+    done = python("-c", WITHOUT_TRITON, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "backend 'triton' was asked for and can't run: Triton is not installed" in line
+        assert "install the triton package" in line
