@@ -60,10 +60,13 @@ def _layer(
 ) -> tuple[Tensor, Tensor]:
     if kernel == "eager":
         output = eager.forward(x, h0, w_ih, w_hh, bias, lengths, nonlinearity)
+    elif kernel == "step" and len(x) == len(w_hh) == 1:
+        output = x.new_empty(1, x.shape[1], w_hh.shape[1])
+        b = None if bias is None else bias[0]
+        _module(kernel).cell(x[0], h0[0], w_ih[0], w_hh[0], b, output[0], nonlinearity, precision)
     else:
         output = eager.project(x, w_ih, bias)
-        if output.numel():
-            _module(kernel).scan(output, h0.contiguous(), w_hh.contiguous(), lengths, nonlinearity, precision)
+        _module(kernel).scan(output, h0, w_hh, lengths, nonlinearity, precision)
     return output, _at_last_step(output, w_hh, lengths)
 
 
@@ -80,11 +83,7 @@ def _layer_dz(
     if kernel == "eager":
         return eager.backward(g_out, g_hn, output, w_hh, lengths, nonlinearity)
     dz = torch.empty_like(output)
-    if dz.numel():
-        g_hn = None if g_hn is None else g_hn.contiguous()
-        _module(kernel).scan_backward(
-            g_out, g_hn, output, w_hh.contiguous(), dz, lengths, nonlinearity, precision
-        )
+    _module(kernel).scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision)
     return dz
 
 

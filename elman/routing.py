@@ -73,8 +73,15 @@ def check_name(name: str, source: str = "backend") -> str:
     return name
 
 
-def route(requested: str | None, device: torch.device, dtype: torch.dtype, hidden: int, batch: int) -> Route:
-    """The Route of a call on tensors of this device and dtype; hidden is H, batch is B.
+def route(
+    requested: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    batch: int,
+    directions: int = 1,
+) -> Route:
+    """The Route of a call on tensors of this device and dtype; hidden is H, batch B, directions D.
 
     Raises BackendUnavailableError where a backend was asked for by name and can't run.
     """
@@ -84,12 +91,18 @@ def route(requested: str | None, device: torch.device, dtype: torch.dtype, hidde
     if name == "auto" and "ELMAN_BACKEND" in os.environ:
         name = check_name(os.environ["ELMAN_BACKEND"], "the environment variable ELMAN_BACKEND")
     if name == "auto":
-        return _automatic(device, dtype, hidden, batch)
-    backend, _, kernel = name.partition(":")
-    why_not = unavailable(backend, device, dtype)
-    if why_not:
-        raise BackendUnavailableError(f"backend {backend!r} was asked for and can't run: {why_not}")
-    return _named(backend, kernel, device, dtype, hidden, batch, "asked for by name")
+        name, reason = _automatic(device, dtype)
+    else:
+        reason = "asked for by name"
+        backend = name.partition(":")[0]
+        why_not = unavailable(backend, device, dtype)
+        if why_not:
+            raise BackendUnavailableError(f"backend {backend!r} was asked for and can't run: {why_not}")
+    if name == "eager":
+        return Route("eager", "eager", reason)
+    if name == "cudnn":
+        return Route("cudnn", "nn.RNN", reason)
+    return _triton_route(name.partition(":")[2], reason, device, dtype, (batch, hidden, directions))
 
 
 def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -140,10 +153,10 @@ def _triton_is_installed() -> bool:
         return False
 
 
-def _automatic(device: torch.device, dtype: torch.dtype, hidden: int, batch: int) -> Route:
+def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that "auto" takes, and why."""
     if device.type != "cuda":
-        reason = f"auto: the loop on plain torch is the only backend for tensors on {device.type!r}"
-        return _named("eager", "", device, dtype, hidden, batch, reason)
+        return "eager", f"auto: the loop on plain torch is the only backend for tensors on {device.type!r}"
     why_not = {b: unavailable(b, device, dtype) for b in ("cudnn", "triton", "eager")}
     backend = next(b for b, reason in why_not.items() if reason is None)
     reasons = {
@@ -151,41 +164,31 @@ def _automatic(device: torch.device, dtype: torch.dtype, hidden: int, batch: int
         "triton": f"not cudnn, because {why_not['cudnn']}",
         "eager": f"not cudnn, because {why_not['cudnn']}; not triton, because {why_not['triton']}",
     }
-    return _named(backend, "", device, dtype, hidden, batch, f"auto: {reasons[backend]}")
+    return backend, f"auto: {reasons[backend]}"
 
 
-def _named(
-    backend: str,
-    kernel: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    hidden: int,
-    batch: int,
-    reason: str,
+def _triton_route(
+    kernel: str, reason: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> Route:
-    if backend == "eager":
-        return Route("eager", "eager", reason)
-    if backend == "cudnn":
-        return Route("cudnn", "nn.RNN", reason)
     from .kernels import configs
+    from .kernels.common import chip
 
-    limit, processors = configs.DEFAULT_LIMIT, configs.DEFAULT_PROCESSORS
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        # ROCm's properties have no opt-in limit.
-        limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-        processors = properties.multi_processor_count
-    fits = configs.resident_fits(hidden, dtype.itemsize, limit)
+    (B, H, D), itemsize, precision = sizes, dtype.itemsize, float32_precision(device)
+    processors, limit = chip(device)
+    fits = configs.resident_fits(H, itemsize, limit, precision)
+    room = f"on one multiprocessor, which grants {limit} bytes"
     if kernel == "resident" and not fits:
         raise BackendUnavailableError(
-            f"kernel 'resident' was asked for and can't run: W_hh with hidden size {hidden} in {dtype} "
-            f"does not fit in the {limit} bytes of one multiprocessor; use 'triton' or 'triton:step'"
+            f"kernel 'resident' was asked for and can't run: W_hh with hidden size {H} in {dtype} does not "
+            f"fit {room}; use 'triton' or 'triton:step'"
         )
     if not kernel:
         kernel = "resident" if fits else "step"
-        reason += f"; W_hh {'fits' if fits else 'does not fit'} in one multiprocessor's {limit} bytes"
-    choose = configs.choose_resident if kernel == "resident" else configs.choose_step
-    return Route("triton", kernel, reason, asdict(choose(batch, hidden, 1, dtype.itemsize, processors)))
+        reason += f"; W_hh {'fits' if fits else 'does not fit'} {room}"
+    if kernel == "resident":
+        resident = configs.choose_resident(B, H, D, itemsize, processors, limit, precision)
+        return Route("triton", kernel, reason, asdict(resident))
+    return Route("triton", kernel, reason, asdict(configs.choose_step(B, H, D, itemsize, processors)))
 
 
 def float32_precision(device: torch.device) -> str:
@@ -213,6 +216,7 @@ def explain(
     hidden: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    bidirectional: bool = False,
     backend: str = "auto",
 ) -> Route:
     """The Route that a call of this shape would take; nothing is run and nothing is allocated.
@@ -231,4 +235,4 @@ def explain(
         raise ValueError(f"dtype is {dtype}; expected {', '.join(map(str, DTYPES))}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return route(check_name(backend), torch.device(device), dtype, hidden, batch)
+    return route(backend, torch.device(device), dtype, hidden, batch, 2 if bidirectional else 1)

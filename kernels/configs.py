@@ -50,18 +50,19 @@ MAX_FMA_HIDDEN = 128
 
 def choose_step(B: int, H: int, D: int, itemsize: int, processors: int = DEFAULT_PROCESSORS) -> StepConfig:
     """A forward or backward step: narrower column blocks until there is a program for each processor."""
-    block_b = _power_of_two(B, 16, 64 if itemsize <= 4 else 32)
+    block_b = _power_of_two(B, 16, 64 if itemsize == 2 else 32)
     tiles = D * _ceil(B, block_b)
-    block_n = _power_of_two(H, 16, 64)
+    # float32 without a tensor core ("ieee") spills kilobytes in larger blocks than these.
+    block_n = _power_of_two(H, 16, 64 if itemsize == 2 else 32)
     while block_n > 16 and tiles * _ceil(H, block_n) < processors:
         block_n //= 2
-    return StepConfig(block_b, block_n, _power_of_two(H, 16, 256 // itemsize))
+    return StepConfig(block_b, block_n, _power_of_two(H, 16, 128 if itemsize == 2 else 32))
 
 
 def choose_cell(B: int, I: int, H: int, itemsize: int, processors: int = DEFAULT_PROCESSORS) -> StepConfig:
     """The cell: the step's blocks; one BLOCK_K serves both of its sums."""
     step = choose_step(B, H, 1, itemsize, processors)
-    return StepConfig(step.BLOCK_B, step.BLOCK_N, _power_of_two(max(I, H), 16, 256 // itemsize))
+    return StepConfig(step.BLOCK_B, step.BLOCK_N, _power_of_two(max(I, H), 16, 128 if itemsize == 2 else 32))
 
 
 def choose_resident(
@@ -83,13 +84,14 @@ def choose_resident(
     block_b = 16
     while (
         D * _ceil(B, block_b) > processors
+        and block_b < (64 if itemsize == 2 else 32)
         and 2 * block_b * padded * itemsize <= 8 * KIB
         and resident_bytes(H, itemsize, precision, 2 * block_b) <= limit_bytes
     ):
         block_b *= 2
     # 8 warps for twice the registers. They share out columns, so narrow tiles leave half of them idle.
     wide = chunk >= 64 and block_b * padded > 2048
-    return ResidentConfig(block_b, chunk, 8 if wide or (itemsize >= 4 and H > 64) else 4)
+    return ResidentConfig(block_b, chunk, 8 if wide or (itemsize >= 4 and block_b * padded > 1024) else 4)
 
 
 def resident_fits(

@@ -54,6 +54,7 @@ def forward_kernel(
     acc = tl.load(pointers, mask=live[:, None] & (rn[None, :] < H), other=0.0).to(ACC)
     w = w_hh + d.to(tl.int64) * H * H
     acc = add_product(acc, h_prev, live, w, 1, H, rn, H, H, BLOCK_K, PRECISION, INTERPRET)
+    # Past the lengths the sum is 0, unless the weight holds NaN or infinity.
     h = rounded(tl.where(live[:, None], activate(acc, RELU), 0.0), z.dtype.element_ty, INTERPRET)
     tl.store(pointers, h, mask=(rb[:, None] < B) & (rn[None, :] < H))
 
