@@ -1,7 +1,6 @@
 """What the kernels share: the product, row masks, tiles of rows, and the launchers' checks."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 
 import torch
 import triton
@@ -153,7 +152,6 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-@lru_cache
 def chip(device: torch.device) -> tuple[int, int]:
     """(multiprocessors, shared memory in bytes that one program may have) of a device."""
     if device.type != "cuda":
