@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -114,7 +115,8 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
     if not _triton_is_installed():
         return "Triton is not installed; install the triton package, or use backend 'eager'"
     if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        kernels = sys.modules.get("elman.kernels.common")
+        if os.environ.get("TRITON_INTERPRET") == "1" and (kernels is None or kernels.INTERPRETED):
             return None
         return (
             "the tensors are on the CPU, where Triton kernels run in Triton's interpreter only; set "

@@ -64,7 +64,12 @@ with elman.use_backend("triton"):
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "torch.Size([2, 1, 4])"
