@@ -17,7 +17,8 @@ to the storage dtype every step, exactly as `output` holds it.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -43,26 +44,27 @@ def forward(
     if batch is not None:
         x, h0 = batch.sort(x), batch.sort(h0)
     output = project(x.to(compute), w_ih.to(compute), None if bias is None else bias.to(compute))
-    for d in range(D):
-        rows = _rows(output, d, H, batch)
-        h = start = h0[d, 0] if B == 1 and batch is None else h0[d]
-        h = h.to(compute)
-        add_product = _adder(w_hh[d].to(compute).t(), B if batch is None else 0)
-        for t in range(T) if d == 0 else range(T - 1, -1, -1):
-            z = rows[t]
-            if batch is not None:
-                n = batch.active[t]
-                # Forward, rows leave as t grows; reversed, rows of t + 1 steps begin here with h0.
-                h = h[:n] if len(h) >= n else torch.cat([h, start[len(h) : n].to(compute)])
-                z = z[:n]
-            total = add_product(z, h)
-            if total is z:
-                act_(z)
-            else:
-                act(total, out=z)
-            if compute != dtype:
-                z.copy_(z.to(dtype))
-            h = z
+    with _threads_for(output, B * H * H):
+        for d in range(D):
+            rows = _rows(output, d, H, batch)
+            h = start = h0[d, 0] if B == 1 and batch is None else h0[d]
+            h = h.to(compute)
+            add_product = _adder(w_hh[d].to(compute).t(), B if batch is None else 0)
+            for t in range(T) if d == 0 else range(T - 1, -1, -1):
+                z = rows[t]
+                if batch is not None:
+                    n = batch.active[t]
+                    # Forward, rows leave as t grows; reversed, rows of t + 1 steps begin here with h0.
+                    h = h[:n] if len(h) >= n else torch.cat([h, start[len(h) : n].to(compute)])
+                    z = z[:n]
+                total = add_product(z, h)
+                if total is z:
+                    act_(z)
+                else:
+                    act(total, out=z)
+                if compute != dtype:
+                    z.copy_(z.to(dtype))
+                h = z
     return output.to(dtype) if batch is None else batch.unsort_(output).to(dtype)
 
 
@@ -85,34 +87,35 @@ def backward(
         g_out, g_hn = (None if g is None else batch.sort(g) for g in (g_out, g_hn))
     output = output.to(compute)
     dz = torch.zeros_like(output) if g_out is None else torch.empty_like(output).copy_(g_out)
-    for d in range(D):
-        if g_hn is not None:
-            columns = slice(d * H, (d + 1) * H)
-            if d == 1 or batch is None:
-                dz[0 if d == 1 else -1, :, columns] += g_hn[d]
-            else:
-                dz[batch.last, torch.arange(B, device=dz.device), columns] += g_hn[d].to(compute)
-        h, g = _rows(output, d, H, batch), _rows(dz, d, H, batch)
-        add_product = _adder(w_hh[d].to(compute), B if batch is None else 0)
-        later = None
-        for t in range(T - 1, -1, -1) if d == 0 else range(T):
-            total = g_t = g[t]
-            h_t = h[t]
-            if batch is not None:
-                n = batch.active[t]
-                g_t, h_t = g_t[:n], h_t[:n]
-                # Of the rows here, those that have a later step; it may have rows that begin there.
-                if later is not None:
-                    n = min(n, len(later))
-                    add_product(g_t[:n], later[:n])
-                total = g_t
-            elif later is not None:
-                total = add_product(g_t, later)
-            if tanh:
-                _TANH_BACKWARD(total, h_t, grad_input=g_t)
-            else:
-                _THRESHOLD_BACKWARD(total, h_t, 0, grad_input=g_t)
-            later = g_t
+    with _threads_for(dz, B * H * H):
+        for d in range(D):
+            if g_hn is not None:
+                columns = slice(d * H, (d + 1) * H)
+                if d == 1 or batch is None:
+                    dz[0 if d == 1 else -1, :, columns] += g_hn[d]
+                else:
+                    dz[batch.last, torch.arange(B, device=dz.device), columns] += g_hn[d].to(compute)
+            h, g = _rows(output, d, H, batch), _rows(dz, d, H, batch)
+            add_product = _adder(w_hh[d].to(compute), B if batch is None else 0)
+            later = None
+            for t in range(T - 1, -1, -1) if d == 0 else range(T):
+                total = g_t = g[t]
+                h_t = h[t]
+                if batch is not None:
+                    n = batch.active[t]
+                    g_t, h_t = g_t[:n], h_t[:n]
+                    # Of the rows here, those that have a later step; it may have rows that begin there.
+                    if later is not None:
+                        n = min(n, len(later))
+                        add_product(g_t[:n], later[:n])
+                    total = g_t
+                elif later is not None:
+                    total = add_product(g_t, later)
+                if tanh:
+                    _TANH_BACKWARD(total, h_t, grad_input=g_t)
+                else:
+                    _THRESHOLD_BACKWARD(total, h_t, 0, grad_input=g_t)
+                later = g_t
     return dz if batch is None else batch.unsort_(dz)
 
 
@@ -147,6 +150,24 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
 _RELU = torch.ops.aten.relu.out
 _TANH_BACKWARD = torch.ops.aten.tanh_backward.grad_input
 _THRESHOLD_BACKWARD = torch.ops.aten.threshold_backward.grad_input
+
+
+@contextmanager
+def _threads_for(tensor: Tensor, work: int) -> Iterator[None]:
+    """One thread for steps of so few multiply-adds that two would spend them on meeting each other.
+
+    At B = 8, H = 64 a step so takes half the time. The limit was measured on two cores; the number of
+    threads is the process's, so other threads' products may be slower meanwhile, never wrong.
+    """
+    threads = torch.get_num_threads()
+    if tensor.device.type != "cpu" or threads == 1 or work > 2**16:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rows(sequence: Tensor, d: int, H: int, batch: _SortedBatch | None) -> tuple[Tensor, ...]:

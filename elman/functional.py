@@ -123,7 +123,7 @@ def elman_step(
         else:
             ((w1, w2, b),) = stacked_weights(weights, 1, 1, len(weights) == 4)
             precision = routing.float32_precision(x.device)
-            new = ops.layer(x[None], h[None], w1, w2, b, None, nonlinearity, "step", precision)[0][0]
+            new = ops.layer(x[None], h[None], w1, w2, b, None, nonlinearity, "cell", precision)[0][0]
     return new if batched else new.squeeze(0)
 
 

@@ -7,7 +7,8 @@ Only the scans depend on the kernel. What is left of the backward pass is produc
 sequence, the vendor's library's work. Saved for it are the input, the weights and the output, nothing
 else: act' follows from the output.
 
-`kernel` is "eager", or the name of a module of elman.kernels ("step", "resident").
+`kernel` is "eager", the name of a module of elman.kernels ("step", "resident"), or "cell": the step
+kernel with the input product in the same launch, for T = 1 and D = 1.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def _layer(
 ) -> tuple[Tensor, Tensor]:
     if kernel == "eager":
         output = eager.forward(x, h0, w_ih, w_hh, bias, lengths, nonlinearity)
-    elif kernel == "step" and len(x) == len(w_hh) == 1:
+    elif kernel == "cell":
         output = x.new_empty(1, x.shape[1], w_hh.shape[1])
         b = None if bias is None else bias[0]
-        _module(kernel).cell(x[0], h0[0], w_ih[0], w_hh[0], b, output[0], nonlinearity, precision)
+        _module("step").cell(x[0], h0[0], w_ih[0], w_hh[0], b, output[0], nonlinearity, precision)
     else:
         output = eager.project(x, w_ih, bias)
         _module(kernel).scan(output, h0, w_hh, lengths, nonlinearity, precision)
@@ -83,7 +84,8 @@ def _layer_dz(
     if kernel == "eager":
         return eager.backward(g_out, g_hn, output, w_hh, lengths, nonlinearity)
     dz = torch.empty_like(output)
-    _module(kernel).scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision)
+    module = _module("step" if kernel == "cell" else kernel)
+    module.scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision)
     return dz
 
 

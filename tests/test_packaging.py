@@ -47,7 +47,8 @@ def test_wheel_states_licence_and_dependencies(built):
 
 
 def test_sdist_builds_without_the_checkout(built):
-    names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
+    with tarfile.open(built[1]) as sdist:
+        names = {name.split("/", 1)[-1] for name in sdist.getnames()}
     assert {f"kernels/{name}" for name in modules("kernels")} <= names
     assert {"pyproject.toml", "README.md", "LICENSE", "elman/py.typed"} <= names
 
