@@ -17,13 +17,14 @@ to the storage dtype every step, exactly as `output` holds it.
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-COMPUTE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+from .reference import COMPUTE
 
 
 def forward(
@@ -156,11 +157,11 @@ _THRESHOLD_BACKWARD = torch.ops.aten.threshold_backward.grad_input
 def _threads_for(tensor: Tensor, work: int) -> Iterator[None]:
     """One thread for steps of so few multiply-adds that two would spend them on meeting each other.
 
-    At B = 8, H = 64 a step so takes half the time. The limit was measured on two cores; the number of
-    threads is the process's, so other threads' products may be slower meanwhile, never wrong.
+    At B = 8, H = 64 a step so takes half the time; the limit was measured on two cores. The setting is
+    the process's, and a thread that starts meanwhile would keep it, so only a lone thread changes it.
     """
     threads = torch.get_num_threads()
-    if tensor.device.type != "cpu" or threads == 1 or work > 2**16:
+    if tensor.device.type != "cpu" or threads == 1 or work > 2**16 or threading.active_count() > 1:
         yield
         return
     torch.set_num_threads(1)

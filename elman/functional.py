@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -52,6 +52,9 @@ def elman(
         raise ValueError(f"num_layers is {num_layers}; expected at least 1")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout is {dropout}; expected a probability, 0 to 1")
+    if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights is a {type(weights).__name__}; expected a list of tensors, as nn.RNN keeps")
+    weights = list(weights)
     _check_sequence(input, hx, weights, num_layers, D, bias, batch_first)
     input, hx, weights, plain = _prepare(input, hx, weights, ValueError)
     batched = input.dim() == 3
@@ -113,7 +116,7 @@ def elman_step(
         x, h = x.unsqueeze(0), None if h is None else h.unsqueeze(0)
     if h is None:
         h = x.new_zeros(len(x), len(weights[1]))
-    route = routing.route(backend, x.device, x.dtype, h.shape[1], len(x))
+    route = routing.route(backend, x.device, x.dtype, h.shape[1], len(x), one_step=True)
     with plain:
         if route.backend == "eager":
             new = eager.step(x, h, *weights, nonlinearity=nonlinearity)
@@ -123,7 +126,7 @@ def elman_step(
         else:
             ((w1, w2, b),) = stacked_weights(weights, 1, 1, len(weights) == 4)
             precision = routing.float32_precision(x.device)
-            new = ops.layer(x[None], h[None], w1, w2, b, None, nonlinearity, "cell", precision)[0][0]
+            new = ops.layer(x[None], h[None], w1, w2, b, None, nonlinearity, route.kernel, precision)[0][0]
     return new if batched else new.squeeze(0)
 
 
@@ -152,11 +155,10 @@ def _check_sequence(
             "without a batch, (T, I)"
         )
     per_group, groups = 4 if bias else 2, num_layers * D
-    if not isinstance(weights, Sequence) or len(weights) != groups * per_group:
-        number = f"{len(weights)} tensors" if isinstance(weights, Sequence) else type(weights).__name__
+    if len(weights) != groups * per_group:
         raise ValueError(
-            f"weights is {number}; expected a list of {groups * per_group} tensors, {per_group} for each "
-            f"of {num_layers} layers and {D} directions"
+            f"weights is {len(weights)} tensors; expected a list of {groups * per_group} tensors, "
+            f"{per_group} for each of {num_layers} layers and {D} directions"
         )
     H = _check_weights(weights, input, per_group, D)
     batched = input.dim() == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Elman(nn.RNNBase):
             raise TypeError(f"Elman has no option {', '.join(unsupported)}; see help(elman.Elman)")
         if nonlinearity not in tuple(MODES):
             raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
-        if not isinstance(num_layers, int):
+        if not isinstance(num_layers, Integral):
             raise TypeError(f"num_layers is a {type(num_layers).__name__}; expected an int")
         if not isinstance(bidirectional, bool):
             raise TypeError(f"bidirectional is a {type(bidirectional).__name__}; expected a bool")

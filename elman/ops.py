@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import eager, reference
 
@@ -39,8 +40,11 @@ def layer(
     kernel as above; precision, "ieee", "tf32" or "tf32x3", is that of a float32 product in Triton.
     """
     arguments = (x, h0, w_ih, w_hh, bias, lengths, nonlinearity, kernel, precision)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.elman.layer(*arguments)
+    if forward_ad._current_level >= 0:
+        # The operator has no forward-mode derivative, and would drop a tangent without a word.
+        return reference.layer(x, h0, w_ih, w_hh, bias, lengths, nonlinearity)
     if torch._C._are_functorch_transforms_active():
         return _Layer.apply(*arguments)
     if torch.is_grad_enabled() or type(x) is not Tensor:
@@ -131,7 +135,7 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
     if torch.is_grad_enabled():
         # A second derivative is wanted, and it flows through the state too: redo both scans in
         # differentiable torch, in the precision that the kernels accumulate in.
-        compute = eager.COMPUTE.get(x.dtype, x.dtype)
+        compute = reference.COMPUTE.get(x.dtype, x.dtype)
         x, h0, w_ih, w_hh = (t.to(compute) for t in (x, h0, w_ih, w_hh))
         b = None if bias is None else bias.to(compute)
         g_out, g_hn = (None if g is None else g.to(compute) for g in (g_out, g_hn))
@@ -214,7 +218,7 @@ def _register() -> torch.library.Library:
 
     @torch.library.register_fake("elman::layer_dz", lib=library)
     def _(g_out, g_hn, output, w_hh, lengths, nonlinearity, kernel, precision):
-        compute = eager.COMPUTE.get(output.dtype, output.dtype) if kernel == "eager" else output.dtype
+        compute = reference.COMPUTE.get(output.dtype, output.dtype) if kernel == "eager" else output.dtype
         return output.new_empty(output.shape, dtype=compute)
 
     torch.library.register_autograd("elman::layer", _backward, setup_context=_setup_context, lib=library)

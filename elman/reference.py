@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+# The dtype in which every backend adds products up, where it is not the tensors' own.
+COMPUTE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 def layer(

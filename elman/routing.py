@@ -3,8 +3,8 @@
 A backend asked for by name (the layer's argument first, then `use_backend`, then ELMAN_BACKEND) runs or
 raises BackendUnavailableError; nothing else ever runs in its place. "auto" takes what is there:
 
-    CUDA    cudnn, else triton, else eager      (no Triton kernel has been timed on a GPU yet)
-    other   eager
+    a sequence on CUDA    cudnn, else triton, else eager    (no Triton kernel has been timed yet)
+    anything else         eager
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ KERNELS = ("resident", "step")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("auto", *BACKENDS, *(f"triton:{kernel}" for kernel in KERNELS))
 
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # what an import hook that hides a package raises
+        return False
+
+
+# Found out once, and not imported: torch.compile can't trace the search.
+TRITON_IS_INSTALLED = _is_installed("triton")
 NO_CUDA = "this machine has no CUDA device (torch.cuda.is_available() is False); use 'eager'"
 
 # A plain global, as PyTorch's own switches are: torch.compile guards on it and so compiles again when it
@@ -81,9 +91,12 @@ def route(
     hidden: int,
     batch: int,
     directions: int = 1,
+    one_step: bool = False,
 ) -> Route:
     """The Route of a call on tensors of this device and dtype; hidden is H, batch B, directions D.
 
+    one_step: the call is `elman_step`, for which "auto" takes nn.RNNCell's own operator everywhere, and
+    Triton has one kernel, whatever is forced for sequences.
     Raises BackendUnavailableError where a backend was asked for by name and can't run.
     """
     name = check_name("auto" if requested is None else requested)
@@ -91,7 +104,9 @@ def route(
         name = _chosen
     if name == "auto" and "ELMAN_BACKEND" in os.environ:
         name = check_name(os.environ["ELMAN_BACKEND"], "the environment variable ELMAN_BACKEND")
-    if name == "auto":
+    if name == "auto" and one_step:
+        name, reason = "eager", "auto: one step is one call of torch's own operator"
+    elif name == "auto":
         name, reason = _automatic(device, dtype)
     else:
         reason = "asked for by name"
@@ -103,7 +118,8 @@ def route(
         return Route("eager", "eager", reason)
     if name == "cudnn":
         return Route("cudnn", "nn.RNN", reason)
-    return _triton_route(name.partition(":")[2], reason, device, dtype, (batch, hidden, directions))
+    kernel = "cell" if one_step else name.partition(":")[2]
+    return _triton_route(kernel, reason, device, dtype, (batch, hidden, directions))
 
 
 def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -112,7 +128,7 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str |
         return None
     if backend == "cudnn":
         return _cudnn_unavailable(device, dtype)
-    if not _triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         return "Triton is not installed; install the triton package, or use backend 'eager'"
     if device.type == "cpu":
         kernels = sys.modules.get("elman.kernels.common")
@@ -146,13 +162,6 @@ def _cudnn_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16 and torch.version.hip is None and version < 91300:
         return f"cuDNN {version} has no bfloat16 RNN; update to 9.13 or newer, or use 'triton'"
     return None
-
-
-def _triton_is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ImportError:  # what an import hook that hides a package raises
-        return False
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -194,8 +203,8 @@ def _triton_route(
 
 
 def float32_precision(device: torch.device) -> str:
-    """ "tf32" or "ieee": how float32 products are done there; on CUDA by PyTorch's switch for RNNs."""
-    if device.type != "cuda":
+    """ "tf32" or "ieee": float32 products in Triton there; on CUDA by PyTorch's switch for RNNs."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
     precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if precision == "tf32" else "ieee"

@@ -14,6 +14,7 @@ from tests.helpers import (
     BACKENDS,
     DEVICE,
     DTYPES,
+    OPERATOR,
     TRITON,
     Problem,
     check,
@@ -424,3 +425,22 @@ def test_loss_curve(backend, optimizer):
 def test_every_backend_is_tested():
     running = [name for name, runs in elman.available_backends().items() if runs is True]
     assert sorted(running) == sorted({name.partition(":")[0] for name in BACKENDS} - {"auto"})
+
+
+def test_wrapper_frees_its_graph_and_refuses_a_second_backward():
+    p = make(T=3, B=2, I=3, H=4)
+    x = p.x.detach().requires_grad_()
+    output, _ = forward(OPERATOR, p, x, p.hx, list(p.weights.values()))
+    output.sum().backward(retain_graph=True)
+    output.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        output.sum().backward()
+    assert not hasattr(output.grad_fn, "inner")
+
+
+def test_wrapper_takes_a_state_of_any_strides():
+    p = make(T=3, B=5, I=3, H=4)
+    weights = list(p.weights.values())
+    strided = p.hx.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    assert torch.equal(*(forward(OPERATOR, p, p.x, h, weights)[0] for h in (p.hx, strided)))

@@ -311,7 +311,7 @@ FUNCTIONAL = [
     ("3 weights", lambda: elman.elman(X, None, W[:3]), ValueError, ("weights", "3 tensors", "4 tensors")),
     ("2 layers", lambda: elman.elman(X, None, W, num_layers=2), ValueError, ("4 tensors", "8 tensors")),
     ("no bias", lambda: elman.elman(X, None, W, bias=False), ValueError, ("4 tensors", "2 tensors")),
-    ("weights None", lambda: elman.elman(X, None, None), ValueError, ("weights", "NoneType", "expected")),
+    ("weights None", lambda: elman.elman(X, None, None), TypeError, ("weights", "NoneType", "expected")),
     (
         "weight 3 a number",
         lambda: elman.elman(X, None, swap(3, 1.0)),

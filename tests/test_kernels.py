@@ -346,12 +346,16 @@ def test_resource_model():
                 assert needed <= configs.DEFAULT_LIMIT, (H, itemsize, c)
 
 
-def test_kernels_compile_for_a_gpu(tmp_path):
-    """All five, for sm_90, with and without lengths, within the shared memory that the model gives them."""
+@pytest.mark.parametrize(
+    ("target", "cases"),
+    [("sm_90", ["bf16:40", "fp64:17", "fp32:40:tf32"]), ("sm_80", ["bf16:40"]), ("gfx942", ["bf16:40"])],
+)
+def test_kernels_compile_for_a_gpu(target, cases, tmp_path):
+    """All five, with and without lengths, within the shared memory that the model gives them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cross_compile", "sm_90", "bf16:40", "fp64:17"],
+        [sys.executable, "-m", "tests.cross_compile", target, *cases],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -359,4 +363,4 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2 * 9, done.stdout
+    assert len(done.stdout.splitlines()) == 9 * len(cases), done.stdout

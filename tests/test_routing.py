@@ -45,14 +45,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: cudnn is not None)
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
         monkeypatch.setattr(torch.version, "hip", hip)
-        find_spec = routing.importlib.util.find_spec
-        monkeypatch.setattr(
-            routing.importlib.util,
-            "find_spec",
-            lambda name, *args: (
-                (object() if triton else None) if name == "triton" else find_spec(name, *args)
-            ),
-        )
+        monkeypatch.setattr(routing, "TRITON_IS_INSTALLED", triton)
 
     return make
 
@@ -285,6 +278,15 @@ def test_the_kernel_follows_the_chip_s_memory(machine, shared, hidden, kernel):
     assert route.kernel == kernel
     assert str(shared) in route.reason
     assert elman.explain(**call, backend="triton:step").kernel == "step"
+
+
+def test_one_step_is_torch_s_own_operator(machine):
+    """cuDNN has no cell: for one step it would gather the weights anew at every call."""
+    machine()
+    route = routing.route("auto", CUDA, torch.float32, 64, 16, one_step=True)
+    assert route.backend == "eager"
+    assert "own operator" in route.reason
+    assert routing.route("cudnn", CUDA, torch.float32, 64, 16, one_step=True).backend == "cudnn"
 
 
 def test_available_backends_on(machine):
