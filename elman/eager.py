@@ -23,6 +23,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .reference import COMPUTE
 
@@ -140,11 +141,9 @@ def step(
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
     """W_ih x + b for all steps and directions: x (T, B, I), w_ih (D, H, I) -> (T, B, D * H)."""
     T, B, I = x.shape
-    flat, w = x.reshape(T * B, I), w_ih.flatten(0, 1).t()
-    z = x.new_empty(T, B, w.shape[1])
-    out = z.view(T * B, w.shape[1])
-    torch.mm(flat, w, out=out) if bias is None else torch.addmm(bias.flatten(), flat, w, out=out)
-    return z
+    z = F.linear(x.reshape(T * B, I), w_ih.flatten(0, 1), None if bias is None else bias.flatten())
+    # Not view: autograd would take the output for a view of this product, and forbid writing into it.
+    return torch.ops.aten._unsafe_view(z, [T, B, z.shape[1]])
 
 
 # One call each that writes where it is told to; torch has no public name for them.

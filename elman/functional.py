@@ -203,8 +203,10 @@ def _check_weights(weights: Sequence[Tensor], input: Tensor, per_group: int, D: 
     if weights[0].dim() != 2:
         raise RuntimeError(f"weights[0] has shape {tuple(weights[0].shape)}; expected 2 dimensions, (H, I)")
     H, I = weights[0].shape
+    sizes = ((H, I), (H, H), (H,), (H,))
     for i, weight in enumerate(weights):
-        sizes = ((H, I if i < per_group * D else D * H), (H, H), (H,), (H,))
+        if i == per_group * D:
+            sizes = ((H, D * H), (H, H), (H,), (H,))  # from the second layer on
         expected = sizes[i % per_group]
         if weight.shape != expected:
             raise RuntimeError(

@@ -102,10 +102,10 @@ def _at_last_step(output: Tensor, w_hh: Tensor, lengths: Tensor | None) -> Tenso
     """(D, B, H): the rows of output (T, B, D * H) at each direction's last step, copied."""
     D, H, _ = w_hh.shape
     if lengths is None:
-        last = output[-1]
+        last = output[-1:]
     else:
-        last = output[lengths - 1, torch.arange(len(lengths), device=lengths.device)]
-    return torch.stack([last[:, :H], output[0][:, H:]]) if D == 2 else last.unsqueeze(0).clone()
+        last = output[lengths - 1, torch.arange(len(lengths), device=lengths.device)].unsqueeze(0)
+    return torch.cat([last[..., :H], output[:1, :, H:]]) if D == 2 else last.clone()
 
 
 def _at_first_step(dz: Tensor, w_hh: Tensor, lengths: Tensor | None) -> list[Tensor]:

@@ -128,17 +128,16 @@ def stacked_weights(
     A single direction is a view; two directions are copied together once a call, a small price beside
     T steps with them.
     """
-    per_direction = 4 if bias else 2
+    size = 4 if bias else 2
     layers = []
-    for n in range(num_layers):
-        groups = [weights[(n * D + d) * per_direction : (n * D + d + 1) * per_direction] for d in range(D)]
-        w_ih, w_hh = (_join([g[i] for g in groups]) for i in (0, 1))
-        layers.append((w_ih, w_hh, _join([g[2] + g[3] for g in groups]) if bias else None))
+    for start in range(0, num_layers * D * size, D * size):
+        w_ih, w_hh, *biases = (_join(weights[start + i : start + D * size : size]) for i in range(size))
+        layers.append((w_ih, w_hh, biases[0] + biases[1] if bias else None))
     return layers
 
 
-def _join(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _order(d: int, T: int) -> range:
