@@ -186,7 +186,17 @@ def _adder(m: Tensor, B: int) -> Callable[[Tensor, Tensor], Tensor]:
     if B == 1:
         # Each element a dot product along contiguous memory: the other way round rounds twice as much.
         rows = m.t().contiguous()
-        return lambda z, h: z.addmv_(rows, h)
+        if m.device.type != "cpu" or H < 768 or H % BLOCKS:
+            return lambda z, h: z.addmv_(rows, h)
+        # A batch of blocks of rows: MKL shares a batch out over its threads, which it does badly with one
+        # matrix and a vector. Each sum is the same, to the bit.
+        blocks = rows.unflatten(0, (BLOCKS, -1)).transpose(1, 2)
+
+        def add(z: Tensor, h: Tensor) -> Tensor:
+            z.view(BLOCKS, 1, -1).baddbmm_(h.expand(BLOCKS, 1, H), blocks)
+            return z
+
+        return add
     if m.device.type != "cpu":
         return lambda z, h: z.addmm_(h, m)
     if ONEDNN and m.dtype == torch.float32 and B >= 4 and H >= 512:
@@ -200,6 +210,8 @@ def _adder(m: Tensor, B: int) -> Callable[[Tensor, Tensor], Tensor]:
     padded = m.new_empty(H, H + 16)[:, :H].copy_(m)
     return lambda z, h: z.addmm_(h, padded)
 
+
+BLOCKS = 8  # for a vector's product; more cores than that are not needed for it
 
 # The operators that torch.compile itself uses for linear layers on x86; elsewhere they are not measured.
 ONEDNN = (

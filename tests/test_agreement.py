@@ -94,6 +94,19 @@ def test_shapes(any_backend, T, B, I, H, dtype):
     agree(any_backend, make(T, B, I, H, dtype=dtype, ragged=T > 1 and B > 1))
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(("B", "H"), [(1, 768), (1, 770), (2, 512), (4, 512), (5, 520)])
+def test_layouts_of_large_weights(B, H, directions):
+    """Eager lays W_hh out by its size and the batch: each way, both passes."""
+    agree("eager", make(3, B, 3, H, directions=directions))
+    # Of so many units some are at relu's corner, where a rounding decides the derivative: outputs only.
+    p = make(3, B, 3, H, directions=directions, nonlinearity="relu")
+    output, _ = forward("eager", p, p.x, p.hx, list(p.weights.values()))
+    q = p.double()
+    truth, _ = forward("reference", q, q.x, q.hx, list(q.weights.values()))
+    assert error(output, truth) <= tolerance(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_saturation(any_backend, dtype):
     # Every other unit far out on either side, where its state is exactly +-1 and has no derivative left.
