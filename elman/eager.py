@@ -38,15 +38,15 @@ def forward(
     nonlinearity: str,
 ) -> Tensor:
     """output (T, B, D * H) of one layer; arguments as `reference.layer`'s."""
-    T, B, _ = x.shape
+    T, B, I = x.shape
     D, H, _ = w_hh.shape
     dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
     act_, act = (torch.tanh_, torch.tanh) if nonlinearity == "tanh" else (torch.relu_, _RELU)
     batch = None if lengths is None else _SortedBatch(lengths, T)
     if batch is not None:
         x, h0 = batch.sort(x), batch.sort(h0)
-    output = project(x.to(compute), w_ih.to(compute), None if bias is None else bias.to(compute))
-    with _threads_for(output, B * H * H):
+    with _threads_for(x, B * H * max(H, I)):
+        output = project(x.to(compute), w_ih.to(compute), None if bias is None else bias.to(compute))
         for d in range(D):
             rows = _rows(output, d, H, batch)
             h = start = h0[d, 0] if B == 1 and batch is None else h0[d]

@@ -75,11 +75,12 @@ def elman(
             options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)
             x, h_n = cudnn.elman(x, hx, weights, lengths, options)
         else:
-            states = []
-            for n, (w_ih, w_hh, b) in enumerate(stacked_weights(weights, num_layers, D, bias)):
+            states, precision = [], routing.float32_precision(x.device)
+            h0s = hx.split(D) if num_layers > 1 else (hx,)
+            layers = stacked_weights(weights, num_layers, D, bias)
+            for n, (h0, (w_ih, w_hh, b)) in enumerate(zip(h0s, layers, strict=True)):
                 if n and dropout:
                     x = F.dropout(x, dropout, training)
-                h0, precision = hx[n * D : (n + 1) * D], routing.float32_precision(x.device)
                 x, h = ops.layer(x, h0, w_ih, w_hh, b, lengths, nonlinearity, route.kernel, precision)
                 states.append(h)
             h_n = states[0] if num_layers == 1 else torch.cat(states)
