@@ -102,8 +102,9 @@ def route(
     name = check_name("auto" if requested is None else requested)
     if name == "auto":
         name = _chosen
-    if name == "auto" and "ELMAN_BACKEND" in os.environ:
-        name = check_name(os.environ["ELMAN_BACKEND"], "the environment variable ELMAN_BACKEND")
+    if name == "auto":
+        named = os.environ.get("ELMAN_BACKEND") or "auto"
+        name = check_name(named, "the environment variable ELMAN_BACKEND")
     if name == "auto" and one_step:
         name, reason = "eager", "auto: one step is one call of torch's own operator"
     elif name == "auto":

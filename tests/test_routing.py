@@ -280,6 +280,11 @@ def test_the_kernel_follows_the_chip_s_memory(machine, shared, hidden, kernel):
     assert elman.explain(**call, backend="triton:step").kernel == "step"
 
 
+def test_an_empty_variable_is_none(monkeypatch):
+    monkeypatch.setenv("ELMAN_BACKEND", "")
+    assert elman.explain(**SHAPE, device="cpu").backend == "eager"
+
+
 def test_one_step_is_torch_s_own_operator(machine):
     """cuDNN has no cell: for one step it would gather the weights anew at every call."""
     machine()
