@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from elman import routing
+
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Hardware and operating system, as stored in machine.json."""
@@ -55,7 +57,7 @@ def float32_state(device: torch.device) -> str:
     """How float32 products are made here, which on CUDA is a switch."""
     if device.type != "cuda":
         return "IEEE float32 (CPU)"
-    rnn = "TF32" if torch.backends.cudnn.allow_tf32 else "IEEE"
+    rnn = routing.float32_precision(device).upper()
     plain = "TF32" if torch.backends.cuda.matmul.allow_tf32 else "IEEE"
     return f"RNNs {rnn} (torch.backends.cudnn.allow_tf32), other products {plain}"
 

@@ -65,7 +65,7 @@ def _in_one_chunk(weights: list[Tensor], options: Options) -> list[Tensor]:
     apart = len({w.untyped_storage().data_ptr() for w in weights}) > 1
     if not apart or not all(torch.backends.cudnn.is_acceptable(w) for w in weights):
         return weights
-    mode = 1 if options.nonlinearity == "tanh" else 0  # as in torch.backends.cudnn.rnn.get_cudnn_mode
+    mode = torch.backends.cudnn.rnn.get_cudnn_mode(f"RNN_{options.nonlinearity.upper()}")
     per_group, (H, I) = 4 if options.bias else 2, weights[0].shape
     with torch.no_grad(), torch.cuda.device_of(weights[0]):
         torch._cudnn_rnn_flatten_weight(

@@ -47,7 +47,7 @@ def elman(
     BackendUnavailableError for a backend that can't run.
     """
     D = 2 if bidirectional else 1
-    _check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
+    check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
     if num_layers < 1:
         raise ValueError(f"num_layers is {num_layers}; expected at least 1")
     if not 0 <= dropout <= 1:
@@ -108,8 +108,8 @@ def elman_step(
     """
     if (b_ih is None) != (b_hh is None):
         raise ValueError("one of b_ih and b_hh is None; expected both or neither: pass zeros for it")
-    _check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
-    weights: Sequence[Tensor] = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
+    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     _check_step(input, hx, weights)
     x, h, weights, plain = _prepare(input, hx, weights, RuntimeError)
     batched = x.dim() == 2
@@ -137,6 +137,12 @@ def check_hx(hx: object, shape: tuple[int, ...], dims: str) -> None:
     assert isinstance(hx, Tensor)
     if hx.shape != shape:
         raise RuntimeError(f"hx has shape {tuple(hx.shape)}; expected {shape}, {dims}")
+
+
+def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
+    """Raises ValueError unless value is one of the options."""
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, options))}")
 
 
 def _check_sequence(
@@ -227,11 +233,6 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
 
 
-def _check_option(name: str, value: object, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, options))}")
-
-
 def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Tensor:
     _check_tensor("lengths", lengths)
     if lengths.shape != (B,) or lengths.dtype != torch.int64:
@@ -252,7 +253,7 @@ def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Ten
 
 
 def _prepare(
-    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], mismatch: type[Exception]
+    input: Tensor, hx: Tensor | None, weights: list[Tensor], mismatch: type[Exception]
 ) -> tuple[Tensor, Tensor | None, list[Tensor], AbstractContextManager]:
     """The tensors in one dtype, on one device, and a context in which they stay in it.
 
@@ -289,4 +290,4 @@ def _prepare(
             raise RuntimeError(
                 f"{name} is on {tensor.device} and the input on {device}; expected one: move with .to()"
             )
-    return input, hx, list(weights), plain
+    return input, hx, weights, plain

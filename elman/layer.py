@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .functional import check_hx, elman, elman_step
+from .functional import check_hx, check_option, elman, elman_step
 from .routing import check_name
 
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
@@ -51,8 +51,7 @@ class Elman(nn.RNNBase):
             raise ValueError("proj_size is an option of nn.LSTM alone; leave it out, as with nn.RNN")
         if unsupported:
             raise TypeError(f"Elman has no option {', '.join(unsupported)}; see help(elman.Elman)")
-        if nonlinearity not in tuple(MODES):
-            raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
+        check_option("nonlinearity", nonlinearity, tuple(MODES))
         if not isinstance(num_layers, Integral):
             raise TypeError(f"num_layers is a {type(num_layers).__name__}; expected an int")
         if not isinstance(bidirectional, bool):
@@ -122,7 +121,8 @@ class Elman(nn.RNNBase):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _own_repr(self.nonlinearity, self.backend)
+        nonlinearity = "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity!r}"
+        return super().extra_repr() + nonlinearity + _backend_repr(self.backend)
 
 
 class ElmanCell(nn.RNNCellBase):
@@ -165,8 +165,7 @@ class ElmanCell(nn.RNNCellBase):
         )
 
     def extra_repr(self) -> str:
-        backend = "" if self.backend == "auto" else f", backend={self.backend!r}"
-        return super().extra_repr() + backend
+        return super().extra_repr() + _backend_repr(self.backend)
 
 
 READOUTS = {"tanh": torch.tanh, "identity": None, "none": None}
@@ -237,6 +236,5 @@ class ElmanNetwork(nn.Module):
         return f"readout={self.readout!r}"
 
 
-def _own_repr(nonlinearity: str, backend: str) -> str:
-    text = "" if nonlinearity == "tanh" else f", nonlinearity={nonlinearity!r}"
-    return text if backend == "auto" else f"{text}, backend={backend!r}"
+def _backend_repr(backend: str) -> str:
+    return "" if backend == "auto" else f", backend={backend!r}"
