@@ -1,8 +1,10 @@
-# make test | make bench | make check: each sets up .venv first, a second run is quick.
+# make test | make bench | make check | make compile-matrix: each sets up .venv first, a second run is quick.
 PYTHON ?= python3
 BIN := .venv/bin
+# The oldest Triton that is supported, beside the tested one; inside .venv, where clean finds it.
+OLDEST := .venv/triton-3.6.0
 
-.PHONY: test bench check clean
+.PHONY: test bench check compile-matrix clean
 
 test: .venv/ready
 	$(BIN)/python -m pytest
@@ -16,10 +18,23 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Compiles for GPUs that are not here, into results/compile/; takes most of an hour on two cores.
+# ARGS: e.g. make compile-matrix ARGS="--targets sm_90"
+compile-matrix: .venv/ready $(OLDEST)/ready
+	$(BIN)/python -m tests.cross_compile rows $(ARGS)
+	$(OLDEST)/bin/python -m tests.cross_compile rows $(ARGS)
+	$(BIN)/python -m tests.cross_compile report $(ARGS)
+
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"{sys.executable} is Python {sys.version.split()[0]}; elman needs 3.10 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots]'
+	@touch $@
+
+# NumPy: what the oldest Triton was made for; torch asks for one.
+$(OLDEST)/ready: .venv/ready
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt) triton==3.6.0 'numpy<2.4'
 	@touch $@
 
 clean:

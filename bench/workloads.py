@@ -65,6 +65,15 @@ SWEEPS = {
         ),
         seconds=1.0,
     ),
+    # Where the kernels hand over to one another, and where cuDNN has its cliffs. For a GPU.
+    "kernels": Sweep(
+        tuple(
+            Workload(16, 1024, H, H, dtype)
+            for dtype in ("bfloat16", "float32")
+            for H in (64, 128, 256, 264, 384, 512, 1024, 2048)
+        ),
+        seconds=1.0,
+    ),
 }
 
 # What the command line calls a pass, and what the table calls it.

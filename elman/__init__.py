@@ -6,11 +6,13 @@
 
 from . import reference
 from .functional import elman, elman_step
+from .kernels.errors import DeviceHangError
 from .layer import Elman, ElmanCell, ElmanNetwork
 from .routing import BackendUnavailableError, Route, available_backends, explain, use_backend
 
 __all__ = [
     "BackendUnavailableError",
+    "DeviceHangError",
     "Elman",
     "ElmanCell",
     "ElmanNetwork",
@@ -22,6 +24,5 @@ __all__ = [
     "reference",
     "use_backend",
 ]
-
 
 __version__ = "0.1.0"

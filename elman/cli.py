@@ -1,4 +1,4 @@
-"""python -m elman doctor | explain: what runs on this machine, where a call would go, and why."""
+"""python -m elman doctor | explain | tune: what runs here, where a call would go and why, tuned tables."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import argparse
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import __version__, routing
 
+if TYPE_CHECKING:
+    from .kernels.configs import Problem
+
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in routing.DTYPES}
+
+TUNED_H = (64, 128, 224, 256, 264, 336, 384, 512, 768, 1024, 1760, 2048, 2560)
+TUNED_B = (16, 1, 64)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status, 1 where a backend asked for can't run."""
+    """Runs one command; returns the exit status, 1 where what was asked for can't run here."""
     parser = argparse.ArgumentParser(prog="python -m elman", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="versions, devices, what can run and why not, where caches are")
@@ -27,11 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_argument("--dtype", choices=DTYPES, default="float32")
     explain.add_argument("--device", help="a torch device; default: the GPU if there is one, else the CPU")
     explain.add_argument("--backend", choices=routing.NAMES, default="auto")
+    tuner = commands.add_parser("tune", help="times the kernels' configs on this GPU and keeps the quickest")
+    tuner.add_argument("--shapes", type=_shapes, metavar='"B,H;..."', help="default: the standard sweep")
+    tuner.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bfloat16", "float32"])
+    tuner.add_argument("--budget", type=float, metavar="MINUTES", help="stop then; the same command goes on")
+    tuner.add_argument("--device", default="cuda", help="a CUDA device; default: the current one")
+    tuner.add_argument("--output", type=Path, metavar="FILE", help="the table; default: the user's own")
     arguments = parser.parse_args(argv)
     if arguments.command == "doctor":
         print(doctor())
         return 0
     try:
+        if arguments.command == "tune":
+            return tune(arguments)
         route = routing.explain(
             batch=arguments.batch,
             seq=arguments.seq,
@@ -41,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=arguments.device,
             backend=arguments.backend,
         )
-    except (RuntimeError, ValueError) as error:  # no such device or backend, a size below 1
+    except (OSError, RuntimeError, ValueError) as error:  # no such device, a size below 1, a broken table
         print(error)
         return 1
     print(route)
@@ -71,8 +88,113 @@ def doctor() -> str:
     lines += ["", "Backends"]
     for backend, available in routing.available_backends().items():
         lines.append(f"  {backend}: {'runs' if available is True else f'no: {available}'}")
-    for variable in ("ELMAN_BACKEND", "TRITON_INTERPRET"):
+    for variable in ("ELMAN_BACKEND", "ELMAN_AUTOTUNE", "ELMAN_CACHE_DIR", "TRITON_INTERPRET"):
         lines.append(f"  {variable} is {os.environ.get(variable, 'not set')}")
     cache = os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-    lines += ["", "Caches", f"  compiled Triton kernels: {cache}", "  tuned tables: none are made yet"]
+    lines += ["", "Caches", f"  compiled Triton kernels: {cache}", *_tables()]
     return "\n".join(lines)
+
+
+def _tables() -> list[str]:
+    """Where the tuned tables of this machine's GPUs are, and how many entries they have."""
+    from . import tables  # these import kernels, which importing elman must not
+
+    gpus = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+    if not gpus:
+        folders = (tables.user_path("gpu").parent, tables.shipped_path("gpu").parent)
+        return [f"  tuned tables: for GPUs, in {folders[0]}, then {folders[1]}"]
+    lines = []
+    for gpu in gpus:
+        for kind, path in (("yours", tables.user_path(gpu)), ("shipped", tables.shipped_path(gpu))):
+            try:
+                found = tables.read(path, gpu)
+                count = f"{len(found.entries)} entries" if path.exists() else "there is none"
+                lines.append(f"  tuned table, {kind}: {path}: {count}")
+                lines += [f"    {sentence}" for sentence in found.refused]
+            except (OSError, ValueError) as error:
+                lines.append(f"  tuned table, {kind}: {error}")
+    return lines
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    """(B, H) pairs from "B,H;B,H"."""
+    try:
+        pairs = [tuple(int(size) for size in pair.split(",")) for pair in text.split(";") if pair.strip()]
+    except ValueError:
+        pairs = []
+    if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of shapes; expected B,H pairs as in '16,1024;64,256'"
+        )
+    return pairs  # type: ignore[return-value]
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Tunes every key of the shapes that the table lacks; returns the exit status.
+
+    What is done is kept, whenever it ends: at the budget, at Ctrl-C, or killed.
+    """
+    if not torch.cuda.is_available():
+        print(
+            "there is nothing to tune: tables hold times on a GPU, and this machine has no CUDA device; "
+            "TRITON_INTERPRET=1 python -m elman explain --backend triton ... shows what the model chooses"
+        )
+        return 1
+    device = torch.device(arguments.device)
+    why_not = routing.unavailable("triton", device, torch.float32)
+    if why_not:
+        print(f"there is nothing to tune on {device}: {why_not}")
+        return 1
+    from . import tables, tuning
+    from .kernels.common import chip
+
+    gpu = chip(device).name
+    path = arguments.output or tables.user_path(gpu)
+    done = tables.read(path, gpu).entries
+    shapes = arguments.shapes or [(B, H) for B in TUNED_B for H in TUNED_H]
+    work = {
+        tables.key_of(*job): job for job in _jobs(shapes, [DTYPES[name] for name in arguments.dtype], device)
+    }
+    work = {key: job for key, job in work.items() if key not in done}
+    print(f"{path}: {len(done)} entries are there, {len(work)} to do", file=sys.stderr)
+    start, finished, failures = time.monotonic(), 0, 0
+    try:
+        for n, (key, (kernel, problem)) in enumerate(work.items(), 1):
+            if arguments.budget is not None and time.monotonic() - start >= 60 * arguments.budget:
+                print(f"the budget of {arguments.budget:g} minutes is spent", end=": ", file=sys.stderr)
+                break
+            try:
+                us = f"{tuning.tune(kernel, problem, device, path=path, wait=600.0).us:.2f} us"
+            except RuntimeError as error:  # none of its candidates runs; the others may
+                us, failures = f"failed: {error}", failures + 1
+            finished = n
+            eta = (time.monotonic() - start) / n * (len(work) - n) / 60
+            print(f"{n}/{len(work)}  {key}  {us}  eta {eta:.0f} min", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", end=": ", file=sys.stderr)
+    left = len(work) - finished
+    print(
+        f"{finished - failures} keys tuned, {failures} failed, {left} left"
+        + ("; the same command goes on from there" if left else ""),
+        file=sys.stderr,
+    )
+    return 1 if failures else 0
+
+
+def _jobs(
+    shapes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype], device: torch.device
+) -> Iterator[tuple[str, Problem]]:
+    """(kernel, problem) of what can run, cudnn too: a shape is complete before the next begins."""
+    from . import choice
+    from .kernels import configs
+
+    for B, H in shapes:
+        for dtype in dtypes:
+            precision = routing.float32_precision(device) if dtype == torch.float32 else "ieee"
+            for backward in (False, True):
+                problem = configs.Problem(B, H, 1, dtype, precision, backward)
+                for kernel in configs.KERNELS:
+                    if choice.why_not(kernel, problem, device) is None:
+                        yield kernel, problem
+                if routing.unavailable("cudnn", device, dtype) is None:
+                    yield "cudnn", problem

@@ -69,7 +69,7 @@ def elman(
         x = x.masked_fill(ended[..., None], 0)
     if hx is None:
         hx = x.new_zeros(num_layers * D, B, H)
-    route = routing.route(backend, x.device, x.dtype, H, B, D)
+    route = routing.route(backend, x.device, x.dtype, H, B, D, ragged=lengths is not None)
     with plain:
         if route.backend == "cudnn":
             options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)

@@ -7,21 +7,26 @@ Only the scans depend on the kernel. What is left of the backward pass is produc
 sequence, the vendor's library's work. Saved for it are the input, the weights and the output, nothing
 else: act' follows from the output.
 
-`kernel` is "eager", the name of a module of elman.kernels ("step", "resident"), or "cell": the step
-kernel with the input product in the same launch, for T = 1 and D = 1.
+`kernel` is "eager", the name of a module of elman.kernels ("resident", "cooperative", "step"), "triton": the
+quickest of these for each pass, or "cell": the step kernel with the input product in the same launch,
+for T = 1 and D = 1, where "triton" and "step" take it too. The config is chosen when a kernel runs: an
+operator's schema holds none.
 """
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import eager, reference
+
+if TYPE_CHECKING:
+    from .kernels import configs
 
 
 def layer(
@@ -65,14 +70,40 @@ def _layer(
 ) -> tuple[Tensor, Tensor]:
     if kernel == "eager":
         output = eager.forward(x, h0, w_ih, w_hh, bias, lengths, nonlinearity)
-    elif kernel == "cell":
-        output = x.new_empty(1, x.shape[1], w_hh.shape[1])
-        b = None if bias is None else bias[0]
-        _module("step").cell(x[0], h0[0], w_ih[0], w_hh[0], b, output[0], nonlinearity, precision)
     else:
-        output = eager.project(x, w_ih, bias)
-        _module(kernel).scan(output, h0, w_hh, lengths, nonlinearity, precision)
+        output = _scan(x, h0, w_ih, w_hh, bias, lengths, nonlinearity, kernel, precision)
     return output, _at_last_step(output, w_hh, lengths)
+
+
+def _scan(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    kernel: str,
+    precision: str,
+) -> Tensor:
+    """The output (T, B, D * H) by a Triton kernel."""
+    from . import choice  # not above: importing elman must not import Triton
+
+    T, _, I = x.shape
+    # A sequence of one step is a cell too, for the kernels that may take a launch a step.
+    if kernel == "cell" or (T == 1 and len(w_hh) == 1 and kernel in ("triton", "step")):
+        problem = _problem(x, w_hh, lengths, precision, inputs=I)
+        _, config = choice.plan("step", problem, x.device)
+        output, b = x.new_empty(1, x.shape[1], w_hh.shape[1]), None if bias is None else bias[0]
+        _module("step").cell(x[0], h0[0], w_ih[0], w_hh[0], b, output[0], nonlinearity, precision, config)
+        return output
+    problem = _problem(x, w_hh, lengths, precision)
+    name, config = choice.plan(kernel, problem, x.device)
+    module = _module(name)
+    if name == "resident" and choice.fuses(problem, I, T, x.device):
+        return module.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, precision)
+    z = eager.project(x, w_ih, bias)
+    return module.scan(z, h0, w_hh, lengths, nonlinearity, precision, config)
 
 
 def _layer_dz(
@@ -87,10 +118,24 @@ def _layer_dz(
 ) -> Tensor:
     if kernel == "eager":
         return eager.backward(g_out, g_hn, output, w_hh, lengths, nonlinearity)
+    from . import choice
+
     dz = torch.empty_like(output)
-    module = _module("step" if kernel == "cell" else kernel)
-    module.scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision)
+    problem = _problem(output, w_hh, lengths, precision, backward=True)
+    name, config = choice.plan("step" if kernel == "cell" else kernel, problem, output.device)
+    _module(name).scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision, config)
     return dz
+
+
+def _problem(
+    sequence: Tensor, w_hh: Tensor, lengths: Tensor | None, precision: str, **more: Any
+) -> configs.Problem:
+    """What a scan over (T, B, ...) with w_hh (D, H, H) chooses its kernel and config for."""
+    from .kernels.configs import Problem
+
+    D, H, _ = w_hh.shape
+    precision = precision if sequence.dtype == torch.float32 else "ieee"
+    return Problem(sequence.shape[1], H, D, sequence.dtype, precision, ragged=lengths is not None, **more)
 
 
 def _module(kernel: str) -> ModuleType:

@@ -3,8 +3,11 @@
 A backend asked for by name (the layer's argument first, then `use_backend`, then ELMAN_BACKEND) runs or
 raises BackendUnavailableError; nothing else ever runs in its place. "auto" takes what is there:
 
-    a sequence on CUDA    cudnn, else triton, else eager    (no Triton kernel has been timed yet)
+    a sequence on CUDA    the quicker of triton and cudnn, see choice.py; eager where neither can run
     anything else         eager
+
+In a graph being traced the sizes may be symbols, so Triton is taken where it can run, and which kernel
+is found out when the graph runs.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from .kernels.configs import Problem
+
 BACKENDS = ("triton", "cudnn", "eager")
-KERNELS = ("resident", "step")
+KERNELS = ("resident", "cooperative", "step")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("auto", *BACKENDS, *(f"triton:{kernel}" for kernel in KERNELS))
 
@@ -47,7 +53,11 @@ class BackendUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Route:
-    """Where a call goes: backend ("triton", "cudnn", "eager"), kernel, its config, and the reason."""
+    """Where a call goes: backend ("triton", "cudnn", "eager"), kernel, its config, and the reason.
+
+    In a call's own Route, which `explain` completes, the kernel "triton" is the quickest for each pass,
+    found when it runs, and the config is empty.
+    """
 
     backend: str
     kernel: str
@@ -64,7 +74,7 @@ class Route:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, layers that were built with backend="auto" use `name`.
 
-    name: "auto", "triton", "cudnn", "eager", or "triton:resident" / "triton:step" to force a kernel.
+    name: "auto", "triton", "cudnn", "eager", or "triton:resident" (":cooperative", ":step") for one kernel.
     It holds for all threads of the process. The environment variable ELMAN_BACKEND does the same for
     a whole run. Raises ValueError for another name; whether the backend can run is found out by the
     call that needs it.
@@ -92,12 +102,14 @@ def route(
     batch: int,
     directions: int = 1,
     one_step: bool = False,
+    ragged: bool = False,
 ) -> Route:
     """The Route of a call on tensors of this device and dtype; hidden is H, batch B, directions D.
 
     one_step: the call is `elman_step`, for which "auto" takes nn.RNNCell's own operator everywhere, and
-    Triton has one kernel, whatever is forced for sequences.
-    Raises BackendUnavailableError where a backend was asked for by name and can't run.
+    Triton has one kernel, whatever is forced for sequences. ragged: rows have lengths of their own.
+    Raises BackendUnavailableError where a backend was asked for by name and can't run, for the
+    backward pass too where gradients are enabled.
     """
     name = check_name("auto" if requested is None else requested)
     if name == "auto":
@@ -107,8 +119,13 @@ def route(
         name = check_name(named, "the environment variable ELMAN_BACKEND")
     if name == "auto" and one_step:
         name, reason = "eager", "auto: one step is one call of torch's own operator"
+    elif name == "auto" and device.type != "cuda":
+        name, reason = (
+            "eager",
+            f"auto: the loop on plain torch is the only backend for tensors on {device.type!r}",
+        )
     elif name == "auto":
-        name, reason = _automatic(device, dtype)
+        name, reason = _automatic(device, dtype, (hidden, batch, directions, ragged))
     else:
         reason = "asked for by name"
         backend = name.partition(":")[0]
@@ -119,8 +136,41 @@ def route(
         return Route("eager", "eager", reason)
     if name == "cudnn":
         return Route("cudnn", "nn.RNN", reason)
-    kernel = "cell" if one_step else name.partition(":")[2]
-    return _triton_route(kernel, reason, device, dtype, (batch, hidden, directions))
+    if one_step:
+        return Route("triton", "cell", reason)
+    kernel = name.partition(":")[2]
+    if kernel and not _is_traced():
+        _expect_runs(kernel, _passes(device, dtype, (hidden, batch, directions, ragged)), device)
+    return Route("triton", kernel or "triton", reason)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _passes(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, bool]
+) -> tuple[Problem, ...]:
+    """The forward's problem and, where gradients are enabled, the backward's; sizes: H, B, D, ragged."""
+    from .kernels.configs import Problem  # not above: importing elman imports no kernel
+
+    hidden, batch, directions, ragged = sizes
+    precision = float32_precision(device) if dtype == torch.float32 else "ieee"
+    forward = Problem(max(batch, 1), max(hidden, 1), directions, dtype, precision, ragged=ragged)
+    return (forward, replace(forward, backward=True)) if torch.is_grad_enabled() else (forward,)
+
+
+def _expect_runs(kernel: str, passes: tuple[Problem, ...], device: torch.device) -> None:
+    from . import choice
+
+    for problem in passes:
+        why_not = choice.why_not(kernel, problem, device)
+        if why_not:
+            which = " backward" if problem.backward else ""
+            raise BackendUnavailableError(
+                f"kernel {kernel!r} was asked for and can't run{which}: {why_not}; use 'triton' or "
+                "'triton:step'"
+            )
 
 
 def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -165,42 +215,23 @@ def _cudnn_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend that "auto" takes, and why."""
-    if device.type != "cuda":
-        return "eager", f"auto: the loop on plain torch is the only backend for tensors on {device.type!r}"
-    why_not = {b: unavailable(b, device, dtype) for b in ("cudnn", "triton", "eager")}
-    backend = next(b for b, reason in why_not.items() if reason is None)
-    reasons = {
-        "cudnn": "no Triton kernel has been timed on this GPU yet; ask for 'triton' to use them",
-        "triton": f"not cudnn, because {why_not['cudnn']}",
-        "eager": f"not cudnn, because {why_not['cudnn']}; not triton, because {why_not['triton']}",
-    }
-    return backend, f"auto: {reasons[backend]}"
+def _automatic(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, bool]
+) -> tuple[str, str]:
+    """The backend that "auto" takes for a sequence on CUDA, and why."""
+    no_triton, no_cudnn = (unavailable(backend, device, dtype) for backend in ("triton", "cudnn"))
+    if no_triton and no_cudnn:
+        return "eager", f"auto: not cudnn, because {no_cudnn}; not triton, because {no_triton}"
+    if no_triton:
+        return "cudnn", f"auto: not triton, because {no_triton}"
+    if no_cudnn:
+        return "triton", f"auto: not cudnn, because {no_cudnn}"
+    if _is_traced():
+        return "triton", "auto: a graph is traced, and Triton's kernels are operators that it can hold"
+    from . import choice
 
-
-def _triton_route(
-    kernel: str, reason: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
-) -> Route:
-    from .kernels import configs
-    from .kernels.common import chip
-
-    (B, H, D), itemsize, precision = sizes, dtype.itemsize, float32_precision(device)
-    processors, limit = chip(device)
-    fits = configs.resident_fits(H, itemsize, limit, precision)
-    room = f"on one multiprocessor, which grants {limit} bytes"
-    if kernel == "resident" and not fits:
-        raise BackendUnavailableError(
-            f"kernel 'resident' was asked for and can't run: W_hh with hidden size {H} in {dtype} does not "
-            f"fit {room}; use 'triton' or 'triton:step'"
-        )
-    if not kernel:
-        kernel = "resident" if fits else "step"
-        reason += f"; W_hh {'fits' if fits else 'does not fit'} {room}"
-    if kernel == "resident":
-        resident = configs.choose_resident(B, H, D, itemsize, processors, limit, precision)
-        return Route("triton", kernel, reason, asdict(resident))
-    return Route("triton", kernel, reason, asdict(configs.choose_step(B, H, D, itemsize, processors)))
+    compared = choice.compare(_passes(device, dtype, sizes), device)
+    return "triton" if compared.triton <= compared.cudnn else "cudnn", f"auto: {compared.text}"
 
 
 def float32_precision(device: torch.device) -> str:
@@ -247,4 +278,25 @@ def explain(
         raise ValueError(f"dtype is {dtype}; expected {', '.join(map(str, DTYPES))}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return route(backend, torch.device(device), dtype, hidden, batch, 2 if bidirectional else 1)
+    device, D = torch.device(device), 2 if bidirectional else 1
+    found = route(backend, device, dtype, hidden, batch, D)
+    if found.backend != "triton":
+        return found
+    return _completed(found, _passes(device, dtype, (hidden, batch, D, False)), input, seq, device)
+
+
+def _completed(
+    found: Route, passes: tuple[Problem, ...], inputs: int, steps: int, device: torch.device
+) -> Route:
+    """The Route with the kernel and the config that its forward pass takes by what is known now."""
+    from . import choice, tuning
+
+    problem, kernel, reason = passes[0], found.kernel, found.reason
+    if kernel == "triton":
+        kernel = choice.quickest(problem, device)
+        if "us a step" not in reason:
+            reason += f"; {choice.compare(passes, device, with_cudnn=False).text}"
+    if kernel == "resident" and choice.fuses(problem, inputs, steps, device):
+        problem = replace(problem, inputs=inputs)
+        reason += "; it makes the input product too"
+    return Route("triton", kernel, reason, asdict(tuning.known_config(kernel, problem, device)))

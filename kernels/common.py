@@ -1,12 +1,15 @@
 """What the kernels share: the product, row masks, tiles of rows, and the launchers' checks."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from . import configs
+from .activations import activate
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -29,6 +32,21 @@ def rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def activated(x, RELU: tl.constexpr, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """activate(x) rounded to dtype. bfloat16's tanh is the hardware's, 2^-11 off; half a unit is 2^-9.
+
+    It is one instruction instead of two dozen, which were half of a short step.
+    """
+    if dtype == tl.bfloat16 and not RELU and not INTERPRET and is_cuda():
+        y = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+        return y.to(dtype)
+    else:
+        return rounded(activate(x, RELU), dtype, INTERPRET)
 
 
 @triton.jit
@@ -67,6 +85,8 @@ def add_product(
     acc,
     rows,
     ok,
+    other_rows,
+    other,
     w,
     w_k: tl.constexpr,
     w_n: tl.constexpr,
@@ -75,15 +95,24 @@ def add_product(
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """acc (BLOCK_B, BLOCK_N) + rows (BLOCK_B, K; pointers to their first elements) @ w's columns rn.
 
-    Element (k, n) of the weight lies at w + k * w_k + n * w_n. Rows that are not ok count as zero.
+    Element (k, n) of the weight lies at w + k * w_k + n * w_n. Rows that are not ok count as zero, and with
+    HAS_OTHER those that are `other` come from other_rows: not by a choice of pointers, which the AMD compiler
+    can't make between two buffers.
     """
     for k in range(0, K, BLOCK_K):
         rk = k + tl.arange(0, BLOCK_K)
-        a = tl.load(rows[:, None] + rk[None, :], mask=ok[:, None] & (rk[None, :] < K), other=0.0)
+        mask = ok[:, None] & (rk[None, :] < K)
+        if HAS_OTHER:
+            a = tl.load(rows[:, None] + rk[None, :], mask=mask & (other == 0)[:, None], other=0.0)
+            b = tl.load(other_rows[:, None] + rk[None, :], mask=mask & other[:, None], other=0.0)
+            a = tl.where(other[:, None], b, a)
+        else:
+            a = tl.load(rows[:, None] + rk[None, :], mask=mask, other=0.0)
         offsets = rk[:, None].to(tl.int64) * w_k + rn[None, :].to(tl.int64) * w_n
         b = tl.load(w + offsets, mask=(rk[:, None] < K) & (rn[None, :] < N), other=0.0)
         acc = dot(a, b, acc, PRECISION, INTERPRET)
@@ -94,19 +123,16 @@ def add_product(
 INTERPRETED = not isinstance(dot, triton.JITFunction)
 
 
-def constants(tensor: torch.Tensor, nonlinearity: str, precision: str) -> dict:
+def constants(tensor: torch.Tensor, nonlinearity: str) -> dict:
     """The constexprs that every kernel takes and that follow from the dtype and the options."""
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'.")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
     if tensor.dtype not in _DTYPES:
         raise ValueError(
             f"dtype {tensor.dtype} has no kernel; expected float64, float32, float16 or bfloat16."
         )
     return {
         "RELU": nonlinearity == "relu",
-        "PRECISION": precision if tensor.dtype == torch.float32 else "ieee",
         "ACC": tl.float64 if tensor.dtype == torch.float64 else tl.float32,
         "INTERPRET": INTERPRETED,
     }
@@ -147,16 +173,41 @@ def expect_sequence(
     return steps, batch, directions, hidden
 
 
+def launch_options() -> dict[str, int]:
+    """What is said to NVIDIA's compiler alone, beside the config."""
+    return {} if INTERPRETED or torch.version.hip else {"maxnreg": configs.MAXNREG}
+
+
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def chip(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, shared memory in bytes that one program may have) of a device."""
+def problem_of(
+    tensor: torch.Tensor,
+    B: int,
+    H: int,
+    D: int,
+    precision: str,
+    *,
+    backward: bool = False,
+    inputs: int = 0,
+    ragged: bool = False,
+) -> configs.Problem:
+    """The Problem of a launch on tensors like this one."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    return configs.Problem(B, H, D, tensor.dtype, precision, backward, inputs, ragged)
+
+
+def chip(device: torch.device) -> configs.Chip:
+    """The Chip that a device is; on a CPU, for the interpreter, the default one."""
     if device.type != "cuda":
-        return configs.DEFAULT_PROCESSORS, configs.DEFAULT_LIMIT
+        return configs.DEFAULT_CHIP
     properties = torch.cuda.get_device_properties(device)
+    amd = torch.version.hip is not None
+    known = properties.gcnArchName.split(":")[0] if amd else f"sm_{properties.major}{properties.minor}"
+    like = configs.CHIPS.get(known, configs.CHIPS["gfx942" if amd else "sm_80"])
     # ROCm's properties have no opt-in limit.
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return properties.multi_processor_count, shared
+    return replace(like, name=properties.name, processors=properties.multi_processor_count, shared=shared)

@@ -1,16 +1,76 @@
-"""Each kernel's search space as plain data, what fits on a chip, and one config per call.
+"""Each kernel's search space as plain data, and the resource model that prunes and orders it.
 
-Nothing is tuned yet: `choose_*` follows rules of thumb taken from the compiler's resource reports
-(tests/cross_compile.py prints them), and the search spaces are what a tuner may try.
+    Problem                 what a config is chosen for
+    Chip                    what the choice depends on in the hardware
+    StepConfig, ...         a kernel's blocks: its constexprs by name, then num_warps and num_stages
+    estimate(...)           shared memory, programs, waves and microseconds a step of one config, or why not
+    candidates(...)         the configs that the model lets through, the one it likes best first
+    choose(...)             its first choice
+
+The model orders and prunes; it is not a measurement, and no table of results shows it as one.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
 
 KIB = 1024
-#: Shared memory one program may have: sm_90; sm_80 has 163 KiB, sm_86 and sm_89 99 KiB, gfx942 64 KiB.
-DEFAULT_LIMIT = 227 * KIB
-#: Multiprocessors to keep busy, where the caller names no number.
-DEFAULT_PROCESSORS = 132
+KERNELS = ("resident", "cooperative", "step")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One kernel's work: B rows, H hidden, D directions, and the arithmetic.
+
+    precision, of float32 products: "tf32", or "ieee" for an IEEE-class product, which leaves the config free
+    to take "ieee" or "tf32x3"; "tf32x3" pins that. inputs: I where the kernel makes the input product
+    too (the cell, a fused resident forward), else 0. ragged: rows end at lengths of their own.
+    """
+
+    B: int
+    H: int
+    D: int = 1
+    dtype: torch.dtype = torch.float32
+    precision: str = "ieee"
+    backward: bool = False
+    inputs: int = 0
+    ragged: bool = False
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU as the model sees it, from NVIDIA's and AMD's data sheets."""
+
+    name: str
+    processors: int
+    #: Shared memory in bytes that one program may have.
+    shared: int
+    ghz: float = 1.7
+    #: Whether Triton multiplies float32 in tensor cores there ("tf32", "tf32x3").
+    tf32: bool = True
+    #: Whether all processors see one L2, which is where cooperative programs meet.
+    one_l2: bool = True
+    #: What multiplies 64 rows by 16 columns and more; smaller products take mma on all of NVIDIA's.
+    unit: str = "mma"
+
+
+#: Compile targets, each with its commonest GPU: A100, RTX 3090, RTX 4090, H100/H200, B200, MI300X.
+CHIPS = {
+    "sm_80": Chip("sm_80", 108, 163 * KIB, 1.41),
+    "sm_86": Chip("sm_86", 82, 99 * KIB, 1.70),
+    "sm_89": Chip("sm_89", 128, 99 * KIB, 2.52),
+    "sm_90": Chip("sm_90", 132, 227 * KIB, 1.75, unit="wgmma"),
+    "sm_100": Chip("sm_100", 148, 227 * KIB, 1.85, unit="tcgen05"),
+    "gfx942": Chip("gfx942", 304, 64 * KIB, 2.10, tf32=False, one_l2=False, unit="mfma"),
+}
+#: What the interpreter pretends to be.
+DEFAULT_CHIP = CHIPS["sm_90"]
 
 
 @dataclass(frozen=True)
@@ -20,114 +80,423 @@ class StepConfig:
     BLOCK_B: int
     BLOCK_N: int
     BLOCK_K: int
+    PRECISION: str = "ieee"
     num_warps: int = 4
     num_stages: int = 3
 
 
 @dataclass(frozen=True)
 class ResidentConfig:
-    """kernels/resident.py: BLOCK_B rows a program, W_hh in tiles of C x C."""
+    """kernels/resident.py: BLOCK_B batch rows a program, H in tiles of C.
+
+    The first HELD rows of W_hh's tiles stay in registers, the others in shared memory. What a step reads
+    is fetched AHEAD steps before it.
+    """
 
     BLOCK_B: int
     C: int
+    HELD: int = 0
+    AHEAD: int = 1
+    PRECISION: str = "ieee"
     num_warps: int = 4
     num_stages: int = 1
 
 
+@dataclass(frozen=True)
+class CooperativeConfig:
+    """kernels/cooperative.py: a program makes BLOCK_N columns of the state of BLOCK_B rows at every step.
+
+    It adds up H in chunks of BLOCK_K, each in one part per warp. The last STREAMED chunks of its slice of
+    W_hh are read again every step, the others stay on chip. FLAG: the data is its own flag; otherwise
+    the programs meet at a counter.
+    """
+
+    BLOCK_B: int
+    BLOCK_N: int
+    BLOCK_K: int
+    CHUNKS: int
+    STREAMED: int = 0
+    FLAG: bool = True
+    PRECISION: str = "ieee"
+    num_warps: int = 8
+    num_stages: int = 1
+
+
+Config = StepConfig | ResidentConfig | CooperativeConfig
+
 STEP_SPACE = {
-    "BLOCK_B": (16, 32, 64, 128),
-    "BLOCK_N": (16, 32, 64, 128),
+    "BLOCK_B": (16, 32, 64),
+    "BLOCK_N": (16, 32, 64),
     "BLOCK_K": (16, 32, 64, 128),
     "num_warps": (4, 8),
-    "num_stages": (2, 3, 4),
+    "num_stages": (3,),
 }
-RESIDENT_SPACE = {"BLOCK_B": (16, 32, 64), "C": (16, 32, 64, 128), "num_warps": (4, 8)}
-#: The tiles are unrolled: above 6 x 6 of them a kernel takes 10 to 20 seconds to compile.
-MAX_CHUNKS = 6
-#: float32 "ieee" has no tensor core. Above this H its operands do not fit in registers, whatever the blocks.
-MAX_FMA_HIDDEN = 128
+RESIDENT_SPACE = {
+    "BLOCK_B": (8, 16, 32, 64),
+    "C": (16, 32, 64, 128),
+    "HELD": (0, 1, 2, 3),
+    "AHEAD": (1, 2),
+    "num_warps": (1, 2, 4, 8),
+}
+COOPERATIVE_SPACE = {
+    "BLOCK_B": (8, 16, 32),
+    "BLOCK_N": (16, 32, 64),
+    "BLOCK_K": (64, 128, 256, 512, 1024),
+    "CHUNKS": (1,),
+    "FLAG": (True, False),
+    "num_warps": (8, 4),
+}
+_SPACES = {
+    "step": (StepConfig, STEP_SPACE),
+    "resident": (ResidentConfig, RESIDENT_SPACE),
+    "cooperative": (CooperativeConfig, COOPERATIVE_SPACE),
+}
+#: Registers a thread may have, by the model's rough count, before it spills.
+MAX_REGISTERS = 225
+#: What the compiler is told: left alone it saves registers for a second program that never comes.
+MAXNREG = 255
+#: Fields that choose between ways to do the same, which the model can't tell apart.
+VARIANTS = ("FLAG", "AHEAD")
+#: A key has at most this many candidates: what a tuner times, and what the compile matrix compiles.
+MAX_CANDIDATES = 4
 
 
-def choose_step(B: int, H: int, D: int, itemsize: int, processors: int = DEFAULT_PROCESSORS) -> StepConfig:
-    """A forward or backward step: narrower column blocks until there is a program for each processor."""
-    block_b = _power_of_two(B, 16, 64 if itemsize == 2 else 32)
-    tiles = D * _ceil(B, block_b)
-    # float32 without a tensor core ("ieee") spills kilobytes in larger blocks than these.
-    block_n = _power_of_two(H, 16, 64 if itemsize == 2 else 32)
-    while block_n > 16 and tiles * _ceil(H, block_n) < processors:
-        block_n //= 2
-    return StepConfig(block_b, block_n, _power_of_two(H, 16, 128 if itemsize == 2 else 32))
+@dataclass(frozen=True)
+class Estimate:
+    """What the model expects of a config: shared memory in bytes and registers a thread at most, programs
+    launched, waves of them, and microseconds a step of the whole launch."""
+
+    shared: int
+    registers: int
+    programs: int
+    waves: int
+    us: float
 
 
-def choose_cell(B: int, I: int, H: int, itemsize: int, processors: int = DEFAULT_PROCESSORS) -> StepConfig:
-    """The cell: the step's blocks; one BLOCK_K serves both of its sums."""
-    step = choose_step(B, H, 1, itemsize, processors)
-    return StepConfig(step.BLOCK_B, step.BLOCK_N, _power_of_two(max(I, H), 16, 128 if itemsize == 2 else 32))
+def space(kernel: str, problem: Problem, chip: Chip) -> Iterator[Config]:
+    """Every config of the kernel's search space whose arithmetic is the one that the problem asks for."""
+    make, axes = _SPACES[kernel]
+    for values in itertools.product(*axes.values()):
+        for precision in _precisions(problem, chip):
+            config = make(**dict(zip(axes, values, strict=True)), PRECISION=precision)
+            yield _fit_cooperative(config, problem, chip) if kernel == "cooperative" else config
 
 
-def choose_resident(
-    B: int,
-    H: int,
-    D: int,
-    itemsize: int,
-    processors: int = DEFAULT_PROCESSORS,
-    limit_bytes: int = DEFAULT_LIMIT,
-    precision: str = "ieee",
-) -> ResidentConfig:
-    """Resident: 16 rows a program, the least a tensor core takes, or more where programs would queue.
+@lru_cache(maxsize=4096)
+def candidates(
+    kernel: str, problem: Problem, chip: Chip = DEFAULT_CHIP
+) -> tuple[tuple[Config, Estimate], ...]:
+    """The configs that the model lets through with what it expects of them, quickest first; () if none fits.
 
-    More rows only while the state (BLOCK_B, H) stays in registers. precision as in the launchers; it
-    matters for float32 alone.
+    At most MAX_CANDIDATES, taken in turn from the variants that only a GPU can compare, and of those
+    that differ in BLOCK_K or num_warps alone the best.
     """
-    chunk = _chunk(H, itemsize, precision)
-    padded = _ceil(H, chunk) * chunk
-    block_b = 16
-    while (
-        D * _ceil(B, block_b) > processors
-        and block_b < (64 if itemsize == 2 else 32)
-        and 2 * block_b * padded * itemsize <= 8 * KIB
-        and resident_bytes(H, itemsize, precision, 2 * block_b) <= limit_bytes
-    ):
-        block_b *= 2
-    # 8 warps for twice the registers. They share out columns, so narrow tiles leave half of them idle.
-    wide = chunk >= 64 and block_b * padded > 2048
-    return ResidentConfig(block_b, chunk, 8 if wide or (itemsize >= 4 and block_b * padded > 1024) else 4)
+    judged = ((config, estimate(kernel, config, problem, chip)) for config in space(kernel, problem, chip))
+    fitting = sorted(((c, e) for c, e in judged if isinstance(e, Estimate)), key=lambda pair: pair[1].us)
+    variants: dict[tuple, dict[tuple, tuple[Config, Estimate]]] = {}
+    for config, expected in fitting:
+        blocks = tuple(getattr(config, name, None) for name in ("BLOCK_B", "BLOCK_N", "C"))
+        variant = tuple(getattr(config, name, None) for name in VARIANTS)
+        variants.setdefault(variant, {}).setdefault(blocks, (config, expected))
+    turns = itertools.zip_longest(*(v.values() for v in variants.values()))
+    chosen = [pair for turn in turns for pair in turn if pair][:MAX_CANDIDATES]
+    return tuple(sorted(chosen, key=lambda pair: pair[1].us))
 
 
-def resident_fits(
-    H: int, dtype_itemsize: int, limit_bytes: int = DEFAULT_LIMIT, precision: str = "ieee"
-) -> bool:
-    """Whether W_hh (H, H) stays on one multiprocessor that grants limit_bytes of shared memory a program."""
-    if dtype_itemsize == 4 and precision == "ieee" and H > MAX_FMA_HIDDEN:
-        return False
-    return resident_bytes(H, dtype_itemsize, precision) <= limit_bytes
+def choose(kernel: str, problem: Problem, chip: Chip = DEFAULT_CHIP) -> Any:
+    """The model's first choice, of the kernel's class of config. Raises ValueError where no config fits."""
+    found = candidates(kernel, problem, chip)
+    if not found:
+        raise ValueError(f"kernel {kernel!r} has no config for {problem} that fits on {chip.name}.")
+    return found[0][0]
 
 
-def resident_bytes(H: int, dtype_itemsize: int, precision: str = "ieee", block_b: int = 16) -> int:
-    """Shared memory of one resident program, at most: the tiles of W_hh, those of the state, and one more."""
-    chunk = _chunk(H, dtype_itemsize, precision)
-    chunks = _ceil(H, chunk)
-    # tf32x3 splits a float32 into two, and the compiler keeps both halves of W_hh.
-    copies = 2 if dtype_itemsize == 4 and precision == "tf32x3" else 1
-    state = (chunks + 1) * block_b * chunk
-    return (copies * (chunks * chunk) ** 2 + state) * dtype_itemsize
+def estimate(kernel: str, config: Config, problem: Problem, chip: Chip = DEFAULT_CHIP) -> Estimate | str:
+    """What the model expects of a config of `kernel`, or why it is not for this problem."""
+    judge: dict[str, Callable[..., Estimate | str]] = {
+        "step": _estimate_step,
+        "resident": _estimate_resident,
+        "cooperative": _estimate_cooperative,
+    }
+    return judge[kernel](config, problem, chip)
 
 
-def _chunk(H: int, itemsize: int, precision: str) -> int:
-    """The tile edge C: the least padding first, then the largest tile; at most MAX_CHUNKS a side."""
-    if itemsize == 4 and precision == "ieee" and 64 < H <= MAX_FMA_HIDDEN:
-        return 16  # larger tiles spill
-    if H <= 16:
-        return 16
-    # Tiles of 16 columns would leave most warps idle.
-    edges = [c for c in RESIDENT_SPACE["C"] if c >= 32 and _ceil(H, c) <= MAX_CHUNKS]
-    return min(edges or RESIDENT_SPACE["C"][-1:], key=lambda c: (_ceil(H, c) * c, -c))
+def _precisions(problem: Problem, chip: Chip) -> tuple[str, ...]:
+    """The PRECISIONs whose product is of the problem's class."""
+    if problem.dtype != torch.float32:
+        return ("ieee",)
+    if problem.precision == "ieee" and chip.tf32:
+        return ("tf32x3", "ieee")
+    return (problem.precision,)
+
+
+def _product_cycles(rows: int, inner: int, columns: int, precision: str, dtype: torch.dtype) -> float:
+    """Clock cycles of one multiprocessor for a (rows, inner) by (inner, columns) product, blocks as padded.
+
+    mma.sync reaches some 600 of the 1024 (sm_80) to 2048 (sm_90) multiply-adds of 16 bits that data
+    sheets give a cycle, half of that in tf32. Without tensor cores a small product waits for its operands
+    half of the time: 64 of 128 in float32, 32 of 64 in float64.
+    """
+    rate = {"ieee": 64, "tf32": 400, "tf32x3": 133}[precision]
+    if dtype == torch.float64:
+        rate = 32
+    elif dtype.itemsize == 2:
+        rate = 800
+    return rows * inner * columns / rate
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _power_of_two(n: int, low: int, high: int) -> int:
-    """The smallest power of two that is at least n, kept between low and high."""
-    return min(max(low, 1 << max(n - 1, 0).bit_length()), high)
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+#: Microseconds: a launch that the next one waits for, and a trip to L2 and back.
+LAUNCH_US, L2_US = 2.5, 0.6
+
+
+def _estimate_step(config: StepConfig, problem: Problem, chip: Chip) -> Estimate | str:
+    B, H, itemsize = problem.B, problem.H, problem.dtype.itemsize
+    inner = max(H, problem.inputs)
+    for block, size, least in (
+        (config.BLOCK_B, B, 16),
+        (config.BLOCK_N, H, 16),
+        (config.BLOCK_K, inner, 16),
+    ):
+        if block > max(_power_of_two(size), least):
+            return f"a block of {block} is wider than the {size} it cuts"
+    accumulator = config.BLOCK_B * config.BLOCK_N * max(4, itemsize)
+    if accumulator > 32 * 32 * config.num_warps * 4:
+        return f"the sums of {config.num_warps} warps do not stay in registers"
+    if (
+        itemsize > 2
+        and config.PRECISION == "ieee"
+        and max(config.BLOCK_B, config.BLOCK_N, config.BLOCK_K) > 32
+    ):
+        return "without a tensor core its operands do not stay in registers"
+    if config.PRECISION == "tf32x3" and config.BLOCK_K > 64:
+        return "the halves of its operands do not stay in registers"
+    rows, columns = (config.BLOCK_K * n * itemsize for n in (config.BLOCK_B, config.BLOCK_N))
+    # The compiler keeps a buffer less than stages. The forward scan's rows come from two places.
+    shared = (config.num_stages - 1) * (rows + columns)
+    if not problem.backward and not problem.inputs:
+        shared += (config.num_stages - 1 + (2 if config.PRECISION == "tf32x3" else 1)) * rows
+    if shared > chip.shared:
+        return f"it takes {shared} bytes of shared memory and {chip.name} grants {chip.shared}"
+    programs = problem.D * _ceil(B, config.BLOCK_B) * _ceil(H, config.BLOCK_N)
+    waves = _ceil(programs, chip.processors)
+    # A processor draws some 64 bytes a cycle from L2.
+    blocks = _ceil(inner, config.BLOCK_K) * (2 if problem.inputs else 1)
+    read = blocks * config.BLOCK_K * (config.BLOCK_B + config.BLOCK_N) * itemsize / 64
+    inner = blocks * config.BLOCK_K
+    product = _product_cycles(config.BLOCK_B, inner, config.BLOCK_N, config.PRECISION, problem.dtype)
+    # Each block of the sum waits for its operands some 100 cycles even when they are fetched ahead.
+    cycles = max(read, product) + 100 * blocks
+    registers = 48 + 2 * accumulator // (4 * 32 * config.num_warps)
+    return Estimate(
+        shared, registers, programs, waves, LAUNCH_US + L2_US + waves * cycles / (1000 * chip.ghz)
+    )
+
+
+#: The tiles are unrolled: above 5 x 5 of them a kernel may take 10 seconds and more to compile.
+MAX_CHUNKS = 5
+#: Microseconds until what a program asks for is there, from memory.
+FETCH_US = 0.5
+
+
+def tile_width(n: int, size: int, block: int) -> int:
+    """Elements of tile n of `size` elements in tiles of `block`: of the last, a power of two above them."""
+    return min(block, max(16, 1 << max(size - n * block - 1, 0).bit_length()))
+
+
+def _in_tensor_cores(config: ResidentConfig, problem: Problem, chip: Chip) -> bool:
+    """Not float64 either, which only some chips multiply there."""
+    return chip.unit == "mfma" or problem.dtype.itemsize == 2 or config.PRECISION != "ieee"
+
+
+def _large(config: ResidentConfig) -> bool:
+    """Whether its products go to Chip.unit."""
+    return config.BLOCK_B >= 16 and config.C >= 64
+
+
+def _without_tensor_cores(problem: Problem) -> tuple[int, int, int]:
+    """The one (BLOCK_B, C, num_warps) with which neither operand spills."""
+    wide = problem.dtype == torch.float64
+    C = min(32 if wide else 64, max(16, _power_of_two(problem.H)))
+    return 8, C, 8 if wide or problem.H > 128 else 4
+
+
+def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str | None:
+    """Why the config's blocks don't go together, if they don't."""
+    chunks, amd = _ceil(problem.H, config.C), chip.unit == "mfma"
+    if chunks > MAX_CHUNKS:
+        return f"{chunks} x {chunks} tiles take too long to compile"
+    if config.C > max(16, _power_of_two(problem.H)):
+        return f"a tile of {config.C} is wider than the {problem.H} it cuts"
+    if config.BLOCK_B > max(16 if amd else 8, _power_of_two(problem.B)):
+        return f"{config.BLOCK_B} batch rows are more than the {problem.B} there are"
+    if _in_tensor_cores(config, problem, chip):
+        if config.C != 16 * config.num_warps:
+            return "each warp has 16 rows of a tile to itself; others would repeat its work"
+    elif (config.BLOCK_B, config.C, config.num_warps) != _without_tensor_cores(problem):
+        return "without tensor cores other tiles spill"
+    if config.HELD > chunks:
+        return f"there are no {config.HELD} rows of tiles to hold"
+    if config.HELD and (problem.dtype.itemsize != 2 or amd):
+        return "only NVIDIA's 16-bit products take an operand from registers"
+    if config.HELD and config.BLOCK_B >= 32 and not (chip.unit == "wgmma" and _large(config)):
+        return "with so many columns several warps share a tile's rows and read them from shared memory"
+    if amd and config.BLOCK_B != 16:
+        return "its matrix instructions have 16 columns, and with more of them registers spill"
+    if _large(config) and chip.unit == "tcgen05":
+        return "the way to tensor memory and back takes longer than these products"
+    if _large(config) and chip.unit == "wgmma" and config.PRECISION == "tf32x3":
+        return "both halves of W_hh do not stay in registers beside such a product"
+    return None
+
+
+def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, rows: int, inner: int) -> int:
+    """Registers a thread, fitted to the compiler's reports; rows, inner: the weight's padded size."""
+    threads, words = 32 * config.num_warps, max(1, problem.dtype.itemsize // 4)
+    elements = rows * config.BLOCK_B / threads
+    each = 4.6 if problem.backward else 3.6
+    if config.PRECISION == "tf32x3" and problem.backward:
+        each = 25
+    each += 2.5 * problem.ragged + 2 * (config.AHEAD - 1)
+    each += (2.5 if problem.backward else 1.5) * (_large(config) and chip.unit == "wgmma")
+    weights = sum(max(tile_width(n, problem.H, config.C), config.C) for n in range(config.HELD)) * inner / 2
+    if config.PRECISION == "tf32x3" and not problem.backward:
+        weights = 2.4 * rows * inner  # the compiler holds both halves by itself
+    tiles = 32 * max(0, _ceil(problem.H, config.C) - 3)
+    return int(40 * words + words * each * elements + weights / threads + tiles)
+
+
+def _shared_resident(config: ResidentConfig, problem: Problem, chip: Chip, inner: int) -> int:
+    """Bytes of shared memory: a state and the tiles that are not held; before that, a tile to be held."""
+    H, C, itemsize = problem.H, config.C, problem.dtype.itemsize
+    widths = [tile_width(n, H, C) for n in range(_ceil(H, C))]
+    copies = 2 if config.PRECISION == "tf32x3" else 1
+    states = 2 if chip.unit == "wgmma" and config.BLOCK_B >= 16 and widths[-1] < 64 <= C else 1
+    weights = 0 if copies == 2 and not problem.backward else copies * sum(widths[config.HELD :]) * inner
+    tile = (widths[0] ** 2 + 16 * config.BLOCK_B) if weights == 0 or config.HELD else 0
+    state = copies * states * inner * config.BLOCK_B
+    return max(tile, weights + state) * itemsize
+
+
+def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> Estimate | str:
+    why_not = _unfit_resident(config, problem, chip)
+    if why_not:
+        return why_not
+    H, C, itemsize, warps = problem.H, config.C, problem.dtype.itemsize, config.num_warps
+    widths = [tile_width(n, H, C) for n in range(_ceil(H, C))]
+    inner = sum(widths) + (tile_width(0, problem.inputs, 64) if problem.inputs else 0)
+    # A tile with less than 16 rows a warp is multiplied, and read, by several warps alike.
+    rows = C * len(widths) if _in_tensor_cores(config, problem, chip) else sum(widths)
+    registers = _registers_resident(config, problem, chip, rows, inner)
+    if registers > 255:
+        return f"it takes {registers} registers a thread and there are 255"
+    shared = _shared_resident(config, problem, chip, inner)
+    if shared > chip.shared:
+        return f"it takes {shared} bytes of shared memory and {chip.name} grants {chip.shared}"
+    programs = problem.D * _ceil(problem.B, config.BLOCK_B)
+    waves = _ceil(programs, chip.processors)
+    read = config.num_warps * inner * config.BLOCK_B * itemsize
+    if _in_tensor_cores(config, problem, chip):
+        held = len(widths) if config.PRECISION == "tf32x3" and not problem.backward else config.HELD
+        copies = 2 if config.PRECISION == "tf32x3" else 1
+        read += copies * C * (len(widths) - held) * inner * itemsize
+    else:
+        read += 5 * rows * inner * itemsize
+    few = max(1.0, 4 / warps)  # a processor has four schedulers, and each its tensor core
+    product = few * _product_cycles(config.BLOCK_B, inner, rows, config.PRECISION, problem.dtype)
+    # Instructions for each element of a state: most of them are tanh's, which for bfloat16 is one.
+    each = 20 if problem.backward else 14 if problem.dtype == torch.bfloat16 else 36
+    elements = each * few * rows * config.BLOCK_B / 128
+    cycles = max(product, 1.5 * inner) + read / 128 + elements + (250 if warps > 1 else 150)
+    # What was asked for AHEAD steps ago must have come; each step that it waits is a move.
+    us = max(cycles / (1000 * chip.ghz), FETCH_US / config.AHEAD) + 0.005 * config.AHEAD
+    return Estimate(shared, registers, programs, waves, waves * us)
+
+
+def _fit_cooperative(config: CooperativeConfig, problem: Problem, chip: Chip) -> CooperativeConfig:
+    """config with the most CHUNKS, and for them the fewest STREAMED, that there is room for."""
+    chunks = _ceil(problem.H, config.BLOCK_K)
+    for together in (n for n in (8, 4, 2, 1) if n < 2 * chunks):
+        for streamed in range(chunks + 1):
+            fitted = replace(config, CHUNKS=together, STREAMED=streamed)
+            if _shared_cooperative(fitted, problem) <= chip.shared:
+                break
+        if _registers_cooperative(fitted, problem) <= MAX_REGISTERS:
+            break
+    return fitted
+
+
+def _shared_cooperative(config: CooperativeConfig, problem: Problem) -> int:
+    """Bytes, at most: the chunks of W_hh that stay, and what passes through or the parts of the sum."""
+    itemsize = problem.dtype.itemsize * (2 if config.PRECISION == "tf32x3" else 1)
+    chunks = _ceil(problem.H, config.BLOCK_K)
+    weight = config.BLOCK_K * config.BLOCK_N * itemsize
+    state = config.BLOCK_K * config.BLOCK_B * itemsize
+    passing = min(config.CHUNKS, config.STREAMED) * weight
+    passing += state * (1 if config.FLAG else min(config.CHUNKS, chunks))
+    parts = config.num_warps * config.BLOCK_N * config.BLOCK_B * 4
+    return (chunks - config.STREAMED) * weight + max(passing, parts)
+
+
+def _registers_cooperative(config: CooperativeConfig, problem: Problem) -> int:
+    """Registers a thread, roughly: the state's chunks, streamed ones of W_hh, and each warp's sums."""
+    threads = 32 * config.num_warps
+    held = config.CHUNKS * config.BLOCK_K * config.BLOCK_B
+    copies = 2 if config.PRECISION == "tf32x3" else 1
+    # A streamed chunk is asked for early and waits for the state; what is split is held as it came, too.
+    held += copies**2 * min(config.CHUNKS, config.STREAMED) * config.BLOCK_K * config.BLOCK_N
+    sums = config.BLOCK_N * config.BLOCK_B // 32
+    # A warp's part of a chunk of W_hh, as the tensor cores take it: the compiler asks for much of it at once.
+    operand = config.BLOCK_N * config.BLOCK_K // config.num_warps * problem.dtype.itemsize * copies // 128
+    fma = problem.dtype == torch.float32 and config.PRECISION == "ieee"
+    held = held * problem.dtype.itemsize * 3 // (2 * 4 * threads)
+    products = 45 + operand if fma else max(0, operand - 64) // 2 + 20 * problem.backward
+    return 90 + held + 5 * sums + products
+
+
+def _estimate_cooperative(config: CooperativeConfig, problem: Problem, chip: Chip) -> Estimate | str:
+    B, H, itemsize = problem.B, problem.H, problem.dtype.itemsize
+    chunks = _ceil(H, config.BLOCK_K)
+    if problem.dtype == torch.float64:
+        return "there is no cooperative kernel for float64"
+    if not chip.one_l2:
+        return f"its programs meet in L2, of which {chip.name} has one for each die: never tried"
+    if config.num_warps * 16 > config.BLOCK_K:
+        return f"a chunk of {config.BLOCK_K} leaves some of {config.num_warps} warps without a part"
+    if chunks > 32:
+        return f"{chunks} unrolled chunks take too long to compile"
+    for block, size, least in ((config.BLOCK_B, B, 8), (config.BLOCK_N, H, 16), (config.BLOCK_K, H, 64)):
+        if block > max(_power_of_two(size), least):
+            return f"a block of {block} is wider than the {size} it cuts"
+    group = _ceil(H, config.BLOCK_N)
+    if group > chip.processors:
+        return f"{group} programs can't be on {chip.processors} processors at once"
+    shared = _shared_cooperative(config, problem)
+    if shared > chip.shared:
+        return f"it takes {shared} bytes of shared memory and {chip.name} grants {chip.shared}"
+    registers = _registers_cooperative(config, problem)
+    if registers > MAX_REGISTERS:
+        return f"it takes some {registers} registers a thread"
+    jobs = problem.D * _ceil(B, config.BLOCK_B)
+    groups = min(jobs, chip.processors // group)
+    padded = chunks * config.BLOCK_K
+    # L2 gives some 64 bytes a cycle to one processor and 3,000 to all.
+    read = (padded * config.BLOCK_B + config.STREAMED * config.BLOCK_K * config.BLOCK_N) * itemsize
+    read_cycles = max(read / 64, group * groups * read / 3000)
+    copies = 2 if config.PRECISION == "tf32x3" else 1
+    product = _product_cycles(config.BLOCK_N, padded, max(config.BLOCK_B, 8), config.PRECISION, problem.dtype)
+    on_chip = padded * (config.BLOCK_N + config.BLOCK_B) * itemsize * copies / 128
+    looks = _ceil(chunks, config.CHUNKS)
+    trips = (1.5 if config.FLAG else 2.5) + 0.7 * (looks - 1)
+    barriers = 60 * chunks  # a chunk's way through shared memory to the tensor cores
+    us = L2_US * trips + 0.2 + (read_cycles + max(product, on_chip) + barriers) / (1000 * chip.ghz)
+    waves = _ceil(jobs, groups)
+    return Estimate(shared, registers, group * groups, waves, waves * us)

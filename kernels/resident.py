@@ -1,46 +1,188 @@
 """A whole sequence in one launch, W_hh on chip throughout.
 
-    h_t  = act(z_t + h_prev W_hh^T)                     z_t = W_ih x_t + b, made beforehand
-    dz_t = act'(h_t) * (g_t + dz_next W_hh)             g_t: gradient of h_t from outside: that of the
-                                                        output, plus that of h_n at the last step
+    h_t  = act(z_t + W_hh h_prev)               z_t = W_ih x_t + b, made beforehand, or here if I is small
+    dz_t = act'(h_t) * (g_t + W_hh^T dz_next)   g_t: gradient of h_t from outside: that of the output, plus
+                                                that of h_n at the last step
 
-One program per (batch tile, direction): grid (ceil(B / BLOCK_B), D). W_hh is a tuple of NC x NC tiles
-(C, C), the state a tuple of NC tiles (BLOCK_B, C), H <= NC * C; columns past H are kept zero, so H needs no
-power of two. Each step loads the next step's rows before it multiplies, so that memory latency hides
-behind the product.
+One program per (batch tile, direction): grid (ceil(B / BLOCK_B), D). A state is (H, BLOCK_B), the weight the
+left operand: H fills a tensor core's 16 rows at any batch, and 8 batch rows are enough for its columns. H is
+cut in tiles of C, the last no wider than what is left needs: a state is a tuple of NC tiles, W_hh one of
+NC x NC. Rows past H are kept zero.
+
+A step is a chain of latencies, so as little as possible lies between one product and the next
+(docs/tuning-notes.md): the first HELD rows of W_hh's tiles stay in registers and the others in shared memory,
+elements come and go in the product's own layout (elements.py), and each step fetches what the step AHEAD
+of it reads.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import configs
-from .activations import activate, activate_backward
+from . import configs, elements
+from .activations import activate_backward
 from .common import (
+    activated,
     chip,
     constants,
     dot,
     expect,
     expect_sequence,
-    load_tiles,
-    load_weight,
+    launch_options,
     on_device,
+    problem_of,
     rounded,
     row_lengths,
 )
 
+#: As wide as an input may be for the fused scan, which keeps W_ih on chip beside W_hh.
+MAX_INPUTS = 64
+_MAX_INPUTS = tl.constexpr(MAX_INPUTS)
+width = triton.constexpr_function(configs.tile_width)
+
+
+@triton.jit
+def load_weight(
+    w,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    w_m: tl.constexpr,
+    w_k: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The tiles, row by row, of the (M, K) weight whose element (m, k) lies at w + m * w_m + k * w_k.
+
+    Zero past the edges. The first HELD rows of tiles stay in registers.
+    """
+    tiles = ()
+    for m in tl.static_range((M + BLOCK_M - 1) // BLOCK_M):
+        for k in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+            rm = m * BLOCK_M + tl.arange(0, width(m, M, BLOCK_M))[:, None]
+            rk = k * BLOCK_K + tl.arange(0, width(k, K, BLOCK_K))[None, :]
+            tile = tl.load(w + rm * w_m + rk * w_k, mask=(rm < M) & (rk < K), other=0.0)
+            if m < HELD and not INTERPRET:
+                tile = held(tile, BLOCK_B)
+            tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def held(tile, BLOCK_B: tl.constexpr):
+    """A 16-bit tile in the layout of a product's result, where a left operand needs no shared memory.
+
+    Left to itself, the compiler puts a tile that it has loaded into shared memory and reads it there again
+    at every step. The sum with a zero that comes out of a product has that product's layout.
+    """
+    nothing = tl.zeros((tile.shape[0], 16), tile.dtype)
+    zero = tl.dot(nothing, tl.zeros((16, BLOCK_B), tile.dtype), out_dtype=tl.float32)
+    return tile + tl.max(zero, 1).to(tile.dtype)[:, None]
+
+
+@triton.jit
+def load_state(columns, stride, H: tl.constexpr, C: tl.constexpr, INTERPRET: tl.constexpr):
+    """The H elements from each of the pointers `columns` (BLOCK_B,) on, as tiles; zero past H."""
+    tiles = ()
+    for n in tl.static_range((H + C - 1) // C):
+        rn = tl.minimum(n * C + tl.arange(0, width(n, H, C)), H - 1)
+        tile = elements.load(columns[None, :] + rn[:, None].to(tl.int64) * stride, INTERPRET)
+        tiles += (without_padding(tile, n * C, H),)
+    return tiles
+
+
+@triton.jit
+def load_input(columns, ok, stride, I: tl.constexpr, BLOCK_I: tl.constexpr):
+    """The I elements from each of the pointers `columns` on, as a state of one tile; zero where not ok."""
+    ri = tl.arange(0, BLOCK_I)[:, None]
+    tile = tl.load(columns[None, :] + ri.to(tl.int64) * stride, mask=ok[None, :] & (ri < I), other=0.0)
+    return (tile,)
+
+
+@triton.jit
+def load_bias(bias, H: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, dtype: tl.constexpr):
+    """A state of which every column is the bias (H,)."""
+    tiles = ()
+    for n in tl.static_range((H + C - 1) // C):
+        rn = n * C + tl.arange(0, width(n, H, C))
+        b = tl.load(bias + rn, mask=rn < H, other=0.0).to(dtype)
+        tiles += (tl.broadcast_to(b[:, None], (width(n, H, C), BLOCK_B)),)
+    return tiles
+
+
+@triton.jit
+def store_tile(columns, tile, ok, N0: tl.constexpr, H: tl.constexpr, INTERPRET: tl.constexpr):
+    """Writes a state's tile, whose first row is N0, behind those of the pointers `columns` that are ok."""
+    rn = N0 + tl.arange(0, tile.shape[0])
+    elements.store(columns[None, :] + rn[:, None], tile, ok[None, :] & (rn[:, None] < H), INTERPRET)
+
+
+@triton.jit
+def without_padding(tile, N0: tl.constexpr, H: tl.constexpr):
+    """A state's tile, whose first row is N0, with zeros past H: inf * 0 = NaN must not return from there."""
+    if N0 + tile.shape[0] > H:
+        rn = N0 + tl.arange(0, tile.shape[0])
+        tile = tl.where(rn[:, None] < H, tile, 0.0)
+    return tile
+
+
+@triton.jit
+def add_product(accs, ws, hs, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """accs + the weight ws @ the state hs, all three as tuples of tiles."""
+    sums = ()
+    for n in tl.static_range(len(accs)):
+        acc = accs[n]
+        for k in tl.static_range(len(hs)):
+            acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
+        sums += (acc,)
+    return sums
+
+
+@triton.jit
+def zeros(H: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, dtype: tl.constexpr):
+    """A state of zeros."""
+    tiles = ()
+    for n in tl.static_range((H + C - 1) // C):
+        tiles += (tl.zeros((width(n, H, C), BLOCK_B), dtype),)
+    return tiles
+
+
+@triton.jit
+def within(t, steps):
+    """The step t, or the nearest one that there is, as a 64-bit factor of a stride."""
+    return tl.minimum(tl.maximum(t, 0), steps - 1).to(tl.int64)
+
+
+@triton.jit
+def moved_up(queue, new):
+    """The queue of tiles without its first len(new), and the new ones at its end."""
+    rest = ()
+    for i in tl.static_range(len(new), len(queue)):
+        rest += (queue[i],)
+    return rest + new
+
 
 @triton.jit(do_not_specialize=["T", "B"])
 def forward_kernel(
-    z,
+    x,
+    w_ih,
+    bias,
     h0,
     w_hh,
+    output,
     lengths,
     T,
     B,
-    z_t,
-    z_b,
+    x_t,
+    x_b,
+    x_i,
+    out_t,
+    out_b,
     H: tl.constexpr,
+    I: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -48,49 +190,75 @@ def forward_kernel(
     INTERPRET: tl.constexpr,
     BLOCK_B: tl.constexpr,
     C: tl.constexpr,
+    HELD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
+    """x is (T, B, I); or, where I is 0, it is z (T, B, D * H) in the output's own memory."""
     NC: tl.constexpr = (H + C - 1) // C
+    BLOCK_I: tl.constexpr = width(0, I, _MAX_INPUTS)
     d = tl.program_id(1)
     rb = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    rc = tl.arange(0, C)
+    ok = rb < B
+    rb = tl.minimum(rb, B - 1).to(tl.int64)  # rows past the batch repeat its last one, and are not written
     length = row_lengths(lengths, rb, T, B, HAS_LENGTHS)
     steps = tl.max(length, 0)  # the tile's own end: rows that are all shorter than T don't wait for it
     sign = 1 - 2 * d
     t = d * (steps - 1)
 
-    w = w_hh + d.to(tl.int64) * H * H
-    ws = ()
-    for n in tl.static_range(NC):
-        for k in tl.static_range(NC):
-            ws += (load_weight(w, k * C, n * C, H, C, True),)
-    hs = load_tiles(h0 + (d.to(tl.int64) * B + rb) * H, rb < B, 1, H, C)
-    rows = z + d * H + rb.to(tl.int64) * z_b
-    zs = load_tiles(rows + t.to(tl.int64) * z_t, t < length, 1, H, C)
+    d64 = d.to(tl.int64)
+    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, BLOCK_B, INTERPRET)
+    hs = load_state(h0 + (d64 * B + rb) * H, 1, H, C, INTERPRET)
+    out_columns = output + d * H + rb * out_b
+    start = zeros(H, C, BLOCK_B, ACC)
+    accs = start
+    queue = ()
+    if I > 0:
+        x_columns = x + rb * x_b
+        us = load_weight(w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, BLOCK_B, INTERPRET)
+        if HAS_BIAS:
+            start = load_bias(bias + d * H, H, C, BLOCK_B, ACC)
+        xs = load_input(x_columns + t.to(tl.int64) * x_t, t < length, x_i, I, BLOCK_I)
+        accs = add_product(start, us, xs, PRECISION, INTERPRET)
+        for i in tl.static_range(AHEAD):
+            t_next = t + (i + 1) * sign
+            inside = (t_next >= 0) & (t_next < length)
+            queue += load_input(x_columns + t_next.to(tl.int64) * x_t, inside, x_i, I, BLOCK_I)
+    else:
+        x_columns = x + d * H + rb * x_b
+        for i in tl.static_range(AHEAD):
+            queue += load_state(x_columns + within(t + i * sign, steps) * x_t, 1, H, C, INTERPRET)
+    for _ in range(tl.minimum(steps, 1)):  # once; outside a loop it would read all the tiles before it starts
+        accs = add_product(accs, ws, hs, PRECISION, INTERPRET)
     for _ in range(steps):
         live = t < length
-        t_next = t + sign
-        zs_next = load_tiles(rows + t_next.to(tl.int64) * z_t, (t_next >= 0) & (t_next < length), 1, H, C)
+        if I > 0:
+            t_next = t + (AHEAD + 1) * sign
+            inside = (t_next >= 0) & (t_next < length)
+            later = load_input(x_columns + t_next.to(tl.int64) * x_t, inside, x_i, I, BLOCK_I)
+        else:
+            later = load_state(x_columns + within(t + AHEAD * sign, steps) * x_t, 1, H, C, INTERPRET)
         new = ()
         for n in tl.static_range(NC):
-            rn = n * C + rc
-            acc = zs[n].to(ACC)
-            for k in tl.static_range(NC):
-                acc = dot(hs[k], ws[n * NC + k], acc, PRECISION, INTERPRET)
-            h = rounded(activate(acc, RELU), z.dtype.element_ty, INTERPRET)
-            if (n + 1) * C > H:
-                h = tl.where(rn[None, :] < H, h, 0.0)  # inf * 0 = NaN must not come back from the padding
+            acc = accs[n]
+            if I == 0:
+                acc += queue[n].to(ACC)
+            h = activated(acc, RELU, output.dtype.element_ty, INTERPRET)
+            h = without_padding(h, n * C, H)
             out = h
             if HAS_LENGTHS:
-                out = tl.where(live[:, None], h, 0.0)
-                h = tl.where(live[:, None], h, hs[n])  # reverse: h0 until the row begins
-            pointers = rows[:, None] + t.to(tl.int64) * z_t + rn[None, :]
-            tl.store(pointers, out, mask=(rb[:, None] < B) & (rn[None, :] < H))
+                out = tl.where(live[None, :], h, 0.0)
+                h = tl.where(live[None, :], h, hs[n])  # reverse: h0 until the row begins
+            store_tile(out_columns + t.to(tl.int64) * out_t, out, ok, n * C, H, INTERPRET)
             new += (h,)
         hs = new
-        zs = zs_next
-        t = t_next
+        accs = start
+        if I > 0:
+            accs = add_product(start, us, queue[:1], PRECISION, INTERPRET)
+        accs = add_product(accs, ws, hs, PRECISION, INTERPRET)
+        queue = moved_up(queue, later)
+        t += sign
     if HAS_LENGTHS:
-        clear(rows, rb < B, steps, T, z_t, H, BLOCK_B, C)
+        clear(out_columns, ok, steps, T, out_t, H, C, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -120,77 +288,72 @@ def backward_kernel(
     INTERPRET: tl.constexpr,
     BLOCK_B: tl.constexpr,
     C: tl.constexpr,
+    HELD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     NC: tl.constexpr = (H + C - 1) // C
     d = tl.program_id(1)
     rb = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    rc = tl.arange(0, C)
+    ok = rb < B
+    rb = tl.minimum(rb, B - 1).to(tl.int64)
     length = row_lengths(lengths, rb, T, B, HAS_LENGTHS)
     steps = tl.max(length, 0)
     sign = 2 * d - 1  # against the scan
     t = (1 - d) * (steps - 1)
     last = (1 - d) * (length - 1)
 
-    w = w_hh + d.to(tl.int64) * H * H
-    ws = ()
-    for n in tl.static_range(NC):
-        for k in tl.static_range(NC):
-            ws += (load_weight(w, k * C, n * C, H, C, False),)
-    rb64 = rb.to(tl.int64)
-    out_rows = output + d * H + rb64 * out_b
-    dz_rows = dz + d * H + rb64 * dz_b
-    hs = load_tiles(out_rows + t.to(tl.int64) * out_t, t < length, 1, H, C)
-    dzs = ()
-    for _ in tl.static_range(NC):
-        dzs += (tl.zeros((BLOCK_B, C), dz.dtype.element_ty),)
-    gs = dzs
-    if HAS_G_OUT:
-        g_rows = g_out + d.to(tl.int64) * H * g_h + rb64 * g_b
-        gs = load_tiles(g_rows + t.to(tl.int64) * g_t, t < length, g_h, H, C)
+    d64 = d.to(tl.int64)
+    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, BLOCK_B, INTERPRET)
+    out_columns = output + d * H + rb * out_b
+    g_columns = g_out + d64 * H * g_h + rb * g_b
+    dz_columns = dz + d * H + rb * dz_b
+    start = zeros(H, C, BLOCK_B, ACC)
+    accs = start
+    queue = ()
+    g_queue = ()
+    for i in tl.static_range(AHEAD):
+        t_next = within(t + i * sign, steps)
+        queue += load_state(out_columns + t_next * out_t, 1, H, C, INTERPRET)
+        if HAS_G_OUT:
+            g_queue += load_state(g_columns + t_next * g_t, g_h, H, C, INTERPRET)
     if HAS_G_HN:
-        ends = load_tiles(g_hn + (d.to(tl.int64) * B + rb) * H, rb < B, 1, H, C)
+        ends = load_state(g_hn + (d64 * B + rb) * H, 1, H, C, INTERPRET)
     for _ in range(steps):
         live = t < length
-        t_next = t + sign
-        ok = (t_next >= 0) & (t_next < length)
-        hs_next = load_tiles(out_rows + t_next.to(tl.int64) * out_t, ok, 1, H, C)
+        t_next = within(t + AHEAD * sign, steps)
+        later = load_state(out_columns + t_next * out_t, 1, H, C, INTERPRET)
         if HAS_G_OUT:
-            gs_next = load_tiles(g_rows + t_next.to(tl.int64) * g_t, ok, g_h, H, C)
+            g_later = load_state(g_columns + t_next * g_t, g_h, H, C, INTERPRET)
         new = ()
         for n in tl.static_range(NC):
-            rn = n * C + rc
-            acc = gs[n].to(ACC)
+            acc = accs[n]
+            if HAS_G_OUT:
+                acc += g_queue[n].to(ACC)
             if HAS_G_HN:
-                acc += tl.where((last == t)[:, None], ends[n], 0.0).to(ACC)
-            for k in tl.static_range(NC):
-                acc = dot(dzs[k], ws[n * NC + k], acc, PRECISION, INTERPRET)
-            g = rounded(activate_backward(acc, hs[n].to(ACC), RELU), dz.dtype.element_ty, INTERPRET)
+                acc += tl.where((last == t)[None, :], ends[n], 0.0).to(ACC)
+            g = activate_backward(acc, queue[n].to(ACC), RELU)
+            g = without_padding(rounded(g, dz.dtype.element_ty, INTERPRET), n * C, H)
             if HAS_LENGTHS:
-                g = tl.where(live[:, None], g, 0.0)
-            if (n + 1) * C > H:
-                g = tl.where(rn[None, :] < H, g, 0.0)
-            pointers = dz_rows[:, None] + t.to(tl.int64) * dz_t + rn[None, :]
-            tl.store(pointers, g, mask=(rb[:, None] < B) & (rn[None, :] < H))
+                g = tl.where(live[None, :], g, 0.0)
+            store_tile(dz_columns + t.to(tl.int64) * dz_t, g, ok, n * C, H, INTERPRET)
             new += (g,)
-        dzs = new
-        hs = hs_next
+        accs = add_product(start, ws, new, PRECISION, INTERPRET)
+        queue = moved_up(queue, later)
         if HAS_G_OUT:
-            gs = gs_next
-        t = t_next
+            g_queue = moved_up(g_queue, g_later)
+        t += sign
     if HAS_LENGTHS:
-        clear(dz_rows, rb < B, steps, T, dz_t, H, BLOCK_B, C)
+        clear(dz_columns, ok, steps, T, dz_t, H, C, INTERPRET)
 
 
 @triton.jit
-def clear(rows, ok, start, stop, stride, H: tl.constexpr, BLOCK_B: tl.constexpr, C: tl.constexpr):
-    """Zeros in the rows' H columns at the steps from start to stop."""
-    zero = tl.zeros((BLOCK_B, C), rows.dtype.element_ty)
-    t = start  # not the loop's own variable, which the interpreter makes a Python int
-    for _ in range(stop - start):
+def clear(columns, ok, begin, end, stride, H: tl.constexpr, C: tl.constexpr, INTERPRET: tl.constexpr):
+    """Zeros in the H elements from each pointer in `columns` that is ok on, at the steps begin to end."""
+    t = begin  # not the loop's own variable, which the interpreter makes a Python int
+    for _ in range(end - begin):
         for n in tl.static_range((H + C - 1) // C):
-            rn = n * C + tl.arange(0, C)
-            pointers = rows[:, None] + t.to(tl.int64) * stride + rn[None, :]
-            tl.store(pointers, zero, mask=ok[:, None] & (rn[None, :] < H))
+            zero = tl.zeros((width(n, H, C), columns.shape[0]), columns.dtype.element_ty)
+            store_tile(columns + t.to(tl.int64) * stride, zero, ok, n * C, H, INTERPRET)
         t += 1
 
 
@@ -202,35 +365,86 @@ def scan(
     nonlinearity: str,
     precision: str,
     config: configs.ResidentConfig | None = None,
-) -> None:
-    """Turns the input products z (T, B, D * H) into the output, in place.
+) -> torch.Tensor:
+    """Turns the input products z (T, B, D * H) into the output, in place, and returns it.
 
     h0 (D, B, H), w_hh (D, H, H), all of one dtype and device; lengths None or int64 (B,), 1 <= length <= T.
     z has unit stride in its last dimension and any other strides. Rows past their length become zero.
     precision, of float32 products: "ieee", "tf32" or "tf32x3".
-    Raises ValueError where shapes, dtypes or devices disagree, and Triton's OutOfResources where W_hh does
-    not fit on the chip: ask configs.resident_fits first.
+    Raises ValueError where shapes, dtypes or devices disagree, or where no config fits on the chip.
     """
-    T, B, D, H = expect_sequence(z, "z", w_hh, lengths)
-    expect(h0, "h0", (D, B, H), z)
-    options = constants(z, nonlinearity, precision)
-    if 0 in (T, B, D, H):
-        return
-    config = config or configs.choose_resident(B, H, D, z.element_size(), *chip(z.device), precision)
-    with on_device(z):
+    _, B, D, H = expect_sequence(z, "z", w_hh, lengths)
+    problem = problem_of(z, B, H, D, precision, ragged=lengths is not None)
+    return _forward(z, None, None, h0, w_hh, z, lengths, nonlinearity, problem, config)
+
+
+def scan_fused(
+    x: torch.Tensor,
+    w_ih: torch.Tensor,
+    bias: torch.Tensor | None,
+    h0: torch.Tensor,
+    w_hh: torch.Tensor,
+    lengths: torch.Tensor | None,
+    nonlinearity: str,
+    precision: str,
+    config: configs.ResidentConfig | None = None,
+) -> torch.Tensor:
+    """The output (T, B, D * H) from the input x (T, B, I), 1 <= I <= MAX_INPUTS, with any strides.
+
+    w_ih (D, H, I), bias (D, H) or None. The rest is as in scan.
+    """
+    if x.dim() != 3 or not 1 <= x.shape[2] <= MAX_INPUTS:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (time, batch, 1 to {MAX_INPUTS} inputs).")
+    D, H = w_hh.shape[:2]
+    output = x.new_empty(*x.shape[:2], D * H)
+    expect_sequence(output, "output", w_hh, lengths)
+    expect(w_ih, "w_ih", (D, H, x.shape[2]), x)
+    expect(bias, "bias", (D, H), x)
+    B, I, ragged = x.shape[1], x.shape[2], lengths is not None
+    problem = problem_of(x, B, H, D, precision, inputs=I, ragged=ragged)
+    return _forward(x, w_ih, bias, h0, w_hh, output, lengths, nonlinearity, problem, config)
+
+
+def _forward(
+    x: torch.Tensor,
+    w_ih: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    h0: torch.Tensor,
+    w_hh: torch.Tensor,
+    output: torch.Tensor,
+    lengths: torch.Tensor | None,
+    nonlinearity: str,
+    problem: configs.Problem,
+    config: configs.ResidentConfig | None,
+) -> torch.Tensor:
+    B, H, D = problem.B, problem.H, problem.D
+    expect(h0, "h0", (D, B, H), x)
+    options = constants(x, nonlinearity)
+    if output.numel() == 0:
+        return output
+    config = config or configs.choose("resident", problem, chip(x.device))
+    with on_device(x):
         forward_kernel[triton.cdiv(B, config.BLOCK_B), D](
-            z,
+            x,
+            w_ih.contiguous() if w_ih is not None else x,
+            bias.contiguous() if bias is not None else x,
             h0.contiguous(),
             w_hh.contiguous(),
-            lengths.contiguous() if lengths is not None else z,
-            T,
+            output,
+            lengths.contiguous() if lengths is not None else x,
+            len(x),
             B,
-            *z.stride()[:2],
+            *x.stride(),
+            *output.stride()[:2],
             H=H,
+            I=problem.inputs,
+            HAS_BIAS=bias is not None,
             HAS_LENGTHS=lengths is not None,
             **options,
             **vars(config),
+            **launch_options(),
         )
+    return output
 
 
 def scan_backward(
@@ -255,10 +469,11 @@ def scan_backward(
     expect(dz, "dz", output.shape, output)
     expect(g_out, "g_out", output.shape, output)
     expect(g_hn, "g_hn", (D, B, H), output)
-    options = constants(dz, nonlinearity, precision)
-    if 0 in (T, B, D, H):
+    options = constants(dz, nonlinearity)
+    problem = problem_of(dz, B, H, D, precision, backward=True, ragged=lengths is not None)
+    if dz.numel() == 0:
         return
-    config = config or configs.choose_resident(B, H, D, dz.element_size(), *chip(dz.device), precision)
+    config = config or configs.choose("resident", problem, chip(dz.device))
     with on_device(dz):
         backward_kernel[triton.cdiv(B, config.BLOCK_B), D](
             g_out if g_out is not None else dz,
@@ -278,4 +493,5 @@ def scan_backward(
             HAS_LENGTHS=lengths is not None,
             **options,
             **vars(config),
+            **launch_options(),
         )

@@ -15,7 +15,18 @@ import triton.language as tl
 
 from . import configs
 from .activations import activate, activate_backward
-from .common import add_product, chip, constants, expect, expect_sequence, on_device, rounded, row_lengths
+from .common import (
+    add_product,
+    chip,
+    constants,
+    expect,
+    expect_sequence,
+    launch_options,
+    on_device,
+    problem_of,
+    rounded,
+    row_lengths,
+)
 
 
 @triton.jit(do_not_specialize=["s", "T", "B"])
@@ -49,11 +60,11 @@ def forward_kernel(
 
     rows = z + d * H + rb.to(tl.int64) * z_b
     t_prev = (t + 2 * d - 1).to(tl.int64)
-    h_prev = tl.where(first, h0 + (d.to(tl.int64) * B + rb) * H, rows + t_prev * z_t)
+    h_prev, begin = rows + t_prev * z_t, h0 + (d.to(tl.int64) * B + rb) * H
     pointers = rows[:, None] + t.to(tl.int64) * z_t + rn[None, :]
     acc = tl.load(pointers, mask=live[:, None] & (rn[None, :] < H), other=0.0).to(ACC)
     w = w_hh + d.to(tl.int64) * H * H
-    acc = add_product(acc, h_prev, live, w, 1, H, rn, H, H, BLOCK_K, PRECISION, INTERPRET)
+    acc = add_product(acc, h_prev, live, begin, first, w, 1, H, rn, H, H, BLOCK_K, PRECISION, True, INTERPRET)
     # Past the lengths the sum is 0, unless the weight holds NaN or infinity.
     h = rounded(tl.where(live[:, None], activate(acc, RELU), 0.0), z.dtype.element_ty, INTERPRET)
     tl.store(pointers, h, mask=(rb[:, None] < B) & (rn[None, :] < H))
@@ -111,7 +122,10 @@ def backward_kernel(
     t_next = (t + 1 - 2 * d).to(tl.int64)
     w = w_hh + d.to(tl.int64) * H * H
     later = live & (last == 0)  # rows at their last step have no next one to hear from
-    acc = add_product(acc, rows + t_next * dz_t, later, w, H, 1, rn, H, H, BLOCK_K, PRECISION, INTERPRET)
+    after = rows + t_next * dz_t
+    acc = add_product(
+        acc, after, later, after, later, w, H, 1, rn, H, H, BLOCK_K, PRECISION, False, INTERPRET
+    )
     h = tl.load(output + t64 * out_t + rb64[:, None] * out_b + (d * H + rn)[None, :], mask=mask, other=0.0)
     g = tl.where(live[:, None], activate_backward(acc, h.to(ACC), RELU), 0.0)
     tl.store(
@@ -151,8 +165,10 @@ def cell_kernel(
     acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
     if HAS_BIAS:
         acc += tl.load(bias + rn, mask=rn < H, other=0.0).to(ACC)[None, :]
-    acc = add_product(acc, x + rb64 * x_b, ok, w_ih, 1, I, rn, H, I, BLOCK_K, PRECISION, INTERPRET)
-    acc = add_product(acc, h + rb64 * h_b, ok, w_hh, 1, H, rn, H, H, BLOCK_K, PRECISION, INTERPRET)
+    x += rb64 * x_b
+    h += rb64 * h_b
+    acc = add_product(acc, x, ok, x, ok, w_ih, 1, I, rn, H, I, BLOCK_K, PRECISION, False, INTERPRET)
+    acc = add_product(acc, h, ok, h, ok, w_hh, 1, H, rn, H, H, BLOCK_K, PRECISION, False, INTERPRET)
     y = rounded(activate(acc, RELU), out.dtype.element_ty, INTERPRET)
     tl.store(out + rb64[:, None] * out_b + rn[None, :], y, mask=ok[:, None] & (rn[None, :] < H))
 
@@ -165,27 +181,29 @@ def scan(
     nonlinearity: str,
     precision: str,
     config: configs.StepConfig | None = None,
-) -> None:
-    """Turns the input products z (T, B, D * H) into the output, in place, one launch a step.
+) -> torch.Tensor:
+    """Turns the input products z (T, B, D * H) into the output, in place, one launch a step; returns z.
 
     h0 (D, B, H), w_hh (D, H, H), all of one dtype and device; lengths None or int64 (B,), 1 <= length <= T.
     z has unit stride in its last dimension and any other strides. Rows past their length become zero.
-    precision, of float32 products: "ieee", "tf32" or "tf32x3".
+    precision, of float32 products: "tf32", "ieee" (IEEE class: the config says how) or "tf32x3".
     Raises ValueError where shapes, dtypes or devices disagree.
     """
     T, B, D, H = expect_sequence(z, "z", w_hh, lengths)
     expect(h0, "h0", (D, B, H), z)
-    options = constants(z, nonlinearity, precision)
+    options = constants(z, nonlinearity)
+    problem = problem_of(z, B, H, D, precision, ragged=lengths is not None)
     if 0 in (T, B, D, H):
-        return
-    config = config or configs.choose_step(B, H, D, z.element_size(), chip(z.device)[0])
-    options |= {"H": H, "HAS_LENGTHS": lengths is not None, **vars(config)}
+        return z
+    config = config or configs.choose("step", problem, chip(z.device))
+    options |= {"H": H, "HAS_LENGTHS": lengths is not None, **vars(config), **launch_options()}
     h0, w_hh = h0.contiguous(), w_hh.contiguous()
     lengths = lengths.contiguous() if lengths is not None else z
     launch = forward_kernel[triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N), D]
     with on_device(z):
         for s in range(T):
             launch(z, h0, w_hh, lengths, s, T, B, *z.stride()[:2], **options)
+    return z
 
 
 def scan_backward(
@@ -210,11 +228,12 @@ def scan_backward(
     expect(dz, "dz", output.shape, output)
     expect(g_out, "g_out", output.shape, output)
     expect(g_hn, "g_hn", (D, B, H), output)
-    options = constants(dz, nonlinearity, precision)
+    options = constants(dz, nonlinearity)
+    problem = problem_of(dz, B, H, D, precision, backward=True, ragged=lengths is not None)
     if 0 in (T, B, D, H):
         return
-    config = config or configs.choose_step(B, H, D, dz.element_size(), chip(dz.device)[0])
-    options |= {"H": H, "HAS_LENGTHS": lengths is not None, **vars(config)}
+    config = config or configs.choose("step", problem, chip(dz.device))
+    options |= {"H": H, "HAS_LENGTHS": lengths is not None, **vars(config), **launch_options()}
     options |= {"HAS_G_OUT": g_out is not None, "HAS_G_HN": g_hn is not None}
     g_out = g_out if g_out is not None else dz
     g_hn = g_hn.contiguous() if g_hn is not None else dz
@@ -252,10 +271,11 @@ def cell(
     expect(out, "out", (B, H), x)
     if out.stride(1) != 1 and H > 1:
         raise ValueError(f"out has stride {out.stride(1)} in its last dimension; expected 1.")
-    options = constants(x, nonlinearity, precision)
+    options = constants(x, nonlinearity)
+    problem = problem_of(x, B, H, 1, precision, inputs=I)
     if 0 in (B, H):
         return
-    config = config or configs.choose_cell(B, I, H, x.element_size(), chip(x.device)[0])
+    config = config or configs.choose("step", problem, chip(x.device))
     x = x if x.stride(1) == 1 else x.contiguous()
     h = h if h.stride(1) == 1 else h.contiguous()
     with on_device(x):
@@ -275,4 +295,5 @@ def cell(
             HAS_BIAS=bias is not None,
             **options,
             **vars(config),
+            **launch_options(),
         )

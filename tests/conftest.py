@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+# The tests choose what is tuned and where tables lie: each shape would be tuned, and the user's tables used.
+os.environ["ELMAN_AUTOTUNE"] = "off"
 if not torch.cuda.is_available():
     # Triton reads it once, when it is imported, so before anything that might.
     os.environ["TRITON_INTERPRET"] = "1"

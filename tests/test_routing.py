@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import elman
-from elman import BackendUnavailableError, Elman, ElmanCell, ElmanNetwork, cli, routing
+from elman import BackendUnavailableError, Elman, ElmanCell, ElmanNetwork, choice, cli, routing, tuning
+from elman.kernels import configs
+from elman.kernels.common import chip
+from tests.machines import simulate_gpu
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -30,22 +32,25 @@ def plain_environment(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def no_tuned_tables(monkeypatch, tmp_path):
+    """None of the caller's own, and nothing remembered from one test to the next."""
+    monkeypatch.setenv("ELMAN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("ELMAN_AUTOTUNE", raising=False)
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Makes this look like another machine to routing; nothing is run there."""
 
-    def make(cudnn: int | None = 91300, capability=(9, 0), triton=True, hip=None, shared=232448):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Simulated GPU")
-        properties = SimpleNamespace(
-            shared_memory_per_block=49152, shared_memory_per_block_optin=shared, multi_processor_count=132
-        )
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: cudnn is not None)
-        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-        monkeypatch.setattr(torch.version, "hip", hip)
+    def make(triton=True, **what):
+        simulate_gpu(monkeypatch, **what)
         monkeypatch.setattr(routing, "TRITON_IS_INSTALLED", triton)
+        monkeypatch.setattr(choice, "cudnn_us", lambda problem: 0.0)  # where both can run, auto takes cudnn
+        tuning.forget()
 
     return make
 
@@ -199,9 +204,9 @@ def test_auto_without_cuda_is_eager(device):
 
 # machine, dtype -> auto's backend, words of its reason
 MACHINES = {
-    "all there": ({}, torch.float32, "cudnn", ("timed",)),
+    "all there": ({}, torch.float32, "cudnn", ("cudnn 0.00 us a step", "no tuned table for Simulated GPU")),
     "no cuDNN": ({"cudnn": None}, torch.float32, "triton", ("not cudnn", "no cuDNN")),
-    "no triton": ({"triton": False}, torch.float32, "cudnn", ()),
+    "no triton": ({"triton": False}, torch.float32, "cudnn", ("not triton", "not installed")),
     "old GPU": ({"capability": (7, 5)}, torch.float32, "cudnn", ()),
     "old GPU, no cuDNN": (
         {"capability": (7, 5), "cudnn": None},
@@ -246,7 +251,7 @@ REFUSALS = {
     ),
     "old GPU": ({"capability": (7, 5)}, torch.float32, "triton", ("7.5", "8.0 or newer", "use 'cudnn'")),
     "old cuDNN": ({"cudnn": 90100}, torch.bfloat16, "cudnn", ("90100", "9.13", "use 'triton'")),
-    "too large": ({}, torch.float32, "triton:resident", ("4096", "232448 bytes", "triton:step")),
+    "too large": ({}, torch.float32, "triton:resident", ("4096", "Simulated GPU", "triton:step")),
 }
 
 
@@ -267,17 +272,150 @@ def test_cudnn_switched_off(machine, monkeypatch):
         elman.explain(**SHAPE, device="cuda", backend="cudnn")
 
 
-@pytest.mark.parametrize(
-    ("shared", "hidden", "kernel"),
-    [(232448, 64, "resident"), (232448, 256, "resident"), (232448, 1024, "step"), (101376, 256, "step")],
-)
-def test_the_kernel_follows_the_chip_s_memory(machine, shared, hidden, kernel):
-    machine(shared=shared)
-    call = {**SHAPE, "hidden": hidden, "dtype": torch.bfloat16, "device": "cuda"}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("hidden", [64, 128, 224, 256, 264, 384, 512, 1024, 2048])
+def test_triton_takes_the_kernel_that_the_model_makes_the_quickest(machine, hidden, dtype):
+    machine(name="NVIDIA H200")
+    call = {**SHAPE, "hidden": hidden, "dtype": dtype, "device": "cuda", "backend": "triton"}
+    route = elman.explain(**{**call, "input": hidden})
+    problem = configs.Problem(16, hidden, 1, dtype, routing.float32_precision(CUDA))
+    us = {}
+    for kernel in configs.KERNELS:
+        found = configs.candidates(kernel, problem, chip(CUDA))
+        us |= {kernel: found[0][1].us} if found else {}
+    assert us[route.kernel] == min(us.values())
+    assert f"{route.kernel} {us[route.kernel]:.2f}" in route.reason
+    assert dict(route.config) == vars(configs.choose(route.kernel, problem, chip(CUDA)))
+    if dtype == torch.bfloat16:
+        assert route.kernel == (
+            "resident" if hidden <= 256 else "cooperative" if hidden >= 512 else route.kernel
+        )
+
+
+def test_a_kernel_asked_for_by_name_is_taken(machine):
+    machine()
+    for kernel in configs.KERNELS:
+        call = {**SHAPE, "dtype": torch.bfloat16, "device": "cuda", "backend": f"triton:{kernel}"}
+        assert elman.explain(**call).kernel == kernel
+
+
+# machine, device, dtype -> words of the refusal of triton:cooperative
+ALONE = {
+    "interpreter": ({}, CPU, torch.float32, "one after another"),
+    "ROCm": ({"hip": "6.4", "capability": (9, 4)}, CUDA, torch.float32, "one for each die"),
+    "float64": ({}, CUDA, torch.float64, "float64"),
+}
+
+
+@pytest.mark.parametrize(("what", "device", "dtype", "words"), ALONE.values(), ids=ALONE.keys())
+def test_where_cooperative_is_not_on_offer(machine, monkeypatch, what, device, dtype, words):
+    machine(**what)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    call = {**SHAPE, "hidden": 1024, "dtype": dtype, "device": device}
+    with pytest.raises(BackendUnavailableError, match=words):
+        elman.explain(**call, backend="triton:cooperative")
     route = elman.explain(**call, backend="triton")
-    assert route.kernel == kernel
-    assert str(shared) in route.reason
-    assert elman.explain(**call, backend="triton:step").kernel == "step"
+    assert route.kernel != "cooperative"
+    assert "cooperative" not in route.reason
+
+
+def test_a_kernel_by_name_must_have_a_backward_only_where_gradients_are_enabled(machine, monkeypatch):
+    machine()
+    real = configs.candidates
+    forward_only = lambda k, p, chip: () if k == "resident" and p.backward else real(k, p, chip)  # noqa: E731
+    monkeypatch.setattr(configs, "candidates", forward_only)
+    call = {**SHAPE, "device": "cuda", "backend": "triton:resident"}
+    with pytest.raises(BackendUnavailableError, match="can't run backward"):
+        elman.explain(**call)
+    with torch.no_grad():
+        assert elman.explain(**call).kernel == "resident"
+
+
+@pytest.mark.parametrize(("cudnn_us", "backend"), [(0.0, "cudnn"), (1e6, "triton")])
+def test_auto_takes_the_quicker(machine, monkeypatch, cudnn_us, backend):
+    machine()
+    monkeypatch.setattr(choice, "cudnn_us", lambda problem: cudnn_us)
+    route = elman.explain(**SHAPE, device="cuda")
+    assert route.backend == backend
+    assert f"cudnn {cudnn_us:.2f} us a step forward; " in route.reason
+    assert f"cudnn {cudnn_us:.2f} us a step backward (resource model and published figures" in route.reason
+    with torch.no_grad():
+        assert "backward" not in elman.explain(**SHAPE, device="cuda").reason
+
+
+# dtype, H, ragged, backward -> what is published for cuDNN
+PUBLISHED = [
+    (torch.float16, 120, False, False, 0.62),
+    (torch.bfloat16, 224, False, False, 0.93),
+    (torch.float16, 264, False, False, 3.9),
+    (torch.float32, 264, False, False, 9.5),
+    (torch.float16, 336, False, False, 8.3),
+    (torch.bfloat16, 512, False, False, 7.9),
+    (torch.float32, 2048, False, False, 9.3),
+    (torch.float16, 120, True, False, 7.9),
+    (torch.float64, 120, False, False, 9.3),
+    (torch.float16, 120, False, True, 1.85),
+    (torch.float16, 264, False, True, 15.2),
+    (torch.float16, 120, True, True, 15.2),
+]
+
+
+@pytest.mark.parametrize(("dtype", "hidden", "ragged", "backward", "us"), PUBLISHED)
+def test_published_figures_of_cudnn(dtype, hidden, ragged, backward, us):
+    problem = configs.Problem(16, hidden, 1, dtype, "ieee", backward, ragged=ragged)
+    assert choice.cudnn_us(problem) == us
+
+
+def test_rows_of_differing_lengths_count_against_cudnn(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(choice, "cudnn_us", lambda problem: 1e6 if problem.ragged else 0.0)
+    for ragged, backend in ((False, "cudnn"), (True, "triton")):
+        assert routing.route(None, CUDA, torch.float32, 64, 16, ragged=ragged).backend == backend
+
+
+def test_a_traced_graph_takes_triton_and_asks_no_size(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(choice, "compare", None)
+    route = routing.route(None, CUDA, torch.float32, "a symbol", "a symbol")
+    assert (route.backend, route.kernel) == ("triton", "triton")
+    named = routing.route("triton:resident", CUDA, torch.float32, "a symbol", "a symbol")
+    assert named.kernel == "resident"
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton:step"])
+def test_a_graph_holds_triton_s_kernels(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    layer = Elman(5, 7, backend=backend)
+    expected = layer(X)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.equal(compiled(X)[0], expected)
+    compiled(X)[0].sum().backward()
+    exported = torch.export.export(layer, (X,), dynamic_shapes=({1: torch.export.Dim("batch")},))
+    wider = torch.ones(3, 4, 5)
+    assert torch.equal(exported.module()(wider)[0], layer(wider)[0])
+    torch._dynamo.reset()
+
+
+def test_a_fused_input_product_is_explained(machine):
+    machine()
+    call = {
+        **SHAPE,
+        "seq": 1,
+        "input": 1,
+        "dtype": torch.bfloat16,
+        "device": "cuda",
+        "backend": "triton:resident",
+    }
+    problem = configs.Problem(16, 64, 1, torch.bfloat16)
+    if not configs.candidates("resident", dataclasses.replace(problem, inputs=1), chip(CUDA)):
+        pytest.skip("no config makes the input product")
+    assert choice.fuses(problem, 1, 1, CUDA), "a launch saved is more than a step"
+    assert "input product too" in elman.explain(**call).reason
+    for inputs in (0, 65):
+        assert not choice.fuses(problem, inputs, 1, CUDA)
+    assert "input product" not in elman.explain(**{**call, "input": 65}).reason
 
 
 def test_an_empty_variable_is_none(monkeypatch):
@@ -322,10 +460,11 @@ def test_explain_fields(machine):
     machine()
     route = elman.explain(**SHAPE, dtype=torch.bfloat16, device="cuda", backend="triton")
     assert isinstance(route, elman.Route)
-    assert (route.backend, route.kernel) == ("triton", "resident")
+    assert route.backend == "triton"
+    assert route.kernel in configs.KERNELS
     assert "asked for by name" in route.reason
     assert route.config
-    assert all(isinstance(value, int) for value in route.config.values())
+    assert all(isinstance(value, (int, str)) for value in route.config.values())
     for part in ("triton", "resident", *map(str, route.config.values()), route.reason):
         assert part in str(route)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -509,7 +648,7 @@ def test_import_is_light_and_changes_nothing():
         times.append(report.pop("milliseconds"))
         assert report == {
             "heavy": [],
-            "kernels": [],
+            "kernels": ["elman.kernels", "elman.kernels.errors"],  # the exception alone
             "same environment": True,
             "same generator": True,
             "cuda": False,

@@ -1,0 +1,147 @@
+"""Which Triton kernel runs a problem, by tuned times, else by predicted ones; and cudnn's times beside them.
+
+    plan(...)      kernel and config of a launch
+    why_not(...)   why a kernel can't run a problem
+    times(...)     microseconds a step of each kernel that can
+    compare(...)   the same beside cudnn's, as numbers and as text
+    fuses(...)     whether the resident forward makes the input product too
+
+What was chosen stays for the lifetime of the process: the same call takes the same kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import tables, tuning
+from .kernels import configs
+from .kernels.common import chip
+
+
+def plan(kernel: str, problem: configs.Problem, device: torch.device) -> tuple[str, configs.Config | None]:
+    """The kernel of a launch, where "triton" is the quickest, and its config; None if nothing is launched."""
+    if not problem.B or not problem.H:
+        return "step", None
+    name = quickest(problem, device) if kernel == "triton" else kernel
+    return name, tuning.config_for(name, problem, device)
+
+
+@tuning.remembered
+def why_not(kernel: str, problem: configs.Problem, device: torch.device) -> str | None:
+    """None if the kernel can run the problem there, else why not."""
+    if kernel == "cooperative" and device.type != "cuda":
+        return "its programs wait for one another, and Triton's interpreter runs them one after another"
+    on = chip(device)
+    if configs.candidates(kernel, problem, on):
+        return None
+    reasons = Counter(
+        configs.estimate(kernel, config, problem, on) for config in configs.space(kernel, problem, on)
+    )
+    most = f"; of most, {reasons.most_common(1)[0][0]}" if reasons else ""
+    return f"none of its configs fits on {on.name} with hidden size {problem.H} in {problem.dtype}{most}"
+
+
+@tuning.remembered
+def times(problem: configs.Problem, device: torch.device) -> tuple[Mapping[str, float], bool]:
+    """Microseconds a step of every Triton kernel that can run the problem, and whether they were tuned.
+
+    They were if a table has all of them: a measured time and a predicted one are not compared.
+    """
+    on = chip(device)
+    able = [kernel for kernel in configs.KERNELS if why_not(kernel, problem, device) is None]
+    entries = {kernel: tuning.lookup(kernel, problem, device) for kernel in able}
+    if able and all(entries.values()):
+        return {kernel: entry.us for kernel, entry in entries.items() if entry}, True
+    return {kernel: configs.candidates(kernel, problem, on)[0][1].us for kernel in able}, False
+
+
+def quickest(problem: configs.Problem, device: torch.device) -> str:
+    """The Triton kernel that `times` makes the quickest. Raises ValueError where none can run."""
+    us, _ = times(problem, device)
+    if not us:
+        raise ValueError(f"no Triton kernel can run {problem}: {why_not('step', problem, device)}")
+    return min(us, key=us.__getitem__)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Microseconds a step of Triton's quickest and of cudnn, summed over the passes; text names them all."""
+
+    triton: float
+    cudnn: float
+    text: str
+
+
+@tuning.remembered
+def compare(passes: tuple[configs.Problem, ...], device: torch.device, with_cudnn: bool = True) -> Comparison:
+    """Triton's kernels against cudnn, summed over the passes (the forward's problem, the backward's)."""
+    triton = cudnn_total = 0.0
+    parts: list[str] = []
+    sources: dict[str, None] = {}
+    for problem in passes:
+        us, tuned = times(problem, device)
+        triton += min(us.values(), default=math.inf)
+        ranking = [f"{kernel} {us[kernel]:.2f}" for kernel in sorted(us, key=us.__getitem__)]
+        sources["tuned table" if tuned else "resource model"] = None
+        if with_cudnn:
+            entry = None if problem.ragged else tuning.lookup("cudnn", problem, device)
+            figure = entry.us if entry else cudnn_us(problem)
+            cudnn_total += figure
+            ranking.append(f"cudnn {figure:.2f}")
+            sources["tuned table" if entry else "published figures"] = None
+        parts.append(f"{', '.join(ranking)} us a step {'backward' if problem.backward else 'forward'}")
+    untuned = set(sources) != {"tuned table"}
+    source = " and ".join(sources) + (f"; {_no_table(device)}" if untuned else "")
+    return Comparison(triton, cudnn_total, f"{'; '.join(parts)} ({source})")
+
+
+def _no_table(device: torch.device) -> str:
+    if not tuning.autotunes():
+        return "ELMAN_AUTOTUNE is off"
+    gpu = chip(device).name
+    found = any(tuning.table(path(gpu), gpu).entries for path in (tables.user_path, tables.shipped_path))
+    return f"the tuned table of {gpu} lacks this shape" if found else f"no tuned table for {gpu}"
+
+
+#: Largest H -> cuDNN's microseconds a step forward, 16 bits and 32 bits, where its persistent algorithm runs.
+CUDNN_SMALL = {160: (0.62, 0.62), 224: (0.93, 0.93), 264: (3.9, 9.5), 336: (8.3, 8.3), 384: (10.2, 10.2)}
+CUDNN_STANDARD = (7.9, 9.3)
+#: Backward, up to H = 256 and above.
+CUDNN_BACKWARD = (1.85, 15.2)
+
+
+def cudnn_us(problem: configs.Problem) -> float:
+    """cuDNN's microseconds a step, from what is published: the figures behind PyTorch's pull request 62143.
+
+    They are of tanh in fp16 and fp32, and stand for any GPU and batch for want of others. Rows of
+    differing lengths, float64 and H > 384 take its STANDARD algorithm, a launch or more a step.
+    """
+    persistent = not problem.ragged and problem.dtype != torch.float64
+    if problem.backward:
+        return CUDNN_BACKWARD[0 if persistent and problem.H <= 256 else 1]
+    figures = next((us for most, us in CUDNN_SMALL.items() if most >= problem.H), CUDNN_STANDARD)
+    return (figures if persistent else CUDNN_STANDARD)[0 if problem.dtype.itemsize == 2 else 1]
+
+
+#: A separate product: its launch in microseconds, and the bytes a microsecond that it writes z with.
+PRODUCT_US, PRODUCT_BYTES = 5.0, 2e6
+MAX_FUSED_INPUT = 64
+
+
+@tuning.remembered
+def fuses(problem: configs.Problem, inputs: int, steps: int, device: torch.device) -> bool:
+    """Whether the resident forward should make the input product (I = inputs) of T = steps itself."""
+    if not 0 < inputs <= MAX_FUSED_INPUT or not problem.B or not problem.H:
+        return False
+    on = chip(device)
+    fused = configs.candidates("resident", replace(problem, inputs=inputs), on)
+    apart = configs.candidates("resident", problem, on)
+    if not fused or not apart:
+        return False
+    z_us = problem.B * problem.D * problem.H * problem.dtype.itemsize / PRODUCT_BYTES
+    return steps * fused[0][1].us < steps * (apart[0][1].us + z_us) + PRODUCT_US

@@ -1,0 +1,217 @@
+"""Which config a launch takes: of a tuned table, by timing candidates once, or the model's first choice.
+
+    config_for(...)  the config: from the user's table, else the shipped one (the exact key, else the nearest
+                     within `tables.NEAR_H` and `NEAR_B`, if the model lets its config through for the
+                     problem), else tuned now and kept in the user's table, else the model's first choice
+    tune(...)        an entry of a table, made if it is not there yet
+    tune_key(...)    the candidates of one key, timed on a short sequence
+
+Only CUDA tensors are tuned for, never while a CUDA graph is captured, and not where the input product is
+part of the launch (the cell, a fused forward). ELMAN_AUTOTUNE=off pins the model's first choice: it
+tunes nothing and reads no table. Which choice this process made for a problem stays for its lifetime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import os
+import re
+import statistics
+import subprocess
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+
+from . import tables
+from .kernels import configs
+from .kernels.common import chip
+from .timing import Timer, measure
+
+#: Seconds that a launch waits for another process to tune the same GPU's keys.
+WAIT = 60.0
+_Function = TypeVar("_Function", bound=Callable)
+_caches: list[Any] = []
+_chosen: dict[tuple, configs.Config] = {}
+
+
+def remembered(function: _Function) -> _Function:
+    """lru_cache, emptied by `forget`."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    _caches.append(cached)
+    return cached  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Forgets what this process has read, chosen and compared; the next calls read the tables anew."""
+    _chosen.clear()
+    for cached in _caches:
+        cached.cache_clear()
+
+
+def autotunes() -> bool:
+    """Whether ELMAN_AUTOTUNE allows tables and tuning; ValueError unless it is unset, "on" or "off"."""
+    value = os.environ.get("ELMAN_AUTOTUNE") or "on"
+    if value not in ("on", "off"):
+        raise ValueError(f"the environment variable ELMAN_AUTOTUNE is {value!r}; expected 'on' or 'off'")
+    return value == "on"
+
+
+def config_for(kernel: str, problem: configs.Problem, device: torch.device) -> configs.Config:
+    """The config of a launch, tuned now if that is due; a dict lookup from the second time on.
+
+    A table that can't be locked or written, or a key none of whose candidates runs, is a warning, and the
+    model's first choice is taken. Raises ValueError where the kernel has no config that fits.
+    """
+    memo = (kernel, problem, device)
+    config = _chosen.get(memo)
+    if config is None:
+        config = known_config(kernel, problem, device)
+        if _is_capturing(device):
+            return config  # not remembered: outside the capture it may still be tuned
+        if _is_due(kernel, problem, device):
+            config = _tuned(kernel, problem, device) or config
+        _chosen[memo] = config
+    return config
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _is_due(kernel: str, problem: configs.Problem, device: torch.device) -> bool:
+    tunable = device.type == "cuda" and not problem.inputs and autotunes()
+    return tunable and lookup(kernel, problem, device) is None
+
+
+def _tuned(kernel: str, problem: configs.Problem, device: torch.device) -> configs.Config | None:
+    try:
+        entry = tune(kernel, problem, device)
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"{tables.key_of(kernel, problem)} is not tuned and takes the model's first choice: {error}. "
+            "ELMAN_CACHE_DIR names the tables' folder; ELMAN_AUTOTUNE=off tunes nothing.",
+            stacklevel=4,
+        )
+        return None
+    return entry.config if fits(entry, problem, device) else None
+
+
+def known_config(kernel: str, problem: configs.Problem, device: torch.device) -> configs.Config:
+    """As config_for, without tuning."""
+    entry = lookup(kernel, problem, device)
+    return (entry and entry.config) or configs.choose(kernel, problem, chip(device))
+
+
+def lookup(kernel: str, problem: configs.Problem, device: torch.device) -> tables.Entry | None:
+    """The tuned entry for the problem: user's table before shipped one, exact key before near ones."""
+    if device.type != "cuda" or problem.inputs or not autotunes():
+        return None
+    gpu, key = chip(device).name, tables.key_of(kernel, problem)
+    both = [table(path(gpu), gpu) for path in (tables.user_path, tables.shipped_path)]
+    exact = [found.entries[key] for found in both if key in found.entries]
+    near = [entry for found in both for entry in found.near(key)]
+    return next((entry for entry in (*exact, *near) if fits(entry, problem, device)), None)
+
+
+def fits(entry: tables.Entry, problem: configs.Problem, device: torch.device) -> bool:
+    """Whether the model lets the entry's config through for this very problem."""
+    if entry.config is None:
+        return True
+    judged = configs.estimate(entry.key.kernel, entry.config, problem, chip(device))
+    return isinstance(judged, configs.Estimate)
+
+
+@remembered
+def table(path: Path, gpu: str) -> tables.Table:
+    """The table at `path`, read once; a warning for each entry that this version refuses."""
+    found = tables.read(path, gpu)
+    for sentence in found.refused:
+        warnings.warn(sentence, stacklevel=2)
+    return found
+
+
+# Tuning
+
+
+def tune(
+    kernel: str,
+    problem: configs.Problem,
+    device: torch.device,
+    *,
+    path: Path | None = None,
+    timer: Timer | None = None,
+    wait: float = WAIT,
+) -> tables.Entry:
+    """The key's entry in the table at `path` (default: the user's), tuned and written if it has none.
+
+    It holds the table's lock, so that no key is tuned twice, whatever the processes. Raises OSError where
+    the table can't be locked or written, RuntimeError where no candidate runs.
+    """
+    gpu = chip(device).name
+    path = path or tables.user_path(gpu)
+    with tables.locked(path, wait):
+        found = tables.read(path, gpu)
+        entry = found.entries.get(tables.key_of(kernel, problem))
+        if entry is None:
+            entry = tune_key(kernel, problem, device, timer or measure)
+            tables.write(path, found.with_entry(entry, provenance()))
+            table.cache_clear()  # type: ignore[attr-defined]
+    return entry
+
+
+def tune_key(
+    kernel: str, problem: configs.Problem, device: torch.device, timer: Timer | None = None
+) -> tables.Entry:
+    """Times the key's candidates (for "cudnn" itself alone) and names the quickest by its median.
+
+    The work is the key's, not the problem's: full rows, and as many as the bucket holds where the kernel can
+    run that. Raises RuntimeError where no candidate runs.
+    """
+    on, key = chip(device), tables.key_of(kernel, problem)
+    problem = replace(problem, ragged=False)
+    whole = replace(problem, B=key.B)
+    tried: list[configs.Config | None] = [None]
+    if kernel != "cudnn":
+        whole = whole if configs.candidates(kernel, whole, on) else problem
+        tried = [config for config, _ in configs.candidates(kernel, whole, on)]
+    results = (timer or measure)(kernel, whole, tried, device)
+    failed = {str(c): r for c, r in zip(tried, results, strict=True) if isinstance(r, str)}
+    timed = {c: sorted(r) for c, r in zip(tried, results, strict=True) if not isinstance(r, str)}
+    if not timed:
+        raise RuntimeError(
+            f"no candidate of {key} runs: {'; '.join(failed.values()) or 'the model has none'}"
+        )
+    best = min(timed, key=lambda config: statistics.median(timed[config]))
+    p20, *_, p80 = statistics.quantiles(timed[best], n=5, method="inclusive")
+    default = statistics.median(timed[tried[0]]) if tried[0] in timed else None
+    return tables.Entry(key, best, statistics.median(timed[best]), p20, p80, default, len(tried), failed)
+
+
+def provenance() -> dict[str, str]:
+    """What an entry was made with."""
+    from . import __version__
+
+    driver, module = "unknown", Path("/proc/driver/nvidia/version")
+    if module.exists():
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", module.read_text(encoding="utf-8"))
+        driver = found.group() if found else driver
+    root, commit = Path(__file__).parents[1], "unknown"
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "driver": driver,
+        "date": datetime.date.today().isoformat(),
+        "elman": __version__,
+        "commit": commit,
+    }

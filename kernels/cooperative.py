@@ -1,0 +1,530 @@
+"""A whole sequence in one launch, W_hh cut by output columns over programs that meet at every step.
+
+    h_t  = act(z_t + h_prev W_hh^T)                     z_t = W_ih x_t + b, made beforehand
+    dz_t = act'(h_t) * (g_t + dz_next W_hh)             g_t: gradient of h_t from outside: that of the
+                                                        output, plus that of h_n at the last step
+
+Grid (ceil(H / BLOCK_N), groups). A job is a batch tile of one direction; a group of ceil(H / BLOCK_N)
+programs takes one job after another, each program BLOCK_N columns of it. The product is transposed, so
+that the batch may be as narrow as 8: (BLOCK_N, H) of W_hh times the state (H, BLOCK_B). H comes in chunks
+of BLOCK_K, a chunk in PART = BLOCK_K / WARPS for each warp: (WARPS, BLOCK_N, PART) by (WARPS, PART, BLOCK_B).
+
+The state goes from program to program through L2, by way of `output` (backward: dz) itself. Two ways to
+meet:
+
+    flag      the buffer arrives filled with a NaN pattern that no kernel writes, and readers poll the data
+              itself until none of it is left; a NaN that comes out as that pattern is stored as another
+    counter   each program adds one when its columns are out, and waits until all of its group have
+
+All programs must be on the chip at once, which a cooperative launch checks. Who waits longer than `patience`
+looks gives up: it sets `status`, computes NaN from there on and waits no more, so the launch ends.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .activations import activate, activate_backward
+from .common import (
+    INTERPRETED,
+    chip,
+    constants,
+    dot,
+    expect,
+    expect_sequence,
+    launch_options,
+    on_device,
+    problem_of,
+    rounded,
+    row_lengths,
+)
+from .errors import DeviceHangError
+
+#: Looks at the others' data before a waiter gives up. A look is a trip to L2, about a microsecond.
+PATIENCE = 1 << 22
+
+#: What who gave up adds to the counter at each step. It is more than any group counts to in earnest (steps
+#: times programs): a waiter sees that the columns it waits for may be missing although the count is full.
+GAVE_UP = tl.constexpr(1 << 32)
+
+
+@triton.jit
+def weight_chunk(w, rn, k: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr):
+    """Chunk k of the rows rn of w (H, H): (WARPS, BLOCK_N, BLOCK_K / WARPS)."""
+    PART: tl.constexpr = BLOCK_K // WARPS
+    rk = k * BLOCK_K + tl.arange(0, WARPS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+    return tl.load(w + rn[None, :, None] * H + rk, mask=(rk < H) & (rn[None, :, None] < H), other=0.0)
+
+
+@triton.jit
+def look(
+    rows,
+    ok,
+    K0: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    FLAG: tl.constexpr,
+):
+    """CHUNKS chunks (WARPS, BLOCK_K / WARPS, BLOCK_B) from K0 of the rows at `rows` (BLOCK_B,), past L1."""
+    PART: tl.constexpr = BLOCK_K // WARPS
+    chunks = ()
+    for k in tl.static_range(K0, K0 + CHUNKS):
+        if k * BLOCK_K < H:
+            rk = k * BLOCK_K + tl.arange(0, WARPS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
+            mask = ok[None, None, :] & (rk < H)
+            if FLAG:
+                chunks += (tl.load(rows[None, None, :] + rk, mask=mask, other=0, volatile=True),)
+            else:
+                chunks += (tl.load(rows[None, None, :] + rk, mask=mask, other=0.0, cache_modifier=".cg"),)
+    return chunks
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def empty(chunks, awaited, EMPTY: tl.constexpr, INTERPRET: tl.constexpr):
+    """How many of the awaited rows' elements nobody has written yet.
+
+    Of a value below 2 the highest bit of the exponent is zero, so most often one look at all bits together
+    says that nothing is empty.
+    """
+    missing = 1
+    if not INTERPRET:
+        bits = chunks[0]
+        for k in tl.static_range(1, len(chunks)):
+            bits |= chunks[k]
+        bits = tl.reduce(bits, None, _or)
+        missing = (bits.to(tl.int32) >> (bits.dtype.primitive_bitwidth - 2)) & 1
+    if missing > 0:
+        count = ((chunks[0] == EMPTY) & awaited[None, None, :]).to(tl.int32)
+        for k in tl.static_range(1, len(chunks)):
+            count += ((chunks[k] == EMPTY) & awaited[None, None, :]).to(tl.int32)
+        missing = tl.sum(count)
+    return missing
+
+
+@triton.jit
+def receive(
+    rows,
+    ok,
+    awaited,
+    count,
+    target,
+    status,
+    patience,
+    K0: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    FLAG: tl.constexpr,
+    BITS: tl.constexpr,
+    EMPTY: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """CHUNKS chunks from K0 of the rows that are ok, once the awaited are complete, and the patience left.
+
+    flag: of elements, as BITS. counter: once `count` has reached target.
+    """
+    looks = 0
+    if FLAG:
+        bits = rows.to(tl.pointer_type(BITS), bitcast=True)
+        missing = 1
+        chunks = ()
+        for k in tl.static_range(K0, K0 + CHUNKS):
+            if k * BLOCK_K < H:
+                chunks += (tl.zeros((WARPS, BLOCK_K // WARPS, BLOCK_B), BITS),)
+        while (missing > 0) & (looks < patience):
+            chunks = look(bits, ok, K0, CHUNKS, H, BLOCK_K, WARPS, FLAG)
+            missing = empty(chunks, awaited, EMPTY, INTERPRET)
+            looks += 1
+        late = missing > 0
+    else:
+        late = False
+        if K0 == 0:
+            reached = target - 1
+            while (reached < target) & (looks < patience):
+                reached = tl.atomic_add(count, 0, sem="acquire", scope="gpu")
+                looks += 1
+            late = (reached < target) | (reached >= GAVE_UP)
+        chunks = look(rows, ok, K0, CHUNKS, H, BLOCK_K, WARPS, FLAG)
+    if late:
+        tl.atomic_xchg(status, 1, sem="relaxed", scope="gpu")
+        patience = 0
+    return chunks, patience
+
+
+@triton.jit
+def send(pointers, tile, mask, count, patience, FLAG: tl.constexpr, BITS: tl.constexpr, EMPTY: tl.constexpr):
+    """Stores a tile where the others look for it."""
+    if FLAG:
+        OTHER: tl.constexpr = (1 << (BITS.primitive_bitwidth - 1)) - 1  # a NaN of the other sign
+        bits = tile.to(BITS, bitcast=True)
+        bits = tl.where(bits == EMPTY, tl.full(bits.shape, OTHER, BITS), bits)
+        tl.store(pointers.to(tl.pointer_type(BITS), bitcast=True), bits, mask=mask, cache_modifier=".cg")
+    else:
+        tl.store(pointers, tile, mask=mask, cache_modifier=".cg")
+        tl.debug_barrier()  # the release is one thread's: it must come after all threads' stores
+        tl.atomic_add(count, tl.where(patience > 0, 1, GAVE_UP), sem="release", scope="gpu")
+
+
+@triton.jit
+def meet_and_multiply(
+    rows,
+    ok,
+    awaited,
+    ws,
+    w,
+    rn,
+    count,
+    target,
+    status,
+    patience,
+    dtype: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FLAG: tl.constexpr,
+    BITS: tl.constexpr,
+    EMPTY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Rows rn of w (H, H) times the state at `rows`: (BLOCK_N, BLOCK_B) in float32, and the patience left.
+
+    ws: the chunks of w that are on chip. The others are asked for before the state, which may take its time.
+    """
+    acc = tl.zeros((WARPS, BLOCK_N, BLOCK_B), tl.float32)
+    NK: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    for k0 in tl.static_range(0, NK, CHUNKS):
+        parts = ()
+        for k in tl.static_range(k0, k0 + CHUNKS):
+            if k < len(ws):
+                parts += (ws[k],)
+            elif k < NK:
+                parts += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
+        chunks, patience = receive(
+            rows, ok, awaited, count, target, status, patience, k0, CHUNKS,
+            H, BLOCK_B, BLOCK_K, WARPS, FLAG, BITS, EMPTY, INTERPRET,
+        )  # fmt: skip
+        for k in tl.static_range(len(chunks)):
+            acc = dot(parts[k], chunks[k].to(dtype, bitcast=True), acc, PRECISION, INTERPRET)
+    return tl.sum(acc, 0), patience
+
+
+@triton.jit(do_not_specialize=["T", "B", "jobs", "patience"])
+def forward_kernel(
+    z,
+    out,
+    h0,
+    w_hh,
+    lengths,
+    count,
+    status,
+    T,
+    B,
+    jobs,
+    patience,
+    z_t,
+    z_b,
+    out_t,
+    out_b,
+    H: tl.constexpr,
+    RELU: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    ACC: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STREAMED: tl.constexpr,
+    FLAG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    EMPTY: tl.constexpr = -1
+    dtype: tl.constexpr = z.dtype.element_ty
+    NP: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    job = tl.program_id(1)
+    while job < jobs:
+        tiles = (B + BLOCK_B - 1) // BLOCK_B
+        d = job // tiles
+        rb = (job % tiles) * BLOCK_B + tl.arange(0, BLOCK_B)
+        length = row_lengths(lengths, rb, T, B, HAS_LENGTHS)
+        steps = tl.max(length, 0)
+        t = d * (steps - 1)
+        w = w_hh + d.to(tl.int64) * H * H
+        ws = ()
+        for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
+            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
+        z_rows = z + d * H + rb.to(tl.int64) * z_b
+        rows = out + d * H + rb.to(tl.int64) * out_b
+        begin = h0 + (d.to(tl.int64) * B + rb) * H
+        columns = (rb[None, :] < B) & (rn[:, None] < H)
+        target = tl.full([], 0, tl.int64)
+        for _ in range(steps):
+            live = t < length
+            first = d * (length - 1) == t
+            t64 = t.to(tl.int64)
+            here = live[None, :] & (rn[:, None] < H)
+            acc = tl.load(z_rows[None, :] + t64 * z_t + rn[:, None], mask=here, other=0.0).to(ACC)
+            before = tl.where(first, begin, rows + (t + 2 * d - 1).to(tl.int64) * out_t)
+            product, patience = meet_and_multiply(
+                before, live, live & (first == 0), ws, w, rn, count + job, target, status, patience,
+                dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
+            )  # fmt: skip
+            acc += product
+            h = tl.where(live[None, :], activate(acc, RELU), 0.0)
+            h = rounded(tl.where(patience > 0, h, float("nan")), dtype, INTERPRET)
+            to = rows[None, :] + t64 * out_t + rn[:, None]
+            send(to, h, columns, count + job, patience, FLAG, BITS, EMPTY)
+            t += 1 - 2 * d
+            target += NP
+        if HAS_LENGTHS:
+            clear(rows[None, :] + rn[:, None], columns, steps, T, out_t)
+        job += tl.num_programs(1)
+
+
+@triton.jit(do_not_specialize=["T", "B", "jobs", "patience"])
+def backward_kernel(
+    g_out,
+    g_hn,
+    output,
+    w_hh,
+    dz,
+    lengths,
+    count,
+    status,
+    T,
+    B,
+    jobs,
+    patience,
+    g_t,
+    g_b,
+    g_h,
+    out_t,
+    out_b,
+    dz_t,
+    dz_b,
+    H: tl.constexpr,
+    HAS_G_OUT: tl.constexpr,
+    HAS_G_HN: tl.constexpr,
+    RELU: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    ACC: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STREAMED: tl.constexpr,
+    FLAG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    EMPTY: tl.constexpr = -1
+    dtype: tl.constexpr = dz.dtype.element_ty
+    NP: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    job = tl.program_id(1)
+    while job < jobs:
+        tiles = (B + BLOCK_B - 1) // BLOCK_B
+        d = job // tiles
+        rb = (job % tiles) * BLOCK_B + tl.arange(0, BLOCK_B)
+        rb64 = rb.to(tl.int64)
+        length = row_lengths(lengths, rb, T, B, HAS_LENGTHS)
+        steps = tl.max(length, 0)
+        t = (1 - d) * (steps - 1)
+        w = w_hh + d.to(tl.int64) * H * H
+        ws = ()
+        for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
+            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
+        g_rows = g_out + d.to(tl.int64) * H * g_h + rb64 * g_b
+        end = g_hn + (d.to(tl.int64) * B + rb[None, :]) * H + rn[:, None]
+        out_rows = output + d * H + rb64 * out_b
+        rows = dz + d * H + rb64 * dz_b
+        columns = (rb[None, :] < B) & (rn[:, None] < H)
+        target = tl.full([], 0, tl.int64)
+        for _ in range(steps):
+            live = t < length
+            last = (1 - d) * (length - 1) == t
+            later = live & (last == 0)  # rows at their last step have no next one to hear from
+            t64 = t.to(tl.int64)
+            here = live[None, :] & (rn[:, None] < H)
+            acc = tl.zeros((BLOCK_N, BLOCK_B), ACC)
+            if HAS_G_OUT:
+                offsets = t64 * g_t + rn[:, None].to(tl.int64) * g_h
+                acc += tl.load(g_rows[None, :] + offsets, mask=here, other=0.0).to(ACC)
+            if HAS_G_HN:
+                acc += tl.load(end, mask=last[None, :] & here, other=0.0).to(ACC)
+            h = tl.load(out_rows[None, :] + t64 * out_t + rn[:, None], mask=here, other=0.0).to(ACC)
+            after = rows + (t + 1 - 2 * d).to(tl.int64) * dz_t
+            product, patience = meet_and_multiply(
+                after, later, later, ws, w, rn, count + job, target, status, patience,
+                dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
+            )  # fmt: skip
+            acc += product
+            g = tl.where(live[None, :], activate_backward(acc, h, RELU), 0.0)
+            g = rounded(tl.where(patience > 0, g, float("nan")), dtype, INTERPRET)
+            to = rows[None, :] + t64 * dz_t + rn[:, None]
+            send(to, g, columns, count + job, patience, FLAG, BITS, EMPTY)
+            t += 2 * d - 1
+            target += NP
+        if HAS_LENGTHS:
+            clear(rows[None, :] + rn[:, None], columns, steps, T, dz_t)
+        job += tl.num_programs(1)
+
+
+@triton.jit
+def clear(pointers, mask, start, stop, stride):
+    """Zeros at the steps from start to stop."""
+    t = start
+    for _ in range(stop - start):
+        tl.store(
+            pointers + t.to(tl.int64) * stride, tl.zeros(mask.shape, pointers.dtype.element_ty), mask=mask
+        )
+        t += 1
+
+
+def scan(
+    z: torch.Tensor,
+    h0: torch.Tensor,
+    w_hh: torch.Tensor,
+    lengths: torch.Tensor | None,
+    nonlinearity: str,
+    precision: str,
+    config: configs.CooperativeConfig | None = None,
+) -> torch.Tensor:
+    """The output for the input products z (T, B, D * H): z itself, written over, or with flags a new tensor.
+
+    h0 (D, B, H), w_hh (D, H, H), all of one dtype (not float64) and device; lengths None or int64 (B,),
+    1 <= length <= T. z has unit stride in its last dimension and any other strides. Rows past their length
+    become zero. precision, of float32 products: "tf32", "ieee" (IEEE class: the config says how) or "tf32x3".
+    Raises ValueError where shapes, dtypes or devices disagree, RuntimeError where the programs don't all fit
+    on the chip at once, and DeviceHangError where they waited in vain for one another (found out by
+    waiting for the launch to end; inside a CUDA graph capture not: there the output is NaN).
+    """
+    T, B, D, H = expect_sequence(z, "z", w_hh, lengths)
+    expect(h0, "h0", (D, B, H), z)
+    problem = problem_of(z, B, H, D, precision, ragged=lengths is not None)
+    config, options = _options(z, problem, nonlinearity, config)
+    if 0 in (T, B, D, H):
+        return z
+    out = torch.empty(T, B, D * H, dtype=z.dtype, device=z.device) if config.FLAG else z
+    _launch(
+        forward_kernel,
+        out,
+        (z, out, h0.contiguous(), w_hh.contiguous(), lengths.contiguous() if lengths is not None else z),
+        (*z.stride()[:2], *out.stride()[:2]),
+        problem,
+        config,
+        options,
+    )
+    return out
+
+
+def scan_backward(
+    g_out: torch.Tensor | None,
+    g_hn: torch.Tensor | None,
+    output: torch.Tensor,
+    w_hh: torch.Tensor,
+    dz: torch.Tensor,
+    lengths: torch.Tensor | None,
+    nonlinearity: str,
+    precision: str,
+    config: configs.CooperativeConfig | None = None,
+) -> None:
+    """Fills dz (T, B, D * H), the gradient of the pre-activations, from those of the output and of h_n.
+
+    g_out (T, B, D * H) with any strides (an expanded one stays expanded) or None, g_hn (D, B, H) or None,
+    output (T, B, D * H) as scan left it; output and dz have unit stride in their last dimension.
+    dz is zero past a row's length. The rest is as in scan.
+    """
+    T, B, D, H = expect_sequence(output, "output", w_hh, lengths)
+    expect_sequence(dz, "dz", w_hh, lengths)
+    expect(dz, "dz", output.shape, output)
+    expect(g_out, "g_out", output.shape, output)
+    expect(g_hn, "g_hn", (D, B, H), output)
+    problem = problem_of(dz, B, H, D, precision, backward=True, ragged=lengths is not None)
+    config, options = _options(dz, problem, nonlinearity, config)
+    if 0 in (T, B, D, H):
+        return
+    options |= {"HAS_G_OUT": g_out is not None, "HAS_G_HN": g_hn is not None}
+    g_out = g_out if g_out is not None else dz
+    g_hn = g_hn.contiguous() if g_hn is not None else dz
+    _launch(
+        backward_kernel,
+        dz,
+        (g_out, g_hn, output, w_hh.mT.contiguous(), dz, lengths.contiguous() if lengths is not None else dz),
+        (*g_out.stride(), *output.stride()[:2], *dz.stride()[:2]),
+        problem,
+        config,
+        options,
+    )
+
+
+def groups(
+    problem: configs.Problem, config: configs.CooperativeConfig, chip: configs.Chip
+) -> tuple[int, int]:
+    """(programs a group, groups): as many groups as there are jobs, or as the chip holds, a program each."""
+    programs = triton.cdiv(problem.H, config.BLOCK_N)
+    jobs = problem.D * triton.cdiv(problem.B, config.BLOCK_B)
+    return programs, max(1, min(jobs, chip.processors // programs))
+
+
+def _options(tensor, problem, nonlinearity, config):
+    """The config, and the constexprs of a launch with it."""
+    if tensor.dtype == torch.float64:
+        raise ValueError(
+            "dtype torch.float64 has no cooperative kernel; expected float32 or 16 bits: use step."
+        )
+    options = constants(tensor, nonlinearity)
+    config = config or configs.choose("cooperative", problem, chip(tensor.device))
+    options |= {"H": problem.H, "HAS_LENGTHS": problem.ragged, **vars(config), "WARPS": config.num_warps}
+    return config, options | {"BITS": tl.int16 if tensor.element_size() == 2 else tl.int32}
+
+
+def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:
+    """Launches a kernel that passes the state on through `buffer`, and waits for its word that all met."""
+    T, B, _ = buffer.shape
+    programs, number = groups(problem, config, chip(buffer.device))
+    jobs = problem.D * triton.cdiv(B, config.BLOCK_B)
+    with on_device(buffer):
+        if config.FLAG:
+            buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
+        count = torch.zeros(jobs + 1, dtype=torch.int64, device=buffer.device)
+        status = count[jobs:]
+        _run(kernel, (programs, number), (*tensors, count, status, T, B, jobs, PATIENCE, *strides), options)
+        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if status.item():
+            raise DeviceHangError(
+                f"a group of {programs} programs waited in vain for one of its own and gave up after "
+                f"{PATIENCE} looks: {T} steps of {problem} with {config}. The results are thrown away. A "
+                "debugger that holds a program does this; if none did, report it, and take 'triton:step'."
+            )
+
+
+def _run(kernel, grid: tuple[int, int], arguments: tuple, options: dict) -> None:
+    if not INTERPRETED:
+        options = options | launch_options() | {"launch_cooperative_grid": True}
+    elif grid[0] > 1:
+        raise ValueError(
+            f"H = {options['H']} with BLOCK_N = {options['BLOCK_N']} takes {grid[0]} programs at once, and "
+            "the interpreter runs one after another; take a BLOCK_N of at least H."
+        )
+    kernel[grid](*arguments, **options)

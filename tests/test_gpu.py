@@ -1,0 +1,166 @@
+"""What only a GPU can show: programs that are on the chip together, CUDA graphs, the same bits run after run.
+
+The other tests run on the GPU too where there is one. Under compute-sanitizer: `python -m tests.sanitize`.
+"""
+
+import pytest
+import torch
+
+from elman import reference
+from tests.helpers import check, dtype_name, error, make, run
+from tests.tolerances import tolerance
+
+pytest.importorskip("triton")
+
+from elman.kernels import common, configs, cooperative, resident, step
+from tests.scans import problem, truth
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MODULES = {"step": step, "resident": resident, "cooperative": cooperative}
+KERNELS = pytest.mark.parametrize("kernel", MODULES)
+HALF_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
+
+
+def candidates(kernel, B, H, D, dtype, backward):
+    found = configs.candidates(
+        kernel,
+        configs.Problem(B, H, D, dtype, "ieee", backward),
+        common.chip(torch.device("cuda", torch.cuda.current_device())),
+    )
+    return [config for config, _ in found]
+
+
+@HALF_AND_SINGLE
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("H", [64, 130, 264, 512, 1024, 2048])
+@KERNELS
+def test_every_candidate_agrees_with_the_reference(kernel, H, ragged, dtype):
+    """Each pass with each config that a tuner would try, on the device."""
+    z, h0, w_hh, lengths, g_out, g_hn = problem(20, 9, H, 2, dtype, ragged)
+    forward, backward = (candidates(kernel, 9, H, 2, dtype, b) for b in (False, True))
+    if kernel == "resident" and H > 320:
+        assert not forward
+        return
+    assert forward
+    assert backward
+    past = None if lengths is None else torch.arange(20, device="cuda")[:, None] >= lengths
+    expected, _ = truth(z if past is None else z.masked_fill(past[..., None], 0), h0, w_hh, lengths, "tanh")
+    for config in forward:
+        output = MODULES[kernel].scan(z.clone(), h0, w_hh, lengths, "tanh", "ieee", config)
+        assert error(output, expected) <= tolerance(dtype), config
+    g = g_out if past is None else g_out.masked_fill(past[..., None], 0)
+    expected = reference.layer_dz(g.double(), g_hn.double(), output.double(), w_hh.double(), lengths, "tanh")
+    for config in backward:
+        dz = torch.full_like(output, float("nan"))
+        MODULES[kernel].scan_backward(g_out, g_hn, output, w_hh, dz, lengths, "tanh", "ieee", config)
+        assert error(dz, expected) <= tolerance(dtype), config
+
+
+@HALF_AND_SINGLE
+@KERNELS
+def test_the_same_bits_a_hundred_times(kernel, dtype):
+    z, h0, w_hh, lengths, g_out, g_hn = problem(
+        50, 17, 256 if dtype == torch.bfloat16 else 128, 2, dtype, True
+    )
+
+    def run():
+        output = MODULES[kernel].scan(z.clone(), h0, w_hh, lengths, "tanh", "ieee")
+        dz = torch.empty_like(output)
+        MODULES[kernel].scan_backward(g_out, g_hn, output, w_hh, dz, lengths, "tanh", "ieee")
+        return output, dz
+
+    first = run()
+    for _ in range(99):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@HALF_AND_SINGLE
+def test_all_kernels_in_one_cuda_graph(dtype):
+    """The scans of all three and a cell, captured together and replayed on other numbers."""
+    T, B, H = 12, 5, 64
+    z, h0, w_hh, _, g_out, g_hn = problem(T, B, H, 1, dtype, False)
+    x, w_ih = torch.randn(B, H, device="cuda", dtype=dtype), torch.randn(H, H, device="cuda", dtype=dtype) / 8
+
+    def run():
+        results = []
+        for module in MODULES.values():
+            output = module.scan(z.clone(), h0, w_hh, None, "tanh", "ieee")
+            dz = torch.empty_like(output)
+            module.scan_backward(g_out, g_hn, output, w_hh, dz, None, "tanh", "ieee")
+            results += [output, dz]
+        cell = torch.empty_like(x)
+        step.cell(x, h0[0], w_ih, w_hh[0], None, cell, "tanh", "ieee")
+        return [*results, cell]
+
+    run()  # compiles, which a capture can't
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for tensor in (z, x, h0):
+        tensor.normal_()
+    graph.replay()
+    for replayed, expected in zip(captured, run(), strict=True):
+        assert torch.equal(replayed, expected)
+    expected, _ = truth(z, h0, w_hh, None, "tanh")
+    for output in captured[:6:2]:
+        assert error(output, expected) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["flag", "counter"])
+def test_a_million_meetings(flag):
+    """The soak: 10^6 steps in launches of 10^5, the last state of one the first of the next."""
+    H, B, T = 512, 4, 100_000
+    torch.manual_seed(0)
+    w_hh = torch.randn(1, H, H, device="cuda", dtype=torch.bfloat16) / H**0.5
+    config = next(c for c in candidates("cooperative", B, H, 1, torch.bfloat16, False) if flag == c.FLAG)
+    ends = []
+    for _ in range(2):
+        generator = torch.Generator("cuda").manual_seed(1)
+        h = torch.zeros(1, B, H, device="cuda", dtype=torch.bfloat16)
+        for _ in range(10):
+            z = torch.randn(T, B, H, device="cuda", dtype=torch.bfloat16, generator=generator)
+            output = cooperative.scan(z, h, w_hh, None, "tanh", "ieee", config)
+            assert output.isfinite().all()
+            h = output[-1:].clone()
+        ends.append(h)
+    assert torch.equal(*ends)
+
+
+@KERNELS
+def test_more_elements_than_an_int32_counts(kernel):
+    """T * B * H = 2^31 + 2^22, the last steps against a scan that starts from the state before them."""
+    T, B, H = 2049, 2**14, 64
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    z = torch.randn(T, B, H, device="cuda", dtype=torch.bfloat16)
+    w_hh = torch.randn(1, H, H, device="cuda", dtype=torch.bfloat16) / H**0.5
+    last = z[-8:].clone()
+    output = MODULES[kernel].scan(z, torch.zeros_like(z[:1]), w_hh, None, "tanh", "ieee")
+    expected = MODULES[kernel].scan(last, output[-9:-8].clone(), w_hh, None, "tanh", "ieee")
+    assert torch.equal(output[-8:], expected)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@KERNELS
+def test_float32_in_tensor_cores_is_as_exact_as_it_says(kernel, precision):
+    """tf32x3 is of the IEEE class: within the tolerance of float32; tf32 alone is not."""
+    z, h0, w_hh, _, _, _ = problem(20, 9, 128, 1, torch.float32, False)
+    output = MODULES[kernel].scan(z.clone(), h0, w_hh, None, "tanh", precision)
+    expected, _ = truth(z, h0, w_hh, None, "tanh")
+    if precision == "tf32":
+        assert tolerance(torch.float32) < error(output, expected) < 2e-3
+    else:
+        assert error(output, expected) <= tolerance(torch.float32)
+
+
+@HALF_AND_SINGLE
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("H", [40, 300])
+def test_a_model_on_the_cooperative_kernel(H, ragged, dtype):
+    """Output, h_n and every gradient, two layers, both directions: the others are in test_agreement.py."""
+    p = make(T=7, B=5, I=12, H=H, dtype=dtype, layers=2, directions=2, ragged=ragged)
+    check(run("triton:cooperative", p), run("reference", p.double()), tolerance(dtype))
