@@ -183,6 +183,23 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def expect_backward(
+    g_out: torch.Tensor | None,
+    g_hn: torch.Tensor | None,
+    output: torch.Tensor,
+    w_hh: torch.Tensor,
+    dz: torch.Tensor,
+    lengths: torch.Tensor | None,
+) -> tuple:
+    """(T, B, D, H), after checking the arguments of a kernel's scan_backward."""
+    T, B, D, H = expect_sequence(output, "output", w_hh, lengths)
+    expect_sequence(dz, "dz", w_hh, lengths)
+    expect(dz, "dz", output.shape, output)
+    expect(g_out, "g_out", output.shape, output)
+    expect(g_hn, "g_hn", (D, B, H), output)
+    return T, B, D, H
+
+
 def problem_of(
     tensor: torch.Tensor,
     B: int,

@@ -20,6 +20,7 @@ from .common import (
     chip,
     constants,
     expect,
+    expect_backward,
     expect_sequence,
     launch_options,
     on_device,
@@ -223,11 +224,7 @@ def scan_backward(
     output (T, B, D * H) as scan left it; output and dz have unit stride in their last dimension.
     dz is zero past a row's length. The rest is as in scan.
     """
-    T, B, D, H = expect_sequence(output, "output", w_hh, lengths)
-    expect_sequence(dz, "dz", w_hh, lengths)
-    expect(dz, "dz", output.shape, output)
-    expect(g_out, "g_out", output.shape, output)
-    expect(g_hn, "g_hn", (D, B, H), output)
+    T, B, D, H = expect_backward(g_out, g_hn, output, w_hh, dz, lengths)
     options = constants(dz, nonlinearity)
     problem = problem_of(dz, B, H, D, precision, backward=True, ragged=lengths is not None)
     if 0 in (T, B, D, H):
