@@ -59,28 +59,6 @@ def row_lengths(lengths, rb, T, B, HAS_LENGTHS: tl.constexpr):
 
 
 @triton.jit
-def load_tiles(rows, ok, stride, H: tl.constexpr, C: tl.constexpr):
-    """The H columns of the rows at `rows` (BLOCK_B,) as a tuple of (BLOCK_B, C) tiles; zero where not ok."""
-    tiles = ()
-    for n in tl.static_range((H + C - 1) // C):
-        rn = n * C + tl.arange(0, C)
-        mask = ok[:, None] & (rn[None, :] < H)
-        tiles += (tl.load(rows[:, None] + rn[None, :].to(tl.int64) * stride, mask=mask, other=0.0),)
-    return tiles
-
-
-@triton.jit
-def load_weight(w, K0, N0, H: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The (C, C) tile at (K0, N0) of w (H, H), or of its transpose; zero past the edges."""
-    rk = K0 + tl.arange(0, C)[:, None]
-    rn = N0 + tl.arange(0, C)[None, :]
-    if TRANSPOSED:
-        return tl.load(w + rn * H + rk, mask=(rk < H) & (rn < H), other=0.0)
-    else:
-        return tl.load(w + rk * H + rn, mask=(rk < H) & (rn < H), other=0.0)
-
-
-@triton.jit
 def add_product(
     acc,
     rows,

@@ -343,6 +343,8 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
             return "each warp has 16 rows of a tile to itself; others would repeat its work"
     elif (config.BLOCK_B, config.C, config.num_warps) != _without_tensor_cores(problem):
         return "without tensor cores other tiles spill"
+    elif problem.dtype == torch.float64 and problem.H > 64:
+        return "float64 spills above 64"
     if config.HELD > chunks:
         return f"there are no {config.HELD} rows of tiles to hold"
     if config.HELD and (problem.dtype.itemsize != 2 or amd):
@@ -353,6 +355,8 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
         return "its matrix instructions have 16 columns, and with more of them registers spill"
     if _large(config) and chip.unit == "tcgen05":
         return "the way to tensor memory and back takes longer than these products"
+    if _large(config) and chip.unit == "wgmma" and config.HELD and problem.H % config.C and chunks > 2:
+        return "a narrower last tile, in another layout, leaves no registers for held tiles"
     if _large(config) and chip.unit == "wgmma" and config.PRECISION == "tf32x3":
         return "both halves of W_hh do not stay in registers beside such a product"
     return None
@@ -363,8 +367,8 @@ def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, ro
     threads, words = 32 * config.num_warps, max(1, problem.dtype.itemsize // 4)
     elements = rows * config.BLOCK_B / threads
     each = 4.6 if problem.backward else 3.6
-    if config.PRECISION == "tf32x3" and problem.backward:
-        each = 25
+    if config.PRECISION == "tf32x3":
+        each = 25 if problem.backward else each + 2
     each += 2.5 * problem.ragged + 2 * (config.AHEAD - 1)
     each += (2.5 if problem.backward else 1.5) * (_large(config) and chip.unit == "wgmma")
     weights = sum(max(tile_width(n, problem.H, config.C), config.C) for n in range(config.HELD)) * inner / 2
@@ -383,6 +387,8 @@ def _shared_resident(config: ResidentConfig, problem: Problem, chip: Chip, inner
     weights = 0 if copies == 2 and not problem.backward else copies * sum(widths[config.HELD :]) * inner
     tile = (widths[0] ** 2 + 16 * config.BLOCK_B) if weights == 0 or config.HELD else 0
     state = copies * states * inner * config.BLOCK_B
+    if chip.unit == "wgmma" and _large(config) and widths[-1] != widths[0]:
+        state += C * config.BLOCK_B  # from the one instruction's layout to the other's
     return max(tile, weights + state) * itemsize
 
 
@@ -417,7 +423,8 @@ def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> 
     elements = each * few * rows * config.BLOCK_B / 128
     cycles = max(product, 1.5 * inner) + read / 128 + elements + (250 if warps > 1 else 150)
     # What was asked for AHEAD steps ago must have come; each step that it waits is a move.
-    us = max(cycles / (1000 * chip.ghz), FETCH_US / config.AHEAD) + 0.005 * config.AHEAD
+    step, fetch = cycles / (1000 * chip.ghz), FETCH_US / config.AHEAD
+    us = max(step, fetch) + 0.1 * min(step, fetch) + 0.03 * config.AHEAD
     return Estimate(shared, registers, programs, waves, waves * us)
 
 
@@ -459,7 +466,9 @@ def _registers_cooperative(config: CooperativeConfig, problem: Problem) -> int:
     fma = problem.dtype == torch.float32 and config.PRECISION == "ieee"
     held = held * problem.dtype.itemsize * 3 // (2 * 4 * threads)
     products = 45 + operand if fma else max(0, operand - 64) // 2 + 20 * problem.backward
-    return 90 + held + 5 * sums + products
+    # The counter's state comes in one piece with what is streamed; a split weight is held whole, too.
+    streams = (25 if not config.FLAG else 0) + (40 if copies == 2 else 0) if config.STREAMED else 0
+    return 90 + held + 5 * sums + products + streams
 
 
 def _estimate_cooperative(config: CooperativeConfig, problem: Problem, chip: Chip) -> Estimate | str:

@@ -47,7 +47,7 @@ PATIENCE = 1 << 22
 
 #: What who gave up adds to the counter at each step. It is more than any group counts to in earnest (steps
 #: times programs): a waiter sees that the columns it waits for may be missing although the count is full.
-GAVE_UP = tl.constexpr(1 << 32)
+GAVE_UP = tl.constexpr(1 << 40)
 
 
 @triton.jit
@@ -271,7 +271,7 @@ def forward_kernel(
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
             ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
-        z_rows = z + d * H + rb.to(tl.int64) * z_b
+        z_tile = z + d * H + rb.to(tl.int64)[None, :] * z_b + rn[:, None]
         rows = out + d * H + rb.to(tl.int64) * out_b
         begin = h0 + (d.to(tl.int64) * B + rb) * H
         columns = (rb[None, :] < B) & (rn[:, None] < H)
@@ -280,15 +280,14 @@ def forward_kernel(
             live = t < length
             first = d * (length - 1) == t
             t64 = t.to(tl.int64)
-            here = live[None, :] & (rn[:, None] < H)
-            acc = tl.load(z_rows[None, :] + t64 * z_t + rn[:, None], mask=here, other=0.0).to(ACC)
+            # On its way while the others are waited for: to convert it here would wait for it first.
+            z_now = tl.load(z_tile + t64 * z_t, mask=live[None, :] & (rn[:, None] < H), other=0.0)
             before = tl.where(first, begin, rows + (t + 2 * d - 1).to(tl.int64) * out_t)
             product, patience = meet_and_multiply(
                 before, live, live & (first == 0), ws, w, rn, count + job, target, status, patience,
                 dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
             )  # fmt: skip
-            acc += product
-            h = tl.where(live[None, :], activate(acc, RELU), 0.0)
+            h = tl.where(live[None, :], activate(z_now.to(ACC) + product, RELU), 0.0)
             h = rounded(tl.where(patience > 0, h, float("nan")), dtype, INTERPRET)
             to = rows[None, :] + t64 * out_t + rn[:, None]
             send(to, h, columns, count + job, patience, FLAG, BITS, EMPTY)
@@ -354,11 +353,12 @@ def backward_kernel(
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
             ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
-        g_rows = g_out + d.to(tl.int64) * H * g_h + rb64 * g_b
-        end = g_hn + (d.to(tl.int64) * B + rb[None, :]) * H + rn[:, None]
-        out_rows = output + d * H + rb64 * out_b
+        g_tile = g_out + (d * H + rn[:, None]).to(tl.int64) * g_h + rb64[None, :] * g_b
+        out_tile = output + d * H + rb64[None, :] * out_b + rn[:, None]
         rows = dz + d * H + rb64 * dz_b
         columns = (rb[None, :] < B) & (rn[:, None] < H)
+        if HAS_G_HN:
+            end = tl.load(g_hn + (d * B + rb64[None, :]) * H + rn[:, None], mask=columns, other=0.0)
         target = tl.full([], 0, tl.int64)
         for _ in range(steps):
             live = t < length
@@ -366,20 +366,20 @@ def backward_kernel(
             later = live & (last == 0)  # rows at their last step have no next one to hear from
             t64 = t.to(tl.int64)
             here = live[None, :] & (rn[:, None] < H)
-            acc = tl.zeros((BLOCK_N, BLOCK_B), ACC)
+            # On their way while the others are waited for: to convert them here would wait for them first.
             if HAS_G_OUT:
-                offsets = t64 * g_t + rn[:, None].to(tl.int64) * g_h
-                acc += tl.load(g_rows[None, :] + offsets, mask=here, other=0.0).to(ACC)
-            if HAS_G_HN:
-                acc += tl.load(end, mask=last[None, :] & here, other=0.0).to(ACC)
-            h = tl.load(out_rows[None, :] + t64 * out_t + rn[:, None], mask=here, other=0.0).to(ACC)
+                g_now = tl.load(g_tile + t64 * g_t, mask=here, other=0.0)
+            h_now = tl.load(out_tile + t64 * out_t, mask=here, other=0.0)
             after = rows + (t + 1 - 2 * d).to(tl.int64) * dz_t
             product, patience = meet_and_multiply(
                 after, later, later, ws, w, rn, count + job, target, status, patience,
                 dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
             )  # fmt: skip
-            acc += product
-            g = tl.where(live[None, :], activate_backward(acc, h, RELU), 0.0)
+            if HAS_G_OUT:
+                product += g_now.to(ACC)
+            if HAS_G_HN:
+                product += tl.where(last[None, :], end.to(ACC), 0.0)
+            g = tl.where(live[None, :], activate_backward(product, h_now.to(ACC), RELU), 0.0)
             g = rounded(tl.where(patience > 0, g, float("nan")), dtype, INTERPRET)
             to = rows[None, :] + t64 * dz_t + rn[:, None]
             send(to, g, columns, count + job, patience, FLAG, BITS, EMPTY)
@@ -415,8 +415,8 @@ def scan(
     h0 (D, B, H), w_hh (D, H, H), all of one dtype (not float64) and device; lengths None or int64 (B,),
     1 <= length <= T. z has unit stride in its last dimension and any other strides. Rows past their length
     become zero. precision, of float32 products: "tf32", "ieee" (IEEE class: the config says how) or "tf32x3".
-    Raises ValueError where shapes, dtypes or devices disagree, RuntimeError where the programs don't all fit
-    on the chip at once, and DeviceHangError where they waited in vain for one another (found out by
+    Raises ValueError where shapes, dtypes or devices disagree, Triton's RuntimeError where the programs don't
+    all fit on the chip at once, and DeviceHangError where they waited in vain for one another (found out by
     waiting for the launch to end; inside a CUDA graph capture not: there the output is NaN).
     """
     T, B, D, H = expect_sequence(z, "z", w_hh, lengths)
@@ -503,12 +503,13 @@ def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:
     with on_device(buffer):
         if config.FLAG:
             buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
-        count = torch.zeros(jobs + 1, dtype=torch.int64, device=buffer.device)
-        status = count[jobs:]
+        # Apart by 16 bytes: Triton compiles anew for a pointer that is aligned less.
+        status = torch.zeros(jobs + 2, dtype=torch.int64, device=buffer.device)
+        count = status[2:]
         _run(kernel, (programs, number), (*tensors, count, status, T, B, jobs, PATIENCE, *strides), options)
         if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if status.item():
+        if status[0].item():
             raise DeviceHangError(
                 f"a group of {programs} programs waited in vain for one of its own and gave up after "
                 f"{PATIENCE} looks: {T} steps of {problem} with {config}. The results are thrown away. A "

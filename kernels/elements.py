@@ -40,7 +40,12 @@ def store_operands(bits):
 
 @triton.jit
 def load(pointers, INTERPRET: tl.constexpr):
-    """What lies at the pointers, all of which must be valid. Not ordered with the kernel's own stores."""
+    """What lies at the pointers, all of which must be valid.
+
+    Pure, so that a change of layout moves to the pointers; so nothing but the value's use keeps it in its
+    place. resident, which writes over what it reads, needs it before the step's last barrier: the compile
+    matrix looks.
+    """
     if INTERPRET or not is_cuda():
         return tl.load(pointers)
     else:

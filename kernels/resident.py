@@ -371,7 +371,7 @@ def scan(
 
     h0 (D, B, H), w_hh (D, H, H), all of one dtype and device; lengths None or int64 (B,), 1 <= length <= T.
     z has unit stride in its last dimension and any other strides. Rows past their length become zero.
-    precision, of float32 products: "ieee", "tf32" or "tf32x3".
+    precision, of float32 products: "tf32", "ieee" (IEEE class: the config says how) or "tf32x3".
     Raises ValueError where shapes, dtypes or devices disagree, or where no config fits on the chip.
     """
     _, B, D, H = expect_sequence(z, "z", w_hh, lengths)

@@ -19,6 +19,7 @@ KINDS = {
     "barriers": re.compile(r"BAR\b|s_barrier"),
     "spills": re.compile(r"(LD|ST)L\b|scratch_(load|store)"),
 }
+GLOBAL_LOAD = re.compile(r"LDG\b|global_load|buffer_load")
 MULTIPLY_ADD = re.compile(r"[FDH]FMA|v_(pk_)?(fma|fmac|mac|mad)_")
 
 
@@ -55,6 +56,13 @@ def count(code: list[Instruction]) -> dict[str, int]:
     """How many instructions there are, and how many of each of the KINDS."""
     kinds = {kind: sum(bool(p.match(i.mnemonic)) for i in code) for kind, p in KINDS.items()}
     return {"instructions": len(code), **kinds}
+
+
+def late_loads(loop: list[Instruction]) -> int:
+    """Loads from global memory after the loop's last barrier; 0 if it has none: each thread is alone."""
+    barriers = [n for n, i in enumerate(loop) if KINDS["barriers"].match(i.mnemonic)]
+    after = loop[barriers[-1] :] if barriers else []
+    return sum(bool(GLOBAL_LOAD.match(i.mnemonic)) for i in after)
 
 
 def time_loop(code: list[Instruction]) -> list[Instruction]:

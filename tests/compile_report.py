@@ -52,6 +52,11 @@ def problems(row: Row) -> list[str]:
         found.append(f"spills {_spills(row)}")
     if not _counted(row)["tensor"] and _on_tensor_cores(row):
         found.append("makes its products without a tensor core")
+    if row["kernel"] == "resident forward" and row["late loads"]:
+        found.append(
+            f"reads memory {row['late loads']} times after a step's last barrier, when other warps may have "
+            "written over it: it works in place"
+        )
     return found
 
 

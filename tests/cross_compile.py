@@ -211,6 +211,7 @@ def measure(case: Case) -> dict[str, Any]:
     known = {"seconds": round(seconds, 2), "shared": kernel.metadata.shared, **assembly.resources(kernel)}
     code = assembly.instructions(kernel)
     loop = assembly.time_loop(code)
+    known["late loads"] = assembly.late_loads(loop)
     return {**known, "loop": assembly.count(loop) if loop else None, "code": assembly.count(code)}
 
 

@@ -55,6 +55,7 @@ def row(**changes):
         "shared": 900,
         "registers": 64,
         "spills": 0,
+        "late loads": 0,
         "loop": counted,
         "code": counted,
         "commit": "abc",
@@ -72,6 +73,11 @@ NO_TENSOR = {"instructions": 100, "tensor": 0, "loads": 4, "barriers": 2, "spill
         ({"shared": 2001}, "takes 2001 bytes of shared memory; sm_90 grants 2000"),
         ({"shared": 1001}, "takes 1001 bytes of shared memory; the model expects at most 1000"),
         ({"spills": 8}, "spills 8 bytes, 3 in the loop"),
+        (
+            {"late loads": 2},
+            "reads memory 2 times after a step's last barrier, when other warps may have written over it: it "
+            "works in place",
+        ),
         ({"loop": NO_TENSOR}, "makes its products without a tensor core"),
         ({"loop": None, "code": NO_TENSOR}, "makes its products without a tensor core"),
         ({"error": "not compiled after 60 s"}, "not compiled after 60 s"),
@@ -159,6 +165,8 @@ def test_the_time_loop_is_found_in_machine_code():
     assert names == "LDS HMMA BRA BAR LDG BRA MOV BRA MUFU BRA"
     alike = {"tensor": 1, "loads": 1, "barriers": 1, "spills": 0}
     assert assembly.count(loop) == {"instructions": 10, **alike}
+    assert assembly.late_loads(loop) == 1
+    assert assembly.late_loads([i for i in loop if i.mnemonic.split(".")[0] != "BAR"]) == 0
     code = assembly.parse_gcn(GCN)
     assert len(code) == 6
     assert assembly.count(assembly.time_loop(code)) == {"instructions": 4, **alike}

@@ -41,7 +41,7 @@ def test_every_candidate_agrees_with_the_reference(kernel, H, ragged, dtype):
     """Each pass with each config that a tuner would try, on the device."""
     z, h0, w_hh, lengths, g_out, g_hn = problem(20, 9, H, 2, dtype, ragged)
     forward, backward = (candidates(kernel, 9, H, 2, dtype, b) for b in (False, True))
-    if kernel == "resident" and H > 320:
+    if kernel == "resident" and H * H * dtype.itemsize > 230_000:  # W_hh alone fills the chip
         assert not forward
         return
     assert forward
