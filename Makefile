@@ -31,10 +31,11 @@ compile-matrix: .venv/ready $(OLDEST)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots]'
 	@touch $@
 
-# NumPy: what the oldest Triton was made for; torch asks for one.
+# NumPy: what the oldest Triton was made for. By itself: the CUDA build of torch asks for another.
 $(OLDEST)/ready: .venv/ready
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt) triton==3.6.0 'numpy<2.4'
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt) 'numpy<2.4'
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
 	@touch $@
 
 clean:

@@ -1,6 +1,7 @@
 """Which Triton kernel runs a problem, by tuned times, else by predicted ones; and cudnn's times beside them.
 
-    plan(...)      kernel and config of a launch
+    plan(...)      the kernel of a launch, and whether it makes the input product too
+    config(...)    its config, tuned if that is due
     why_not(...)   why a kernel can't run a problem
     times(...)     microseconds a step of each kernel that can
     compare(...)   the same beside cudnn's, as numbers and as text
@@ -21,14 +22,36 @@ import torch
 from . import tables, tuning
 from .kernels import configs
 from .kernels.common import chip
+from .kernels.resident import MAX_INPUTS
 
 
-def plan(kernel: str, problem: configs.Problem, device: torch.device) -> tuple[str, configs.Config | None]:
-    """The kernel of a launch, where "triton" is the quickest, and its config; None if nothing is launched."""
+def plan(
+    kernel: str, problem: configs.Problem, device: torch.device, steps: int, inputs: int = 0
+) -> tuple[str, configs.Problem]:
+    """The kernel of a pass over T = steps, and its problem, with inputs = I where it makes the input product.
+
+    kernel as in `ops`; "triton" is the quickest. "cell" comes back for a forward pass that is one launch
+    of step.cell, which a sequence of one step is too for the kernels that may take a launch a step.
+    """
+    one = steps == 1 and problem.D == 1 and kernel in ("triton", "step")
+    if not problem.backward and (kernel == "cell" or one):
+        return "cell", replace(problem, inputs=inputs)
+    if kernel == "cell" or not problem.B or not problem.H:
+        return "step", problem
+    name = quickest(problem, device, steps) if kernel == "triton" else kernel
+    if name == "resident" and not problem.backward and fuses(problem, inputs, steps, device):
+        problem = replace(problem, inputs=inputs)
+    return name, problem
+
+
+def config(
+    kernel: str, problem: configs.Problem, device: torch.device, tuned: bool = True
+) -> configs.Config | None:
+    """The config of a plan; None if nothing is launched. tuned=False: what is known without tuning."""
     if not problem.B or not problem.H:
-        return "step", None
-    name = quickest(problem, device) if kernel == "triton" else kernel
-    return name, tuning.config_for(name, problem, device)
+        return None
+    find = tuning.config_for if tuned else tuning.known_config
+    return find("step" if kernel == "cell" else kernel, problem, device)
 
 
 @tuning.remembered
@@ -60,12 +83,17 @@ def times(problem: configs.Problem, device: torch.device) -> tuple[Mapping[str, 
     return {kernel: configs.candidates(kernel, problem, on)[0][1].us for kernel in able}, False
 
 
-def quickest(problem: configs.Problem, device: torch.device) -> str:
-    """The Triton kernel that `times` makes the quickest. Raises ValueError where none can run."""
+#: Guesses of a launch's microseconds beside its steps: for resident the launch and W_hh's way onto the chip,
+#: for cooperative a buffer and a counter to fill, a cooperative launch and a wait of the host too.
+FIXED_US = {"resident": 5.0, "cooperative": 30.0, "step": 0.0}
+
+
+def quickest(problem: configs.Problem, device: torch.device, steps: int) -> str:
+    """The Triton kernel that `times` and FIXED_US make the quickest. Raises ValueError where none can run."""
     us, _ = times(problem, device)
     if not us:
         raise ValueError(f"no Triton kernel can run {problem}: {why_not('step', problem, device)}")
-    return min(us, key=us.__getitem__)
+    return min(us, key=lambda kernel: steps * us[kernel] + FIXED_US[kernel])
 
 
 @dataclass(frozen=True)
@@ -79,7 +107,10 @@ class Comparison:
 
 @tuning.remembered
 def compare(passes: tuple[configs.Problem, ...], device: torch.device, with_cudnn: bool = True) -> Comparison:
-    """Triton's kernels against cudnn, summed over the passes (the forward's problem, the backward's)."""
+    """Triton's kernels against cudnn, summed over the passes (the forward's problem, the backward's).
+
+    The length T is no part of it: what a launch costs beside its steps is left out on both sides.
+    """
     triton = cudnn_total = 0.0
     parts: list[str] = []
     sources: dict[str, None] = {}
@@ -130,13 +161,12 @@ def cudnn_us(problem: configs.Problem) -> float:
 
 #: A separate product: its launch in microseconds, and the bytes a microsecond that it writes z with.
 PRODUCT_US, PRODUCT_BYTES = 5.0, 2e6
-MAX_FUSED_INPUT = 64
 
 
 @tuning.remembered
 def fuses(problem: configs.Problem, inputs: int, steps: int, device: torch.device) -> bool:
     """Whether the resident forward should make the input product (I = inputs) of T = steps itself."""
-    if not 0 < inputs <= MAX_FUSED_INPUT or not problem.B or not problem.H:
+    if not 0 < inputs <= MAX_INPUTS or not problem.B or not problem.H:
         return False
     on = chip(device)
     fused = configs.candidates("resident", replace(problem, inputs=inputs), on)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import os
 import platform
 import sys
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tuner = commands.add_parser("tune", help="times the kernels' configs on this GPU and keeps the quickest")
     tuner.add_argument("--shapes", type=_shapes, metavar='"B,H;..."', help="default: the standard sweep")
     tuner.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bfloat16", "float32"])
+    tuner.add_argument("--directions", type=int, choices=(1, 2), nargs="+", default=[1], help="default: 1")
     tuner.add_argument("--budget", type=float, metavar="MINUTES", help="stop then; the same command goes on")
     tuner.add_argument("--device", default="cuda", help="a CUDA device; default: the current one")
     tuner.add_argument("--output", type=Path, metavar="FILE", help="the table; default: the user's own")
@@ -152,9 +154,8 @@ def tune(arguments: argparse.Namespace) -> int:
     path = arguments.output or tables.user_path(gpu)
     done = tables.read(path, gpu).entries
     shapes = arguments.shapes or [(B, H) for B in TUNED_B for H in TUNED_H]
-    work = {
-        tables.key_of(*job): job for job in _jobs(shapes, [DTYPES[name] for name in arguments.dtype], device)
-    }
+    dtypes = [DTYPES[name] for name in arguments.dtype]
+    work = {tables.key_of(*job): job for job in _jobs(shapes, dtypes, arguments.directions, device)}
     work = {key: job for key, job in work.items() if key not in done}
     print(f"{path}: {len(done)} entries are there, {len(work)} to do", file=sys.stderr)
     start, finished, failures = time.monotonic(), 0, 0
@@ -182,17 +183,20 @@ def tune(arguments: argparse.Namespace) -> int:
 
 
 def _jobs(
-    shapes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype], device: torch.device
+    shapes: Sequence[tuple[int, int]],
+    dtypes: Sequence[torch.dtype],
+    directions: Sequence[int],
+    device: torch.device,
 ) -> Iterator[tuple[str, Problem]]:
     """(kernel, problem) of what can run, cudnn too: a shape is complete before the next begins."""
     from . import choice
     from .kernels import configs
 
     for B, H in shapes:
-        for dtype in dtypes:
+        for D, dtype in itertools.product(directions, dtypes):
             precision = routing.float32_precision(device) if dtype == torch.float32 else "ieee"
             for backward in (False, True):
-                problem = configs.Problem(B, H, 1, dtype, precision, backward)
+                problem = configs.Problem(B, H, D, dtype, precision, backward)
                 for kernel in configs.KERNELS:
                     if choice.why_not(kernel, problem, device) is None:
                         yield kernel, problem

@@ -34,7 +34,7 @@ def elman(
     tensors = (x, hx, *weights)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Operator.apply(options, lengths, *tensors)
-    return _call(options, lengths, False, x, hx, *_in_one_chunk([w.detach() for w in weights], options))
+    return _call(options, lengths, False, x, hx, *in_one_chunk([w.detach() for w in weights], options))
 
 
 def _call(
@@ -56,7 +56,7 @@ def _call(
     return output, h_n.index_select(1, packed.unsorted_indices)
 
 
-def _in_one_chunk(weights: list[Tensor], options: Options) -> list[Tensor]:
+def in_one_chunk(weights: list[Tensor], options: Options) -> list[Tensor]:
     """The (detached) weights in the one piece of memory that cuDNN wants, as nn.RNN keeps its own.
 
     Weights from elsewhere (the functional form, autocast, a parametrization) lie apart, and the operator
@@ -85,7 +85,7 @@ class _Operator(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.options, ctx.lengths = options, lengths
         x, hx, *weights = (t.detach() for t in tensors)
-        inner = [x, hx, *_in_one_chunk(weights, options)]
+        inner = [x, hx, *in_one_chunk(weights, options)]
         ctx.inner = [t.requires_grad_(n) for t, n in zip(inner, ctx.needs_input_grad[2:], strict=True)]
         with torch.enable_grad():
             ctx.results = _call(options, lengths, True, *ctx.inner)

@@ -90,18 +90,15 @@ def _scan(
     from . import choice  # not above: importing elman must not import Triton
 
     T, _, I = x.shape
-    # A sequence of one step is a cell too, for the kernels that may take a launch a step.
-    if kernel == "cell" or (T == 1 and len(w_hh) == 1 and kernel in ("triton", "step")):
-        problem = _problem(x, w_hh, lengths, precision, inputs=I)
-        _, config = choice.plan("step", problem, x.device)
+    name, problem = choice.plan(kernel, _problem(x, w_hh, lengths, precision), x.device, T, I)
+    config = choice.config(name, problem, x.device)
+    if name == "cell":
         output, b = x.new_empty(1, x.shape[1], w_hh.shape[1]), None if bias is None else bias[0]
         _module("step").cell(x[0], h0[0], w_ih[0], w_hh[0], b, output[0], nonlinearity, precision, config)
         return output
-    problem = _problem(x, w_hh, lengths, precision)
-    name, config = choice.plan(kernel, problem, x.device)
     module = _module(name)
-    if name == "resident" and choice.fuses(problem, I, T, x.device):
-        return module.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, precision)
+    if problem.inputs:
+        return module.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, precision, config)
     z = eager.project(x, w_ih, bias)
     return module.scan(z, h0, w_hh, lengths, nonlinearity, precision, config)
 
@@ -122,7 +119,8 @@ def _layer_dz(
 
     dz = torch.empty_like(output)
     problem = _problem(output, w_hh, lengths, precision, backward=True)
-    name, config = choice.plan("step" if kernel == "cell" else kernel, problem, output.device)
+    name, problem = choice.plan(kernel, problem, output.device, len(output))
+    config = choice.config(name, problem, output.device)
     _module(name).scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision, config)
     return dz
 

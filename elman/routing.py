@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -289,14 +289,18 @@ def _completed(
     found: Route, passes: tuple[Problem, ...], inputs: int, steps: int, device: torch.device
 ) -> Route:
     """The Route with the kernel and the config that its forward pass takes by what is known now."""
-    from . import choice, tuning
+    from . import choice
 
-    problem, kernel, reason = passes[0], found.kernel, found.reason
-    if kernel == "triton":
-        kernel = choice.quickest(problem, device)
+    reason = found.reason
+    kernel, problem = choice.plan(found.kernel, passes[0], device, steps, inputs)
+    if kernel == "cell":
+        reason += "; a sequence of one step is one launch of the cell"
+    elif found.kernel == "triton":
         if "us a step" not in reason:
             reason += f"; {choice.compare(passes, device, with_cudnn=False).text}"
-    if kernel == "resident" and choice.fuses(problem, inputs, steps, device):
-        problem = replace(problem, inputs=inputs)
+        us, _ = choice.times(passes[0], device)
+        if us[kernel] > min(us.values()):
+            reason += f"; over {steps} steps a launch's fixed time tells"
+    if problem.inputs:
         reason += "; it makes the input product too"
-    return Route("triton", kernel, reason, asdict(tuning.known_config(kernel, problem, device)))
+    return Route("triton", kernel, reason, dict(vars(choice.config(kernel, problem, device, tuned=False))))

@@ -34,18 +34,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from .kernels import configs
 
 SCHEMA = 1
-CONFIGS = {
-    "resident": configs.ResidentConfig,
-    "cooperative": configs.CooperativeConfig,
-    "step": configs.StepConfig,
-}
+CONFIGS: dict[str, Any] = {kernel: configs._SPACES[kernel][0] for kernel in configs.KERNELS}
 #: How near a key must be to stand in for another: H within an eighth, the bucket of B within a factor of two.
 NEAR_H, NEAR_B = 1 / 8, 2
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-_SAME_CLASS = {"ieee": ("ieee", "tf32x3"), "tf32": ("tf32",), "tf32x3": ("tf32x3",)}
+PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 class Key(NamedTuple):
@@ -122,8 +120,11 @@ def bucket(B: int) -> int:
 def user_path(gpu: str) -> Path:
     """The user's table: in $ELMAN_CACHE_DIR, else in elman/ of $XDG_CACHE_HOME or ~/.cache."""
     named = os.environ.get("ELMAN_CACHE_DIR")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(named).expanduser() if named else cache / "elman") / "tuned" / _file_name(gpu)
+    if named:
+        folder = Path(named).expanduser()
+    else:  # Path.home() raises for a user without one
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elman"
+    return folder / "tuned" / _file_name(gpu)
 
 
 def shipped_path(gpu: str) -> Path:
@@ -260,7 +261,7 @@ def _entry(item: Any, provenances: int) -> Entry | str:
         _take(item, "kernel", str),
         _one_of(item, "pass", ("forward", "backward")) == "backward",
         _one_of(item, "dtype", DTYPES),
-        _one_of(item, "precision", tuple(_SAME_CLASS)),
+        _one_of(item, "precision", PRECISIONS),
         **sizes,
     )
     times = _take(item, "us", dict)
@@ -283,7 +284,8 @@ def _config(key: Key, values: Mapping[str, Any]) -> configs.Config | str | None:
     if found != expected:
         odd = sorted(dict(found.items() ^ expected.items()))
         return f"the config of {key} does not have this version's fields; they differ in {', '.join(odd)}"
-    if values["PRECISION"] not in _SAME_CLASS[key.precision]:
+    asked = configs.Problem(key.B, key.H, key.D, getattr(torch, key.dtype), key.precision)
+    if values["PRECISION"] not in configs._precisions(asked, configs.DEFAULT_CHIP):
         return (
             f"the config of {key} has PRECISION {values['PRECISION']!r}; that is not of class {key.precision}"
         )

@@ -1,4 +1,8 @@
-"""Times the configs of one key on the GPU: a short sequence, warmed up, in turns, by CUDA events."""
+"""Times the configs of one key on the GPU, warmed up, in turns, by CUDA events.
+
+A launch costs time beside its steps (Python, the launch, what is filled before it and waited for after it).
+So two lengths are timed, one after the other, and a step's time is the slope between them.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,10 @@ from torch import Tensor
 from . import cudnn
 from .kernels import configs
 
-#: The steps that a config is timed on, and the most elements that (T, B, D * H) may then have.
-STEPS, MAX_ELEMENTS = 128, 1 << 24
+#: The steps of the longer run, and the most elements that (T, B, D * H) may then have.
+STEPS, MAX_ELEMENTS = 320, 1 << 25
+#: How many times shorter the shorter run is.
+SHORTER = 5
 WARM_UPS, ROUNDS = 3, 25
 #: The input size that cudnn is timed with: small, and the multiple of 128 that one of its algorithms wants.
 CUDNN_INPUT = 128
@@ -45,25 +51,33 @@ def measure(
     clock: Callable[[Callable[[], object]], float] = clock,
 ) -> list[list[float] | str]:
     """The Timer on a device: warmed up, then in turns, so that the chip's clock changes for all of them."""
-    steps = max(16, min(STEPS, MAX_ELEMENTS // (problem.B * problem.D * problem.H)))
+    most = max(4 * SHORTER, min(STEPS, MAX_ELEMENTS // (problem.B * problem.D * problem.H)))
+    lengths = (most // SHORTER, most)
     work = _cudnn_work if kernel == "cudnn" else functools.partial(_work, kernel)
     results: list[list[float] | str] = [[] for _ in tried]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        launch = work(problem, steps, device)
+        launches = [work(problem, steps, device) for steps in lengths]
         for turn in range(WARM_UPS + ROUNDS):
             for i, config in enumerate(tried):
                 samples = results[i]
                 if isinstance(samples, str):
                     continue
                 try:
-                    if turn == 0 and not torch.isfinite(launch(config)).all():
+                    if turn == 0 and not all(torch.isfinite(launch(config)).all() for launch in launches):
                         raise ArithmeticError("its result is not finite")
-                    us = clock(functools.partial(launch, config)) / steps
+                    short, long = (clock(functools.partial(launch, config)) for launch in launches)
                     if turn >= WARM_UPS:
-                        samples.append(us)
+                        samples.append((long - short) / (lengths[1] - lengths[0]))
                 except Exception as error:  # a config that can't be compiled or launched is no candidate
                     results[i] = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500]
-    return results
+    return [_expect_slope(samples) for samples in results]
+
+
+def _expect_slope(samples: list[float] | str) -> list[float] | str:
+    """The samples, unless so many are noise that the median or the 20th percentile may be no time at all."""
+    if not isinstance(samples, str) and sorted(samples)[(len(samples) - 1) // 5] <= 0:
+        return "its longer run often took no longer than its shorter one: the GPU is busy with other work"
+    return samples
 
 
 def _uniform(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -95,12 +109,15 @@ def _work(kernel: str, problem: configs.Problem, steps: int, device: torch.devic
 
 
 def _cudnn_work(problem: configs.Problem, steps: int, device: torch.device) -> Callable[[Any], Tensor]:
-    """nn.RNN's operator; backward without the gradients of weights, which no scan of ours makes either."""
+    """nn.RNN's operator; backward without the gradients of weights, which no scan of ours makes either.
+
+    The weights lie in one piece of memory, as a real nn.RNN's do: none are gathered in what is timed.
+    """
     B, H, D, uniform = problem.B, problem.H, problem.D, _uniform(device, problem.dtype)
     shapes = D * [(H, CUDNN_INPUT), (H, H)]
     x, h0 = uniform(steps, B, CUDNN_INPUT), uniform(D, B, H)
-    weights = [uniform(*shape) / math.sqrt(H) for shape in shapes]
     options = cudnn.Options(False, 1, "tanh", 0.0, False, D == 2)
+    weights = cudnn.in_one_chunk([uniform(*shape) / math.sqrt(H) for shape in shapes], options)
     if not problem.backward:
         return lambda _: cudnn.elman(x, h0, weights, None, options)[0]
     with torch.enable_grad():

@@ -8,7 +8,9 @@
 
 Only CUDA tensors are tuned for, never while a CUDA graph is captured, and not where the input product is
 part of the launch (the cell, a fused forward). ELMAN_AUTOTUNE=off pins the model's first choice: it
-tunes nothing and reads no table. Which choice this process made for a problem stays for its lifetime.
+tunes nothing and reads no table. What this process chose for a problem stays for its lifetime, also if it was
+chosen during a capture, so that the graph and calls outside it take the same config. What is tuned later
+serves the next process.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ WAIT = 60.0
 _Function = TypeVar("_Function", bound=Callable)
 _caches: list[Any] = []
 _chosen: dict[tuple, configs.Config] = {}
+_unusable: set[Path] = set()
 
 
 def remembered(function: _Function) -> _Function:
@@ -51,6 +54,7 @@ def remembered(function: _Function) -> _Function:
 def forget() -> None:
     """Forgets what this process has read, chosen and compared; the next calls read the tables anew."""
     _chosen.clear()
+    _unusable.clear()
     for cached in _caches:
         cached.cache_clear()
 
@@ -66,15 +70,14 @@ def autotunes() -> bool:
 def config_for(kernel: str, problem: configs.Problem, device: torch.device) -> configs.Config:
     """The config of a launch, tuned now if that is due; a dict lookup from the second time on.
 
-    A table that can't be locked or written, or a key none of whose candidates runs, is a warning, and the
-    model's first choice is taken. Raises ValueError where the kernel has no config that fits.
+    A table that can't be read, locked or written, or a key none of whose candidates runs, is a warning, and
+    the model's first choice is taken. During a CUDA graph's capture nothing is tuned, and what is chosen
+    there stays for the process. Raises ValueError where the kernel has no config that fits.
     """
     memo = (kernel, problem, device)
     config = _chosen.get(memo)
     if config is None:
         config = known_config(kernel, problem, device)
-        if _is_capturing(device):
-            return config  # not remembered: outside the capture it may still be tuned
         if _is_due(kernel, problem, device):
             config = _tuned(kernel, problem, device) or config
         _chosen[memo] = config
@@ -86,8 +89,10 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _is_due(kernel: str, problem: configs.Problem, device: torch.device) -> bool:
-    tunable = device.type == "cuda" and not problem.inputs and autotunes()
-    return tunable and lookup(kernel, problem, device) is None
+    if device.type != "cuda" or problem.inputs or not autotunes() or _is_capturing(device):
+        return False
+    # What was tuned could not be kept in a table that can't be read.
+    return lookup(kernel, problem, device) is None and tables.user_path(chip(device).name) not in _unusable
 
 
 def _tuned(kernel: str, problem: configs.Problem, device: torch.device) -> configs.Config | None:
@@ -130,8 +135,21 @@ def fits(entry: tables.Entry, problem: configs.Problem, device: torch.device) ->
 
 @remembered
 def table(path: Path, gpu: str) -> tables.Table:
-    """The table at `path`, read once; a warning for each entry that this version refuses."""
-    found = tables.read(path, gpu)
+    """The table at `path`, read once; a warning for each entry that this version refuses.
+
+    A table that can't be used is a warning, once, and counts as empty: no forward pass fails for it.
+    """
+    try:
+        found = tables.read(path, gpu)
+    except (OSError, ValueError) as error:
+        if path not in _unusable:
+            _unusable.add(path)
+            remedy = "" if isinstance(error, ValueError) else f"; make {path} a file that can be read"
+            warnings.warn(
+                f"{error}{remedy}. Until then it counts as empty, and no key is tuned into it.",
+                stacklevel=2,
+            )
+        return tables.Table(gpu)
     for sentence in found.refused:
         warnings.warn(sentence, stacklevel=2)
     return found
@@ -152,7 +170,8 @@ def tune(
     """The key's entry in the table at `path` (default: the user's), tuned and written if it has none.
 
     It holds the table's lock, so that no key is tuned twice, whatever the processes. Raises OSError where
-    the table can't be locked or written, RuntimeError where no candidate runs.
+    the table can't be read, locked or written, ValueError where it is none, RuntimeError where no candidate
+    runs.
     """
     gpu = chip(device).name
     path = path or tables.user_path(gpu)

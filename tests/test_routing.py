@@ -15,7 +15,7 @@ import torch
 
 import elman
 from elman import BackendUnavailableError, Elman, ElmanCell, ElmanNetwork, choice, cli, routing, tuning
-from elman.kernels import configs
+from elman.kernels import configs, step
 from elman.kernels.common import chip
 from tests.machines import simulate_gpu
 
@@ -276,8 +276,8 @@ def test_cudnn_switched_off(machine, monkeypatch):
 @pytest.mark.parametrize("hidden", [64, 128, 224, 256, 264, 384, 512, 1024, 2048])
 def test_triton_takes_the_kernel_that_the_model_makes_the_quickest(machine, hidden, dtype):
     machine(name="NVIDIA H200")
-    call = {**SHAPE, "hidden": hidden, "dtype": dtype, "device": "cuda", "backend": "triton"}
-    route = elman.explain(**{**call, "input": hidden})
+    call = {**SHAPE, "seq": 1024, "dtype": dtype, "device": "cuda", "backend": "triton"}
+    route = elman.explain(**{**call, "hidden": hidden, "input": hidden})
     problem = configs.Problem(16, hidden, 1, dtype, routing.float32_precision(CUDA))
     us = {}
     for kernel in configs.KERNELS:
@@ -402,7 +402,7 @@ def test_a_fused_input_product_is_explained(machine):
     machine()
     call = {
         **SHAPE,
-        "seq": 1,
+        "seq": 2,
         "input": 1,
         "dtype": torch.bfloat16,
         "device": "cuda",
@@ -416,6 +416,44 @@ def test_a_fused_input_product_is_explained(machine):
     for inputs in (0, 65):
         assert not choice.fuses(problem, inputs, 1, CUDA)
     assert "input product" not in elman.explain(**{**call, "input": 65}).reason
+
+
+# backend, seq, bidirectional -> whether the call is one launch of the cell
+CELLS = [
+    ("triton", 1, False, True),
+    ("triton:step", 1, False, True),
+    ("triton:resident", 1, False, False),
+    ("triton", 2, False, False),
+    ("triton:step", 1, True, False),
+]
+
+
+@pytest.mark.parametrize(("backend", "seq", "bidirectional", "cell"), CELLS)
+def test_one_step_is_explained_as_what_it_launches(backend, seq, bidirectional, cell, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    launched, real = [], step.cell
+    monkeypatch.setattr(step, "cell", lambda *arguments: (launched.append(arguments[-1]), real(*arguments)))
+    sizes = {"input": 5, "hidden": 7, "bidirectional": bidirectional, "backend": backend}
+    route = elman.explain(batch=2, seq=seq, device="cpu", **sizes)
+    with torch.no_grad():
+        Elman(5, 7, bidirectional=bidirectional, backend=backend)(X[:seq])
+    assert (route.kernel == "cell") == ("one launch of the cell" in route.reason) == bool(launched) == cell
+    if cell:
+        assert dict(route.config) == vars(launched[0])
+        assert "input product too" in route.reason
+
+
+def test_a_few_steps_are_explained(machine):
+    machine()
+    call = {**SHAPE, "hidden": 1024, "dtype": torch.bfloat16, "device": "cuda", "backend": "triton"}
+    few, many = (elman.explain(**{**call, "seq": seq}) for seq in (4, 1024))
+    assert (few.kernel, many.kernel) == ("step", "cooperative")
+    assert "over 4 steps a launch's fixed time tells" in few.reason
+    assert "fixed time" not in many.reason
+
+
+def test_the_kernels_that_can_be_named_are_those_there_are():
+    assert routing.KERNELS == configs.KERNELS
 
 
 def test_an_empty_variable_is_none(monkeypatch):

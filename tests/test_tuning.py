@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -18,8 +19,8 @@ import pytest
 import torch
 
 import elman
-from elman import choice, cli, routing, tables, timing, tuning
-from elman.kernels import configs, step
+from elman import choice, cli, ops, routing, tables, timing, tuning
+from elman.kernels import configs, resident, step
 from tests.machines import simulate_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +183,7 @@ def test_a_broken_or_foreign_file_names_itself_and_the_remedy(change, words):
     change(data)
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match="can't be used") as raised:
-        tuning.config_for("step", PROBLEM, CUDA)
+        tuning.tune("step", PROBLEM, CUDA)
     for part in (str(path), words, "Delete it"):
         assert part in str(raised.value)
 
@@ -192,7 +193,35 @@ def test_a_file_that_is_no_table(content):
     store()
     tables.user_path(GPU).write_bytes(content)
     with pytest.raises(ValueError, match="Delete it"):
-        tuning.config_for("step", PROBLEM, CUDA)
+        tuning.tune("step", PROBLEM, CUDA)
+
+
+def another_schema(path):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 2}))
+
+
+def a_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(("spoil", "remedy"), [(another_schema, "Delete it"), (a_directory, "can be read")])
+def test_an_unusable_table_stops_no_call(spoil, remedy, timer, capsys, tmp_path):
+    store(entry(), path=tmp_path / "shipped.json")
+    store(entry(H=256))
+    path = tables.user_path(GPU)
+    spoil(path)
+    problems = [replace(PROBLEM, H=256), replace(PROBLEM, H=64), PROBLEM]
+    with pytest.warns(UserWarning, match=remedy) as warned:
+        found = [tuning.config_for("step", problem, CUDA) for problem in problems]
+    assert found[-1] == tried()[-1], "the shipped table is there"
+    assert len(warned) == 1, [str(w.message) for w in warned]
+    assert str(path) in str(warned[0].message)
+    assert timer.calls == [], "it could not be kept"
+    with pytest.raises((OSError, ValueError), match=re.escape(str(path))):
+        tuning.tune("step", PROBLEM, CUDA)
+    assert cli.main(["doctor"]) == 0
+    assert any("yours" in line and str(path) in line for line in capsys.readouterr().out.splitlines())
 
 
 REFUSED = {
@@ -201,6 +230,7 @@ REFUSED = {
     "another type": (lambda item: item["config"].update(num_warps="4"), "num_warps"),
     "unknown kernel": (lambda item: item.update(kernel="quantum"), "'quantum'"),
     "another class": (lambda item: item["config"].update(PRECISION="tf32"), "class ieee"),
+    "float32's alone": (lambda item: item["config"].update(PRECISION="tf32x3"), "class ieee"),
 }
 
 
@@ -304,6 +334,13 @@ def test_where_the_tables_are(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tables.user_path("a") == Path.home() / ".cache" / "elman" / "tuned" / "a.json"
 
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("ELMAN_CACHE_DIR", str(tmp_path))
+    assert tables.user_path("a") == tmp_path / "tuned" / "a.json"
+
 
 # Choosing a config
 
@@ -355,7 +392,16 @@ def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch, timer):
     assert tuning.config_for("step", replace(PROBLEM, H=512), CUDA) == tried()[-1], "a table may be read"
     assert timer.calls == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert tuning.config_for("step", PROBLEM, CUDA) == tried()[-1], "after it, the key is tuned"
+    # As another process begins, without a table; it captures first and calls eagerly then.
+    tuning.forget()
+    tables.user_path(GPU).unlink()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = tuning.config_for("step", PROBLEM, CUDA)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tuning.config_for("step", PROBLEM, CUDA) is captured, "a graph and the calls after it agree"
+    assert timer.calls == []
+    tuning.forget()
+    assert tuning.config_for("step", PROBLEM, CUDA) == tried()[-1], "the next process tunes"
     assert len(timer.calls) == 1
 
 
@@ -364,7 +410,9 @@ def test_what_is_not_tuned(timer):
     store(entry())
     cell = replace(PROBLEM, inputs=32)
     assert tuning.config_for("step", cell, CUDA) == configs.choose("step", cell, tuning.chip(CUDA))
-    assert choice.plan("triton", replace(PROBLEM, B=0), CUDA) == ("step", None)
+    empty = replace(PROBLEM, B=0)
+    assert choice.plan("triton", empty, CUDA, 64) == ("step", empty)
+    assert choice.config("step", empty, CUDA) is None
     assert timer.calls == []
 
 
@@ -425,12 +473,13 @@ def test_where_no_candidate_runs_the_model_s_first_choice_is_left(monkeypatch):
 # Timing, on the interpreter and by a clock of our own
 
 SMALL = configs.Problem(8, 16, 1, torch.float32)
+OUTPUT = torch.zeros(3, 2, 7)
 TWO = [configs.StepConfig(16, 16, 16), configs.StepConfig(16, 16, 16, num_warps=8)]
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(timing, "STEPS", 16)
+    monkeypatch.setattr(timing, "STEPS", 20)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -439,14 +488,14 @@ def test_configs_are_timed_in_turns(backward):
 
     def clock(launch):
         (config,) = launch.args
+        steps = (4, 20)[seen.count(config) % 2]
         seen.append(config)
-        return 160.0 if config == TWO[0] else 320.0
+        return 1000.0 + steps * (2.5 if config == TWO[0] else 5.0)
 
     state = torch.get_rng_state()
     results = timing.measure("step", replace(SMALL, backward=backward), TWO, CPU, clock)
-    steps = timing.STEPS
-    assert results == [[160.0 / steps] * timing.ROUNDS, [320.0 / steps] * timing.ROUNDS]
-    assert seen == TWO * (timing.WARM_UPS + timing.ROUNDS)
+    assert results == [[2.5] * timing.ROUNDS, [5.0] * timing.ROUNDS], "a launch's fixed time is in none"
+    assert seen == [TWO[0], TWO[0], TWO[1], TWO[1]] * (timing.WARM_UPS + timing.ROUNDS)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers stay"
 
 
@@ -460,10 +509,44 @@ def test_a_config_that_raises_or_computes_nonsense_fails_alone(monkeypatch):
         return result * float("nan") if config == TWO[1] else result
 
     monkeypatch.setattr(step, "scan", scan)
-    results = timing.measure("step", SMALL, [*TWO, third], CPU, lambda launch: 1.0)
+    results = timing.measure("step", SMALL, [*TWO, third], CPU, rising())
     assert results[0] == "RuntimeError: out of resources"
     assert results[1] == "ArithmeticError: its result is not finite"
     assert len(results[2]) == timing.ROUNDS
+
+
+def rising():
+    """A clock that reads more each time."""
+    readings = itertools.count(1.0)
+    return lambda launch: next(readings)
+
+
+def test_times_that_are_noise_are_none():
+    still = timing.measure("step", SMALL, TWO[:1], CPU, lambda launch: 1.0)
+    assert still == [
+        "its longer run often took no longer than its shorter one: the GPU is busy with other work"
+    ]
+
+
+def test_cudnn_s_weights_lie_together_before_the_clock_starts(monkeypatch):
+    gathered = []
+
+    def flatten(weights, *arguments):
+        gathered.append(len(weights))
+        buffer, start = torch.cat([w.flatten() for w in weights]), 0
+        for w in weights:
+            w.set_(buffer[start : start + w.numel()].view_as(w))
+            start += w.numel()
+
+    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda w: True)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: 1)
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten)
+    clock = rising()
+    for backward in (False, True):
+        gathered.clear()
+        timed = lambda launch: (launch(), clock(launch))[1]  # noqa: E731
+        timing.measure("cudnn", replace(SMALL, backward=backward), [None], CPU, timed)
+        assert gathered == [2, 2], "once for each length"
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -474,13 +557,13 @@ def test_cudnn_is_timed_by_nn_rnn_s_operator(backward, directions):
 
     def clock(launch):
         shapes.append(launch().shape)
-        return 1.0
+        return float(len(shapes))
 
     with torch.no_grad():
         ((*samples,),) = timing.measure("cudnn", problem, [None], CPU, clock)
     assert len(samples) == timing.ROUNDS
     last = timing.CUDNN_INPUT if backward else directions * 16
-    assert set(shapes) == {(timing.STEPS, 8, last)}
+    assert set(shapes) == {(4, 8, last), (20, 8, last)}
 
 
 # Choosing a kernel
@@ -492,15 +575,16 @@ def test_the_kernel_follows_the_table_where_it_has_all(timer):
     assert not tuned
     able = sorted(us, key=us.get)
     assert len(able) > 1
-    assert choice.quickest(problem, CUDA) == able[0]
+    assert choice.quickest(problem, CUDA, 1024) == able[0]
     entries = {k: entry(tried(k, problem)[0], k, us=9.0 - n, H=128) for n, k in enumerate(able)}
     store(*list(entries.values())[1:])
-    assert choice.quickest(problem, CUDA) == able[0], "measured and predicted times are not compared"
+    assert choice.quickest(problem, CUDA, 1024) == able[0], "measured and predicted times are not compared"
     store(*entries.values())
     assert choice.times(problem, CUDA) == ({k: e.us for k, e in entries.items()}, True)
-    assert choice.quickest(problem, CUDA) == able[-1]
-    assert choice.plan("triton", problem, CUDA) == (able[-1], entries[able[-1]].config)
-    assert choice.plan("step", problem, CUDA)[0] == "step"
+    assert choice.quickest(problem, CUDA, 1024) == able[-1]
+    assert choice.plan("triton", problem, CUDA, 1024) == (able[-1], problem)
+    assert choice.config(able[-1], problem, CUDA) == entries[able[-1]].config
+    assert choice.plan("step", problem, CUDA, 1024) == ("step", problem)
     assert timer.calls == []
 
 
@@ -537,9 +621,9 @@ def test_each_pass_has_a_plan_of_its_own(monkeypatch):
     plans = []
     real = choice.plan
 
-    def plan(kernel, problem, device):
+    def plan(kernel, problem, *sizes):
         plans.append((kernel, problem))
-        return real("step", problem, device)
+        return real("step", problem, *sizes)
 
     monkeypatch.setattr(choice, "plan", plan)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -552,6 +636,34 @@ def test_each_pass_has_a_plan_of_its_own(monkeypatch):
         torch.ones(3, 2, 5), None, layer._flat_weights, lengths=torch.tensor([3, 1]), backend="triton"
     )
     assert plans == [("triton", replace(forward, ragged=True))]
+
+
+@pytest.mark.parametrize("inputs", [1, 768])
+def test_a_fused_scan_takes_the_config_that_was_chosen_for_it(inputs, monkeypatch):
+    problem, asked, launched = configs.Problem(2, 7, inputs=inputs % 768), [], []
+    config = configs.choose("resident", problem)
+
+    def config_for(kernel, problem, device):
+        asked.append((kernel, problem))
+        return config
+
+    monkeypatch.setattr(tuning, "config_for", config_for)
+    for name in ("scan", "scan_fused"):
+        note = partial(lambda name, *arguments: launched.append((name, arguments[-1])) or OUTPUT, name)
+        monkeypatch.setattr(resident, name, note)
+    w_ih, w_hh = torch.ones(1, 7, inputs), torch.ones(1, 7, 7)
+    with torch.no_grad():
+        ops.layer(
+            torch.ones(3, 2, inputs), torch.zeros(1, 2, 7), w_ih, w_hh, None, None, "tanh", "resident", "ieee"
+        )
+    assert asked == [("resident", problem)], "and nothing is tuned for another"
+    assert launched == [("scan_fused" if problem.inputs else "scan", config)]
+
+
+def test_a_short_sequence_pays_for_no_cooperative_launch():
+    assert choice.times(PROBLEM, CUDA)[0]["cooperative"] < choice.times(PROBLEM, CUDA)[0]["step"]
+    assert choice.plan("triton", PROBLEM, CUDA, 4)[0] == "step"
+    assert choice.plan("triton", PROBLEM, CUDA, 1024)[0] == "cooperative"
 
 
 def test_the_error_of_a_hang_is_found_on_first_use():
@@ -641,7 +753,7 @@ TUNE = ["tune", "--shapes", "16,1024;1,64", "--dtype", "bfloat16"]
 
 def jobs():
     """(kernel, H, backward) of TUNE's keys."""
-    found = list(cli._jobs([(16, 1024), (1, 64)], [torch.bfloat16], CUDA))
+    found = list(cli._jobs([(16, 1024), (1, 64)], [torch.bfloat16], [1], CUDA))
     return [(kernel, problem.H, problem.backward) for kernel, problem in found]
 
 
@@ -664,6 +776,16 @@ def test_tune_times_every_kernel_and_cudnn_and_goes_on_where_it_stopped(timer, c
     assert cli.main([*TUNE, "--output", str(output)]) == 0
     assert len(timer.calls) == n
     assert f"{n} entries are there, 0 to do" in capsys.readouterr().err
+
+
+def test_both_directions_are_tuned_where_they_are_asked_for(timer, capsys):
+    command = ["tune", "--shapes", "1,64", "--dtype", "bfloat16"]
+    for more, expected in (([], {1}), (["--directions", "1", "2"], {1, 2})):
+        assert cli.main([*command, *more]) == 0
+        assert {key.D for key in tables.read(tables.user_path(GPU), GPU).entries} == expected
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--directions", "3"])
+    assert "directions" in capsys.readouterr().err
 
 
 def test_an_interrupted_tune_keeps_what_is_done(monkeypatch, timer, capsys):
