@@ -20,6 +20,7 @@ KINDS = {
     "spills": re.compile(r"(LD|ST)L\b|scratch_(load|store)"),
 }
 GLOBAL_LOAD = re.compile(r"LDG\b|global_load|buffer_load")
+GLOBAL_STORE = re.compile(r"STG\b|ST\.E|(global|buffer|flat)_store")
 MULTIPLY_ADD = re.compile(r"[FDH]FMA|v_(pk_)?(fma|fmac|mac|mad)_")
 
 
@@ -66,16 +67,18 @@ def late_loads(loop: list[Instruction]) -> int:
 
 
 def time_loop(code: list[Instruction]) -> list[Instruction]:
-    """The smallest loop that has most of the products, its inner loops included; [] if none has.
+    """The smallest loop with a third of the products that stores to global memory, inner loops included.
 
-    Not the largest loop: around the time steps there may be one over batch tiles. Products are tensor-core
-    instructions, or multiply-adds where there are none.
+    Without one that stores, the smallest with a third of the products; [] if none has. Not the largest loop:
+    around the time steps there may be one over batch tiles, and before them one that makes the first product.
+    Products are tensor-core instructions, or multiply-adds where there are none.
     """
     patterns = KINDS["tensor"], MULTIPLY_ADD
     products = next((p for p in patterns if any(p.match(i.mnemonic) for i in code)), MULTIPLY_ADD)
     weight = [bool(products.match(i.mnemonic)) for i in code]
-    found = [body for body in _loops(code) if 2 * sum(weight[i] for i in body) >= max(sum(weight), 1)]
-    return [code[i] for i in sorted(min(found, key=len, default=set()))]
+    found = [body for body in _loops(code) if 3 * sum(weight[i] for i in body) >= max(sum(weight), 1)]
+    storing = [body for body in found if any(GLOBAL_STORE.match(code[i].mnemonic) for i in body)]
+    return [code[i] for i in sorted(min(storing or found, key=len, default=set()))]
 
 
 def _loops(code: list[Instruction]) -> Iterable[set[int]]:
