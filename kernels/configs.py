@@ -436,7 +436,7 @@ def _fit_cooperative(config: CooperativeConfig, problem: Problem, chip: Chip) ->
             fitted = replace(config, CHUNKS=together, STREAMED=streamed)
             if _shared_cooperative(fitted, problem) <= chip.shared:
                 break
-        if _registers_cooperative(fitted, problem, chip) <= MAX_REGISTERS:
+        if _registers_cooperative(fitted, problem) <= MAX_REGISTERS:
             break
     return fitted
 
@@ -453,7 +453,7 @@ def _shared_cooperative(config: CooperativeConfig, problem: Problem) -> int:
     return (chunks - config.STREAMED) * weight + max(passing, parts)
 
 
-def _registers_cooperative(config: CooperativeConfig, problem: Problem, chip: Chip) -> int:
+def _registers_cooperative(config: CooperativeConfig, problem: Problem) -> int:
     """Registers a thread, roughly: the state's chunks, streamed ones of W_hh, and each warp's sums."""
     threads = 32 * config.num_warps
     held = config.CHUNKS * config.BLOCK_K * config.BLOCK_B
@@ -468,8 +468,6 @@ def _registers_cooperative(config: CooperativeConfig, problem: Problem, chip: Ch
     products = 45 + operand if fma else max(0, operand - 64) // 2 + 20 * problem.backward
     # The counter's state comes in one piece with what is streamed; a split weight is held whole, too.
     streams = (25 if not config.FLAG else 0) + (40 if copies == 2 else 0) if config.STREAMED else 0
-    if chip.unit == "tcgen05" and not config.FLAG:
-        streams += 25  # its compiler spills sooner there, outside the loop
     return 90 + held + 5 * sums + products + streams
 
 
@@ -480,6 +478,8 @@ def _estimate_cooperative(config: CooperativeConfig, problem: Problem, chip: Chi
         return "there is no cooperative kernel for float64"
     if not chip.one_l2:
         return f"its programs meet in L2, of which {chip.name} has one for each die: never tried"
+    if chip.unit == "tcgen05" and not config.FLAG and H * itemsize >= 8 * KIB:
+        return "with a state so wide the counter's form spills before its loop"
     if config.num_warps * 16 > config.BLOCK_K:
         return f"a chunk of {config.BLOCK_K} leaves some of {config.num_warps} warps without a part"
     if chunks > 32:
@@ -493,7 +493,7 @@ def _estimate_cooperative(config: CooperativeConfig, problem: Problem, chip: Chi
     shared = _shared_cooperative(config, problem)
     if shared > chip.shared:
         return f"it takes {shared} bytes of shared memory and {chip.name} grants {chip.shared}"
-    registers = _registers_cooperative(config, problem, chip)
+    registers = _registers_cooperative(config, problem)
     if registers > MAX_REGISTERS:
         return f"it takes some {registers} registers a thread"
     jobs = problem.D * _ceil(B, config.BLOCK_B)
