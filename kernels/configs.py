@@ -89,13 +89,14 @@ class StepConfig:
 class ResidentConfig:
     """kernels/resident.py: BLOCK_B batch rows a program, H in tiles of C.
 
-    The first HELD rows of W_hh's tiles stay in registers, the others in shared memory. What a step reads
-    is fetched AHEAD steps before it.
+    The first HELD rows of W_hh's tiles stay in registers, the others in shared memory. SPLIT: a last tile of
+    16 rows is added up in one part a warp. What a step reads is fetched AHEAD steps before it.
     """
 
     BLOCK_B: int
     C: int
     HELD: int = 0
+    SPLIT: bool = False
     AHEAD: int = 1
     PRECISION: str = "ieee"
     num_warps: int = 4
@@ -135,6 +136,7 @@ RESIDENT_SPACE = {
     "BLOCK_B": (8, 16, 32, 64),
     "C": (16, 32, 64, 128),
     "HELD": (0, 1, 2, 3),
+    "SPLIT": (False, True),
     "AHEAD": (1, 2),
     "num_warps": (1, 2, 4, 8),
 }
@@ -345,7 +347,13 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
         return "without tensor cores other tiles spill"
     elif problem.dtype == torch.float64 and problem.H > 64:
         return "float64 spills above 64"
-    if config.HELD > chunks:
+    if config.SPLIT and (amd or not _in_tensor_cores(config, problem, chip)):
+        return "only on NVIDIA's tensor cores was it seen to be less work"
+    if config.SPLIT and (chunks == 1 or tile_width(chunks - 1, problem.H, config.C) > 16 or config.C < 64):
+        return "there is no last tile of 16 rows that four warps or more would repeat"
+    if config.SPLIT and chunks > 3:
+        return "so many tiles leave no registers for the parts of a split one"
+    if config.HELD > chunks - config.SPLIT:
         return f"there are no {config.HELD} rows of tiles to hold"
     if config.HELD and (problem.dtype.itemsize != 2 or amd):
         return "only NVIDIA's 16-bit products take an operand from registers"
@@ -365,7 +373,8 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
 def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, rows: int, inner: int) -> int:
     """Registers a thread, fitted to the compiler's reports; rows, inner: the weight's padded size."""
     threads, words = 32 * config.num_warps, max(1, problem.dtype.itemsize // 4)
-    elements = rows * config.BLOCK_B / threads
+    # A split tile has fewer sums, and is gone before the others are: its copies hardly count.
+    elements = (inner if config.SPLIT else rows) * config.BLOCK_B / threads
     each = 4.6 if problem.backward else 3.6
     if config.PRECISION == "tf32x3":
         each = 25 if problem.backward else each + 2
@@ -374,7 +383,7 @@ def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, ro
     weights = sum(max(tile_width(n, problem.H, config.C), config.C) for n in range(config.HELD)) * inner / 2
     if config.PRECISION == "tf32x3" and not problem.backward:
         weights = 2.4 * rows * inner  # the compiler holds both halves by itself
-    tiles = 32 * max(0, _ceil(problem.H, config.C) - 3)
+    tiles = 32 * max(0, _ceil(problem.H, config.C) - 3) + 12 * config.SPLIT
     return int(40 * words + words * each * elements + weights / threads + tiles)
 
 
@@ -389,7 +398,8 @@ def _shared_resident(config: ResidentConfig, problem: Problem, chip: Chip, inner
     state = copies * states * inner * config.BLOCK_B
     if chip.unit == "wgmma" and _large(config) and widths[-1] != widths[0]:
         state += C * config.BLOCK_B  # from the one instruction's layout to the other's
-    return max(tile, weights + state) * itemsize
+    parts = config.SPLIT * C * config.BLOCK_B * 4
+    return max(tile, weights + state) * itemsize + parts
 
 
 def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> Estimate | str:
@@ -399,8 +409,9 @@ def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> 
     H, C, itemsize, warps = problem.H, config.C, problem.dtype.itemsize, config.num_warps
     widths = [tile_width(n, H, C) for n in range(_ceil(H, C))]
     inner = sum(widths) + (tile_width(0, problem.inputs, 64) if problem.inputs else 0)
-    # A tile with less than 16 rows a warp is multiplied, and read, by several warps alike.
+    # A tile with less than 16 rows a warp is several warps' work alike; a split one is so after its product.
     rows = C * len(widths) if _in_tensor_cores(config, problem, chip) else sum(widths)
+    full = rows - C if config.SPLIT else rows
     registers = _registers_resident(config, problem, chip, rows, inner)
     if registers > 255:
         return f"it takes {registers} registers a thread and there are 255"
@@ -413,15 +424,17 @@ def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> 
     if _in_tensor_cores(config, problem, chip):
         held = len(widths) if config.PRECISION == "tf32x3" and not problem.backward else config.HELD
         copies = 2 if config.PRECISION == "tf32x3" else 1
-        read += copies * C * (len(widths) - held) * inner * itemsize
+        read += copies * max(0, full - C * held) * inner * itemsize
     else:
         read += 5 * rows * inner * itemsize
     few = max(1.0, 4 / warps)  # a processor has four schedulers, and each its tensor core
-    product = few * _product_cycles(config.BLOCK_B, inner, rows, config.PRECISION, problem.dtype)
+    product = few * _product_cycles(config.BLOCK_B, inner, full, config.PRECISION, problem.dtype)
     # Instructions for each element of a state: most of them are tanh's, which for bfloat16 is one.
     each = 20 if problem.backward else 14 if problem.dtype == torch.bfloat16 else 36
     elements = each * few * rows * config.BLOCK_B / 128
     cycles = max(product, 1.5 * inner) + read / 128 + elements + (250 if warps > 1 else 150)
+    if config.SPLIT:
+        cycles += 150  # its parts go through shared memory twice, mostly behind the other products
     # What was asked for AHEAD steps ago must have come; each step that it waits is a move.
     step, fetch = cycles / (1000 * chip.ghz), FETCH_US / config.AHEAD
     us = max(step, fetch) + 0.1 * min(step, fetch) + 0.03 * config.AHEAD

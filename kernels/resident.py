@@ -12,7 +12,8 @@ NC x NC. Rows past H are kept zero.
 A step is a chain of latencies, so as little as possible lies between one product and the next
 (docs/tuning-notes.md): the first HELD rows of W_hh's tiles stay in registers and the others in shared memory,
 elements come and go in the product's own layout (elements.py), and each step fetches what the step AHEAD
-of it reads.
+of it reads. A last tile of 16 rows would be every warp's work alike: with SPLIT each adds up its own part of
+the sum, out of the state that it has in registers, and the parts meet while the other tiles are multiplied.
 """
 
 import torch
@@ -52,18 +53,24 @@ def load_weight(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HELD: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """The tiles, row by row, of the (M, K) weight whose element (m, k) lies at w + m * w_m + k * w_k.
 
-    Zero past the edges. The first HELD rows of tiles stay in registers.
+    Zero past the edges. The first HELD rows of tiles stay in registers. With SPLIT the tiles of the last row
+    but its last are cut along k in parts of 16, one a warp: (parts, 16, 16).
     """
     tiles = ()
     for m in tl.static_range((M + BLOCK_M - 1) // BLOCK_M):
         for k in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
             rm = m * BLOCK_M + tl.arange(0, width(m, M, BLOCK_M))[:, None]
-            rk = k * BLOCK_K + tl.arange(0, width(k, K, BLOCK_K))[None, :]
+            if SPLIT and m == M // BLOCK_M and k < K // BLOCK_K:
+                rk = k * BLOCK_K + tl.reshape(tl.arange(0, BLOCK_K), (BLOCK_K // 16, 1, 16))
+                rm = rm[None, :, :]
+            else:
+                rk = k * BLOCK_K + tl.arange(0, width(k, K, BLOCK_K))[None, :]
             tile = tl.load(w + rm * w_m + rk * w_k, mask=(rm < M) & (rk < K), other=0.0)
             if m < HELD and not INTERPRET:
                 tile = held(tile, BLOCK_B)
@@ -130,15 +137,32 @@ def without_padding(tile, N0: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def add_product(accs, ws, hs, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """accs + the weight ws @ the state hs, all three as tuples of tiles."""
+def add_product(accs, ws, hs, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """accs + the weight ws @ the state hs, all three as tuples of tiles; SPLIT as the weight was loaded."""
     sums = ()
     for n in tl.static_range(len(accs)):
         acc = accs[n]
-        for k in tl.static_range(len(hs)):
-            acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
+        if SPLIT and n == len(accs) - 1:
+            acc = dot(ws[len(ws) - 1], hs[len(hs) - 1], acc, PRECISION, INTERPRET)
+            acc += split_product(ws[n * len(hs) : -1], hs[:-1], acc.dtype, PRECISION, INTERPRET)
+        else:
+            for k in tl.static_range(len(hs)):
+                acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
         sums += (acc,)
     return sums
+
+
+@triton.jit
+def split_product(ws, hs, dtype: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """A row of tiles in parts (parts, 16, 16) @ the state's full tiles.
+
+    Rows that a warp has of a product's result are a part here: they need not go through shared memory.
+    """
+    acc = tl.zeros((ws[0].shape[0], 16, hs[0].shape[1]), dtype)
+    for k in tl.static_range(len(hs)):
+        h = tl.reshape(hs[k], (ws[k].shape[0], 16, hs[k].shape[1]))
+        acc = dot(ws[k], h, acc, PRECISION, INTERPRET)
+    return tl.sum(acc, 0)
 
 
 @triton.jit
@@ -192,6 +216,7 @@ def forward_kernel(
     BLOCK_B: tl.constexpr,
     C: tl.constexpr,
     HELD: tl.constexpr,
+    SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """x is (T, B, I); or, where I is 0, it is z (T, B, D * H) in the output's own memory."""
@@ -207,7 +232,7 @@ def forward_kernel(
     t = d * (steps - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, BLOCK_B, INTERPRET)
+    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, BLOCK_B, INTERPRET)
     hs = load_state(h0 + (d64 * B + rb) * H, 1, H, C, INTERPRET)
     out_columns = output + d * H + rb * out_b
     start = zeros(H, C, BLOCK_B, ACC)
@@ -215,11 +240,11 @@ def forward_kernel(
     queue = ()
     if I > 0:
         x_columns = x + rb * x_b
-        us = load_weight(w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, BLOCK_B, INTERPRET)
+        us = load_weight(w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, False, BLOCK_B, INTERPRET)
         if HAS_BIAS:
             start = load_bias(bias + d * H, H, C, BLOCK_B, ACC)
         xs = load_input(x_columns + t.to(tl.int64) * x_t, t < length, x_i, I, BLOCK_I)
-        accs = add_product(start, us, xs, PRECISION, INTERPRET)
+        accs = add_product(start, us, xs, False, PRECISION, INTERPRET)
         for i in tl.static_range(AHEAD):
             t_next = t + (i + 1) * sign
             inside = (t_next >= 0) & (t_next < length)
@@ -229,7 +254,7 @@ def forward_kernel(
         for i in tl.static_range(AHEAD):
             queue += load_state(x_columns + within(t + i * sign, steps) * x_t, 1, H, C, INTERPRET)
     for _ in range(tl.minimum(steps, 1)):  # once; outside a loop it would read all the tiles before it starts
-        accs = add_product(accs, ws, hs, PRECISION, INTERPRET)
+        accs = add_product(accs, ws, hs, SPLIT, PRECISION, INTERPRET)
     for _ in range(steps):
         live = t < length
         if I > 0:
@@ -254,8 +279,8 @@ def forward_kernel(
         hs = new
         accs = start
         if I > 0:
-            accs = add_product(start, us, queue[:1], PRECISION, INTERPRET)
-        accs = add_product(accs, ws, hs, PRECISION, INTERPRET)
+            accs = add_product(start, us, queue[:1], False, PRECISION, INTERPRET)
+        accs = add_product(accs, ws, hs, SPLIT, PRECISION, INTERPRET)
         queue = moved_up(queue, later)
         t += sign
     if HAS_LENGTHS:
@@ -290,6 +315,7 @@ def backward_kernel(
     BLOCK_B: tl.constexpr,
     C: tl.constexpr,
     HELD: tl.constexpr,
+    SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     NC: tl.constexpr = (H + C - 1) // C
@@ -304,7 +330,7 @@ def backward_kernel(
     last = (1 - d) * (length - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, BLOCK_B, INTERPRET)
+    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, BLOCK_B, INTERPRET)
     out_columns = output + d * H + rb * out_b
     g_columns = g_out + d64 * H * g_h + rb * g_b
     dz_columns = dz + d * H + rb * dz_b
@@ -338,7 +364,7 @@ def backward_kernel(
                 g = tl.where(live[None, :], g, 0.0)
             store_tile(dz_columns + t.to(tl.int64) * dz_t, g, ok, n * C, H, INTERPRET)
             new += (g,)
-        accs = add_product(start, ws, new, PRECISION, INTERPRET)
+        accs = add_product(start, ws, new, SPLIT, PRECISION, INTERPRET)
         queue = moved_up(queue, later)
         if HAS_G_OUT:
             g_queue = moved_up(g_queue, g_later)

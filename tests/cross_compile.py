@@ -69,9 +69,9 @@ SHAPES = {
 #: Of these, the first choice for rows with lengths.
 MORE_SHAPES = {
     "resident": (
-        ("fp32", (64,), 16),
-        ("tf32", (128,), 16),
-        ("fp16", (128,), 16),
+        ("fp32", (64, 136), 16),
+        ("tf32", (128, 136), 16),
+        ("fp16", (128, 264), 16),
         ("fp64", (64,), 16),
         ("bf16", (256,), 1),
         ("bf16", (256,), 64),
@@ -88,7 +88,7 @@ MORE_SHAPES = {
 }
 #: Likewise: what the tests compile.
 SMALL_SHAPES = {
-    "resident": (("bf16", (40,), 16), ("fp32", (40,), 16)),
+    "resident": (("bf16", (40, 264), 16), ("fp32", (40,), 16)),
     "fused": (("bf16", (40,), 16),),
     "cooperative": (("bf16", (264,), 16), ("fp32", (136,), 16)),
     "step": (("bf16", (40,), 16), ("fp64", (17,), 16)),

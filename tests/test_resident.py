@@ -67,11 +67,11 @@ def variants(H, dtype):
         if isinstance(configs.estimate("resident", c, p), configs.Estimate)
     ]
     # Under the interpreter HELD and num_warps change nothing, and AHEAD has a test of its own.
-    return list({(c.BLOCK_B, c.C): c for c in fitting}.values())
+    return list({(c.BLOCK_B, c.C, c.SPLIT): c for c in fitting}.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize("H", [1, 17, 63])
+@pytest.mark.parametrize("H", [1, 17, 63, 72])
 def test_every_variant(H, dtype):
     arguments = problem(4, 9, H, 2, dtype, ragged=True)
     for config in variants(H, dtype):
