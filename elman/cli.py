@@ -170,7 +170,8 @@ def tune(arguments: argparse.Namespace) -> int:
                 us, failures = f"failed: {error}", failures + 1
             finished = n
             eta = (time.monotonic() - start) / n * (len(work) - n) / 60
-            print(f"{n}/{len(work)}  {key}  {us}  eta {eta:.0f} min", file=sys.stderr, flush=True)
+            bar = "#" * (20 * n // len(work))
+            print(f"[{bar:20}] {n}/{len(work)}  {key}  {us}  eta {eta:.0f} min", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted", end=": ", file=sys.stderr)
     left = len(work) - finished

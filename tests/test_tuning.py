@@ -764,9 +764,11 @@ def test_tune_times_every_kernel_and_cudnn_and_goes_on_where_it_stopped(timer, c
     lines = printed.err.splitlines()
     n = len(jobs())
     assert lines[0] == f"{output}: 0 entries are there, {n} to do"
-    pattern = r"\d+/\d+  \w+ (forward|backward) bfloat16 B=(16 H=1024|8 H=64)  \d+\.\d\d us  eta \d+ min"
+    key = r"\w+ (forward|backward) bfloat16 B=(16 H=1024|8 H=64)"
+    pattern = rf"\[#* *\] \d+/\d+  {key}  \d+\.\d\d us  eta \d+ min"
     assert all(re.fullmatch(pattern, line) for line in lines[1:-1]), lines
-    assert lines[1].startswith(f"1/{n}  ")
+    assert f"] 1/{n}  " in lines[1]
+    assert lines[-2].startswith(f"[{20 * '#'}] {n}/{n}  ")
     assert lines[-1] == f"{n} keys tuned, 0 failed, 0 left"
     found = tables.read(output, GPU).entries
     assert {(k.kernel, k.H, k.backward) for k in found} == set(jobs())
