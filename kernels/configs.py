@@ -158,14 +158,14 @@ MAX_REGISTERS = 225
 #: What the compiler is told: left alone it saves registers for a second program that never comes.
 MAXNREG = 255
 #: Fields that choose between ways to do the same, which the model can't tell apart.
-VARIANTS = ("FLAG", "AHEAD")
+VARIANTS = ("FLAG", "AHEAD", "SPLIT")
 #: A key has at most this many candidates: what a tuner times, and what the compile matrix compiles.
 MAX_CANDIDATES = 4
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the model expects of a config: shared memory in bytes and registers a thread at most, programs
+    """What the model expects of a config: shared memory in bytes at most, registers a thread, programs
     launched, waves of them, and microseconds a step of the whole launch."""
 
     shared: int
@@ -348,8 +348,8 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
     elif problem.dtype == torch.float64 and problem.H > 64:
         return "float64 spills above 64"
     if config.SPLIT and (amd or not _in_tensor_cores(config, problem, chip)):
-        return "only on NVIDIA's tensor cores was it seen to be less work"
-    if config.SPLIT and (chunks == 1 or tile_width(chunks - 1, problem.H, config.C) > 16 or config.C < 64):
+        return "by the compiler's reports it is less work on NVIDIA's tensor cores alone"
+    if config.SPLIT and (tile_width(chunks - 1, problem.H, config.C) > 16 or config.C < 64):
         return "there is no last tile of 16 rows that four warps or more would repeat"
     if config.SPLIT and chunks > 3:
         return "so many tiles leave no registers for the parts of a split one"
@@ -373,7 +373,7 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
 def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, rows: int, inner: int) -> int:
     """Registers a thread, fitted to the compiler's reports; rows, inner: the weight's padded size."""
     threads, words = 32 * config.num_warps, max(1, problem.dtype.itemsize // 4)
-    # A split tile has fewer sums, and is gone before the others are: its copies hardly count.
+    # A split tile is done with before the others: its copies hardly count. Beside it an input's rows do.
     elements = (inner if config.SPLIT else rows) * config.BLOCK_B / threads
     each = 4.6 if problem.backward else 3.6
     if config.PRECISION == "tf32x3":
@@ -382,8 +382,9 @@ def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, ro
     each += (2.5 if problem.backward else 1.5) * (_large(config) and chip.unit == "wgmma")
     weights = sum(max(tile_width(n, problem.H, config.C), config.C) for n in range(config.HELD)) * inner / 2
     if config.PRECISION == "tf32x3" and not problem.backward:
-        weights = 2.4 * rows * inner  # the compiler holds both halves by itself
-    tiles = 32 * max(0, _ceil(problem.H, config.C) - 3) + 12 * config.SPLIT
+        # The compiler holds both halves by itself.
+        weights = 2.4 * (rows - config.C + 16 if config.SPLIT else rows) * inner
+    tiles = 32 * max(0, _ceil(problem.H, config.C) - 3) + 18 * config.SPLIT
     return int(40 * words + words * each * elements + weights / threads + tiles)
 
 
@@ -392,14 +393,15 @@ def _shared_resident(config: ResidentConfig, problem: Problem, chip: Chip, inner
     H, C, itemsize = problem.H, config.C, problem.dtype.itemsize
     widths = [tile_width(n, H, C) for n in range(_ceil(H, C))]
     copies = 2 if config.PRECISION == "tf32x3" else 1
-    states = 2 if chip.unit == "wgmma" and config.BLOCK_B >= 16 and widths[-1] < 64 <= C else 1
+    states = 2 if chip.unit != "mfma" and config.BLOCK_B >= 16 and widths[-1] < 64 <= C else 1
     weights = 0 if copies == 2 and not problem.backward else copies * sum(widths[config.HELD :]) * inner
     tile = (widths[0] ** 2 + 16 * config.BLOCK_B) if weights == 0 or config.HELD else 0
     state = copies * states * inner * config.BLOCK_B
     if chip.unit == "wgmma" and _large(config) and widths[-1] != widths[0]:
         state += C * config.BLOCK_B  # from the one instruction's layout to the other's
-    parts = config.SPLIT * C * config.BLOCK_B * 4
-    return max(tile, weights + state) * itemsize + parts
+    if config.SPLIT:  # the parts of its sum, in float32, where the second state was
+        state += max(0, C * config.BLOCK_B * 4 // itemsize - (states - 1) * state // states)
+    return max(tile, weights + state) * itemsize
 
 
 def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> Estimate | str:
@@ -424,7 +426,7 @@ def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> 
     if _in_tensor_cores(config, problem, chip):
         held = len(widths) if config.PRECISION == "tf32x3" and not problem.backward else config.HELD
         copies = 2 if config.PRECISION == "tf32x3" else 1
-        read += copies * max(0, full - C * held) * inner * itemsize
+        read += copies * max(0, full - C * held + 16 * config.SPLIT) * inner * itemsize
     else:
         read += 5 * rows * inner * itemsize
     few = max(1.0, 4 / warps)  # a processor has four schedulers, and each its tensor core

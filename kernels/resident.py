@@ -62,6 +62,9 @@ def load_weight(
     Zero past the edges. The first HELD rows of tiles stay in registers. With SPLIT the tiles of the last row
     but its last are cut along k in parts of 16, one a warp: (parts, 16, 16).
     """
+    if SPLIT:
+        tl.static_assert(0 < M % BLOCK_M and M % BLOCK_M <= 16, "SPLIT is for a last tile of 16 rows")
+        tl.static_assert(HELD <= M // BLOCK_M and M > BLOCK_M, "SPLIT needs full tiles beside the last")
     tiles = ()
     for m in tl.static_range((M + BLOCK_M - 1) // BLOCK_M):
         for k in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):

@@ -25,7 +25,7 @@ COLUMNS = {
     "problem": "arithmetic, rows B, hidden size H, and input size I where the kernel makes that product too",
     "lengths": "rows end at lengths of their own",
     "config": "blocks, warps and stages: kernels/configs.py says what each means",
-    "registers": "a thread's, of those that the model expects at most",
+    "registers": "a thread's, of those that the model expects",
     "spills": "bytes a thread that did not fit into registers; how many instructions in the loop move them",
     "shared": "shared memory in bytes, of those that the model expects at most; a program may have {limit:,}",
     "loop": "machine instructions of the loop that makes the products, inner loops included: the time "

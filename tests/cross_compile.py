@@ -61,7 +61,7 @@ ARITHMETIC = {
 #: Of these, every config: kernel -> (arithmetic, hidden sizes, rows). Forward, and backward if there is one.
 SHAPES = {
     "resident": (("bf16", (64, 128, 256, 264, 320), 16), ("fp32", (128, 160), 16)),
-    "fused": (("bf16", (64,), 16),),
+    "fused": (("bf16", (64, 264), 16),),
     "cooperative": (("bf16", (256, 512, 1024, 2048, 4096), 16), ("fp32", (512, 2048), 16)),
     "step": (("bf16", (64, 1024), 16), ("fp32", (1024,), 16)),
     "cell": (("bf16", (256,), 16), ("fp32", (256,), 16)),
@@ -69,7 +69,7 @@ SHAPES = {
 #: Of these, the first choice for rows with lengths.
 MORE_SHAPES = {
     "resident": (
-        ("fp32", (64, 136), 16),
+        ("fp32", (64, 72, 136), 16),
         ("tf32", (128, 136), 16),
         ("fp16", (128, 264), 16),
         ("fp64", (64,), 16),
