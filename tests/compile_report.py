@@ -101,7 +101,7 @@ def markdown(target: str, rows: list[Row]) -> tuple[str, list[str]]:
 
 def _section(groups: list[list[Row]]) -> Iterator[str]:
     yield _table(COLUMNS, [_cells(same) for same in groups if same[0]["config"]])
-    if without := [_problem(same[0]) for same in groups if not same[0]["config"]]:
+    if without := dict.fromkeys(_problem(same[0]) for same in groups if not same[0]["config"]):
         yield f"The model lets no config through for: {', '.join(without)}.\n"
 
 
