@@ -97,6 +97,17 @@ def add_product(
     return acc
 
 
+@triton.jit
+def clear(pointers, mask, start, stop, stride):
+    """Zeros where mask, at the steps from start to stop."""
+    t = start  # not the loop's own variable, which the interpreter makes a Python int
+    for _ in range(stop - start):
+        tl.store(
+            pointers + t.to(tl.int64) * stride, tl.zeros(mask.shape, pointers.dtype.element_ty), mask=mask
+        )
+        t += 1
+
+
 # Triton decides when a kernel is decorated; reading the environment later could disagree with it.
 INTERPRETED = not isinstance(dot, triton.JITFunction)
 
@@ -161,21 +172,41 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def expect_backward(
+def backward_arguments(
     g_out: torch.Tensor | None,
     g_hn: torch.Tensor | None,
     output: torch.Tensor,
     w_hh: torch.Tensor,
     dz: torch.Tensor,
     lengths: torch.Tensor | None,
-) -> tuple:
-    """(T, B, D, H), after checking the arguments of a kernel's scan_backward."""
-    T, B, D, H = expect_sequence(output, "output", w_hh, lengths)
+    nonlinearity: str,
+    precision: str,
+    *,
+    transposed: bool = False,
+) -> tuple[configs.Problem, tuple[torch.Tensor, ...], tuple[int, ...], dict]:
+    """After checking them, a scan_backward's Problem, and its kernel's tensors, their strides and constexprs.
+
+    dz stands in for a tensor that there is none of: a constexpr says that it isn't read. transposed: the
+    kernel takes W_hh transposed.
+    """
+    _, B, D, H = expect_sequence(output, "output", w_hh, lengths)
     expect_sequence(dz, "dz", w_hh, lengths)
     expect(dz, "dz", output.shape, output)
     expect(g_out, "g_out", output.shape, output)
     expect(g_hn, "g_hn", (D, B, H), output)
-    return T, B, D, H
+    options = constants(dz, nonlinearity) | {
+        "H": H,
+        "HAS_G_OUT": g_out is not None,
+        "HAS_G_HN": g_hn is not None,
+        "HAS_LENGTHS": lengths is not None,
+    }
+    problem = problem_of(dz, B, H, D, precision, backward=True, ragged=lengths is not None)
+    g_out = g_out if g_out is not None else dz
+    g_hn = g_hn.contiguous() if g_hn is not None else dz
+    w_hh = (w_hh.mT if transposed else w_hh).contiguous()
+    lengths = lengths.contiguous() if lengths is not None else dz
+    strides = (*g_out.stride(), *output.stride()[:2], *dz.stride()[:2])
+    return problem, (g_out, g_hn, output, w_hh, dz, lengths), strides, options
 
 
 def problem_of(

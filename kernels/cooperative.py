@@ -28,11 +28,12 @@ from . import configs
 from .activations import activate, activate_backward
 from .common import (
     INTERPRETED,
+    backward_arguments,
     chip,
+    clear,
     constants,
     dot,
     expect,
-    expect_backward,
     expect_sequence,
     launch_options,
     on_device,
@@ -390,17 +391,6 @@ def backward_kernel(
         job += tl.num_programs(1)
 
 
-@triton.jit
-def clear(pointers, mask, start, stop, stride):
-    """Zeros at the steps from start to stop."""
-    t = start
-    for _ in range(stop - start):
-        tl.store(
-            pointers + t.to(tl.int64) * stride, tl.zeros(mask.shape, pointers.dtype.element_ty), mask=mask
-        )
-        t += 1
-
-
 def scan(
     z: torch.Tensor,
     h0: torch.Tensor,
@@ -422,7 +412,8 @@ def scan(
     T, B, D, H = expect_sequence(z, "z", w_hh, lengths)
     expect(h0, "h0", (D, B, H), z)
     problem = problem_of(z, B, H, D, precision, ragged=lengths is not None)
-    config, options = _options(z, problem, nonlinearity, config)
+    options = {**constants(z, nonlinearity), "H": H, "HAS_LENGTHS": lengths is not None}
+    config, options = _options(z, problem, options, config)
     if 0 in (T, B, D, H):
         return z
     out = torch.empty(T, B, D * H, dtype=z.dtype, device=z.device) if config.FLAG else z
@@ -455,23 +446,13 @@ def scan_backward(
     output (T, B, D * H) as scan left it; output and dz have unit stride in their last dimension.
     dz is zero past a row's length. The rest is as in scan.
     """
-    T, B, D, H = expect_backward(g_out, g_hn, output, w_hh, dz, lengths)
-    problem = problem_of(dz, B, H, D, precision, backward=True, ragged=lengths is not None)
-    config, options = _options(dz, problem, nonlinearity, config)
-    if 0 in (T, B, D, H):
-        return
-    options |= {"HAS_G_OUT": g_out is not None, "HAS_G_HN": g_hn is not None}
-    g_out = g_out if g_out is not None else dz
-    g_hn = g_hn.contiguous() if g_hn is not None else dz
-    _launch(
-        backward_kernel,
-        dz,
-        (g_out, g_hn, output, w_hh.mT.contiguous(), dz, lengths.contiguous() if lengths is not None else dz),
-        (*g_out.stride(), *output.stride()[:2], *dz.stride()[:2]),
-        problem,
-        config,
-        options,
+    problem, tensors, strides, options = backward_arguments(
+        g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision, transposed=True
     )
+    config, options = _options(dz, problem, options, config)
+    if dz.numel() == 0:
+        return
+    _launch(backward_kernel, dz, tensors, strides, problem, config, options)
 
 
 def groups(
@@ -483,16 +464,15 @@ def groups(
     return programs, max(1, min(jobs, chip.processors // programs))
 
 
-def _options(tensor, problem, nonlinearity, config):
-    """The config, and the constexprs of a launch with it."""
+def _options(tensor, problem, options, config):
+    """The config, and the options with what it and this kernel add to them."""
     if tensor.dtype == torch.float64:
         raise ValueError(
             "dtype torch.float64 has no cooperative kernel; expected float32 or 16 bits: use step."
         )
-    options = constants(tensor, nonlinearity)
     config = config or configs.choose("cooperative", problem, chip(tensor.device))
-    options |= {"H": problem.H, "HAS_LENGTHS": problem.ragged, **vars(config), "WARPS": config.num_warps}
-    return config, options | {"BITS": tl.int16 if tensor.element_size() == 2 else tl.int32}
+    bits = tl.int16 if tensor.element_size() == 2 else tl.int32
+    return config, {**options, **vars(config), "WARPS": config.num_warps, "BITS": bits}
 
 
 def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:

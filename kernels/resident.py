@@ -24,11 +24,12 @@ from . import configs, elements
 from .activations import activate_backward
 from .common import (
     activated,
+    backward_arguments,
     chip,
+    clear,
     constants,
     dot,
     expect,
-    expect_backward,
     expect_sequence,
     launch_options,
     on_device,
@@ -287,7 +288,7 @@ def forward_kernel(
         queue = moved_up(queue, later)
         t += sign
     if HAS_LENGTHS:
-        clear(out_columns, ok, steps, T, out_t, H, C, INTERPRET)
+        clear_state(out_columns, ok, steps, T, out_t, H, C)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -373,18 +374,15 @@ def backward_kernel(
             g_queue = moved_up(g_queue, g_later)
         t += sign
     if HAS_LENGTHS:
-        clear(dz_columns, ok, steps, T, dz_t, H, C, INTERPRET)
+        clear_state(dz_columns, ok, steps, T, dz_t, H, C)
 
 
 @triton.jit
-def clear(columns, ok, begin, end, stride, H: tl.constexpr, C: tl.constexpr, INTERPRET: tl.constexpr):
-    """Zeros in the H elements from each pointer in `columns` that is ok on, at the steps begin to end."""
-    t = begin  # not the loop's own variable, which the interpreter makes a Python int
-    for _ in range(end - begin):
-        for n in tl.static_range((H + C - 1) // C):
-            zero = tl.zeros((width(n, H, C), columns.shape[0]), columns.dtype.element_ty)
-            store_tile(columns + t.to(tl.int64) * stride, zero, ok, n * C, H, INTERPRET)
-        t += 1
+def clear_state(columns, ok, start, stop, stride, H: tl.constexpr, C: tl.constexpr):
+    """Zeros in the H elements from each of the pointers `columns` that are ok on, at steps start to stop."""
+    for n in tl.static_range((H + C - 1) // C):
+        rn = n * C + tl.arange(0, width(n, H, C))
+        clear(columns[None, :] + rn[:, None], ok[None, :] & (rn[:, None] < H), start, stop, stride)
 
 
 def scan(
@@ -494,30 +492,14 @@ def scan_backward(
     output (T, B, D * H) as scan left it; output and dz have unit stride in their last dimension.
     dz is zero past a row's length. The rest is as in scan.
     """
-    T, B, D, H = expect_backward(g_out, g_hn, output, w_hh, dz, lengths)
-    options = constants(dz, nonlinearity)
-    problem = problem_of(dz, B, H, D, precision, backward=True, ragged=lengths is not None)
+    problem, tensors, strides, options = backward_arguments(
+        g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision
+    )
     if dz.numel() == 0:
         return
     config = config or configs.choose("resident", problem, chip(dz.device))
+    options |= {**vars(config), **launch_options()}
     with on_device(dz):
-        backward_kernel[triton.cdiv(B, config.BLOCK_B), D](
-            g_out if g_out is not None else dz,
-            g_hn.contiguous() if g_hn is not None else dz,
-            output,
-            w_hh.contiguous(),
-            dz,
-            lengths.contiguous() if lengths is not None else dz,
-            T,
-            B,
-            *(g_out if g_out is not None else dz).stride(),
-            *output.stride()[:2],
-            *dz.stride()[:2],
-            H=H,
-            HAS_G_OUT=g_out is not None,
-            HAS_G_HN=g_hn is not None,
-            HAS_LENGTHS=lengths is not None,
-            **options,
-            **vars(config),
-            **launch_options(),
+        backward_kernel[triton.cdiv(problem.B, config.BLOCK_B), problem.D](
+            *tensors, len(dz), problem.B, *strides, **options
         )

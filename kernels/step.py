@@ -17,10 +17,10 @@ from . import configs
 from .activations import activate, activate_backward
 from .common import (
     add_product,
+    backward_arguments,
     chip,
     constants,
     expect,
-    expect_backward,
     expect_sequence,
     launch_options,
     on_device,
@@ -224,23 +224,18 @@ def scan_backward(
     output (T, B, D * H) as scan left it; output and dz have unit stride in their last dimension.
     dz is zero past a row's length. The rest is as in scan.
     """
-    T, B, D, H = expect_backward(g_out, g_hn, output, w_hh, dz, lengths)
-    options = constants(dz, nonlinearity)
-    problem = problem_of(dz, B, H, D, precision, backward=True, ragged=lengths is not None)
-    if 0 in (T, B, D, H):
+    problem, tensors, strides, options = backward_arguments(
+        g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision
+    )
+    if dz.numel() == 0:
         return
+    T, B, D, H = len(dz), problem.B, problem.D, problem.H
     config = config or configs.choose("step", problem, chip(dz.device))
-    options |= {"H": H, "HAS_LENGTHS": lengths is not None, **vars(config), **launch_options()}
-    options |= {"HAS_G_OUT": g_out is not None, "HAS_G_HN": g_hn is not None}
-    g_out = g_out if g_out is not None else dz
-    g_hn = g_hn.contiguous() if g_hn is not None else dz
-    w_hh = w_hh.contiguous()
-    lengths = lengths.contiguous() if lengths is not None else dz
-    strides = (*g_out.stride(), *output.stride()[:2], *dz.stride()[:2])
+    options |= {**vars(config), **launch_options()}
     launch = backward_kernel[triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N), D]
     with on_device(dz):
         for s in range(T):
-            launch(g_out, g_hn, output, w_hh, dz, lengths, s, T, B, *strides, **options)
+            launch(*tensors, s, T, B, *strides, **options)
 
 
 def cell(

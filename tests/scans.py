@@ -66,29 +66,16 @@ class Cooperative:
         blocks = {"BLOCK_B": 16, "BLOCK_N": width, "BLOCK_K": 64, "CHUNKS": 1, "num_warps": 4, **self._blocks}
         return configs.CooperativeConfig(**blocks)
 
-    def scan(
-        self, z: Tensor, h0: Tensor, w_hh: Tensor, lengths: Tensor | None, nonlinearity: str, precision: str
-    ) -> Tensor:
+    def scan(self, z: Tensor, h0: Tensor, w_hh: Tensor, *more: Any) -> Tensor:
+        from elman.kernels import cooperative
+
+        return cooperative.scan(z, h0, w_hh, *more, self.config(w_hh.shape[-1]))
+
+    def scan_backward(self, g_out: Any, g_hn: Any, output: Tensor, w_hh: Tensor, *more: Any) -> None:
         from elman.kernels import cooperative
 
         config = self.config(w_hh.shape[-1])
-        return cooperative.scan(z, h0, w_hh, lengths, nonlinearity, precision, config)
-
-    def scan_backward(
-        self,
-        g_out: Tensor | None,
-        g_hn: Tensor | None,
-        output: Tensor,
-        w_hh: Tensor,
-        dz: Tensor,
-        lengths: Tensor | None,
-        nonlinearity: str,
-        precision: str,
-    ) -> None:
-        from elman.kernels import cooperative
-
-        config = self.config(w_hh.shape[-1])
-        cooperative.scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision, config)
+        cooperative.scan_backward(g_out, g_hn, output, w_hh, *more, config)
 
 
 def check(

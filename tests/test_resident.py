@@ -1,18 +1,20 @@
 """The resident kernel by itself: every variant of its space, and the scan fused with its input product."""
 
 import itertools
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import elman.reference
 from tests.helpers import DEVICE, DTYPES, dtype_name, error
+from tests.scans import check, clean, problem
 from tests.tolerances import tolerance
 
 pytest.importorskip("triton")
 
 from elman.kernels import configs, resident
-from tests.test_kernels import clean, problem, truth
 
 # Triton 3.6's interpreter reads a run-time loop bound in a way that NumPy deprecates (and 2.4 refuses).
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -46,15 +48,12 @@ def check_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, config=None):
         assert (output[torch.arange(len(x), device=DEVICE)[:, None] >= lengths] == 0).all()
 
 
-def check(z, h0, w_hh, lengths, g_out, g_hn, config):
-    bound = tolerance(z.dtype)
-    expected, _ = truth(clean(z, lengths), h0, w_hh, lengths, "tanh")
-    output = resident.scan(z.clone(), h0, w_hh, lengths, "tanh", "ieee", config)
-    assert error(output, expected) <= bound
-    dz = torch.full_like(output, float("nan"))
-    resident.scan_backward(g_out, g_hn, output, w_hh, dz, lengths, "tanh", "ieee", config)
-    wide = (clean(g_out, lengths).double(), g_hn.double(), output.double(), w_hh.double())
-    assert error(dz, elman.reference.layer_dz(*wide, lengths, "tanh")) <= bound
+def check_with(config, *arguments):
+    kernel = SimpleNamespace(
+        scan=partial(resident.scan, config=config),
+        scan_backward=partial(resident.scan_backward, config=config),
+    )
+    check(kernel, *arguments, "tanh")
 
 
 def variants(H, dtype):
@@ -75,7 +74,7 @@ def variants(H, dtype):
 def test_every_variant(H, dtype):
     arguments = problem(4, 9, H, 2, dtype, ragged=True)
     for config in variants(H, dtype):
-        check(*arguments, config)
+        check_with(config, *arguments)
 
 
 @pytest.mark.parametrize(("B", "H"), [(1, 130), (8, 264), (33, 130)])
@@ -83,14 +82,14 @@ def test_every_variant(H, dtype):
 def test_sizes(B, H, dtype):
     if not configs.candidates("resident", configs.Problem(B, H, 1, dtype)):
         pytest.skip("does not fit on one multiprocessor")
-    check(*problem(3, B, H, 1, dtype, ragged=False), None)
+    check(resident, *problem(3, B, H, 1, dtype, ragged=False), "tanh")
 
 
 def test_fetching_ahead_of_short_sequences():
     """Fewer steps than are fetched ahead, in both directions."""
     for T, ahead in itertools.product((1, 2), (1, 2)):
         config = configs.ResidentConfig(8, 16, AHEAD=ahead)
-        check(*problem(T, 3, 17, 2, torch.float64, ragged=True), config)
+        check_with(config, *problem(T, 3, 17, 2, torch.float64, ragged=True))
         check_fused(*fused_problem(T, 3, 5, 17, 2, torch.float64, ragged=True), "tanh", config)
 
 
