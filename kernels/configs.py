@@ -384,7 +384,7 @@ def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, ro
     if config.PRECISION == "tf32x3" and not problem.backward:
         # The compiler holds both halves by itself.
         weights = 2.4 * (rows - config.C + 16 if config.SPLIT else rows) * inner
-    tiles = 32 * max(0, _ceil(problem.H, config.C) - 3) + 18 * config.SPLIT
+    tiles = 32 * max(0, _ceil(problem.H, config.C) + bool(problem.inputs) - 3) + 18 * config.SPLIT
     return int(40 * words + words * each * elements + weights / threads + tiles)
 
 
