@@ -1,28 +1,35 @@
-"""One cell of the table: one shape and one pass, all its contenders, agreement before timing."""
+"""One cell of the table: one workload and one pass, all its contenders, agreement before timing."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench import agreement, contenders, measure
+from bench import agreement, contenders, extras, machine, measure
 from bench.contenders import Contender, Problem
-from bench.rows import BASELINE, FAILED, TIMED, UNAVAILABLE, WRONG, Row
+from bench.measure import Target
+from bench.rows import BASELINE, FAILED, LEFT_OUT, SHED, TIMED, UNAVAILABLE, WRONG, Row
+from bench.workloads import Workload
 from elman import BackendUnavailableError
 
 
 @dataclass
 class Timing:
-    """How a cell is sampled: a stopwatch, seconds per contender, rounds, warm-up seconds."""
+    """How a cell is sampled: a stopwatch, seconds per contender, rounds, warm-up seconds, time limit.
+
+    limit: a contender whose fewest rounds would take more seconds than this is not sampled.
+    """
 
     stopwatch: measure.Stopwatch
     seconds: float
     min_rounds: int
     warmup: float
+    limit: float = math.inf
 
 
 def measure_cell(
@@ -42,56 +49,108 @@ def measure_cell(
     absent = {name: contenders.absence(name, workload, problem.device) for name in names}
     if not all(absent.values()):
         absent = {BASELINE: None, **absent}
-    rows = {name: Row(*workload, pass_name, name, status=TIMED) for name in absent}
-    built: dict[str, Contender] = {}
+    rows = {name: Row(workload, pass_name, name, *(absent[name] or (TIMED,))) for name in absent}
+    targets: dict[str, Target] = {}
     raised: dict[str, Exception] = {}
-    baseline: dict[str, float] = {}
-    for name, row in rows.items():
-        reason = absent[name]
-        if reason:
-            row.status, row.reason = reason
-            continue
-        say(f"checking {name}")
-        try:
-            contender = contenders.build(name, problem)
-            own = agreement.errors(contender.results(pass_name), truth)
-        except BackendUnavailableError as error:
-            row.status, row.reason = UNAVAILABLE, str(error)
-            continue
-        except Exception as error:  # the row keeps it, and its test raises it
-            row.status, row.reason, raised[name] = FAILED, describe(error), error
-            continue
-        if name == BASELINE:
-            baseline = own
-        if not baseline:
-            row.status = FAILED
-            row.reason = "nn.RNN failed on this shape and pass, so there is no error to compare with."
-            continue
-        row.errors = {key: (finite(own[key]), finite(baseline[key])) for key in own}
-        verdict = agreement.judge(own, baseline, workload.steps, problem.dtype)
-        row.worst = verdict.worst
-        if verdict.objection:
-            row.status, row.reason = WRONG, verdict.objection
-            continue
-        built[name] = contender
-    say("timing")
-    samples, dropped = measure.collect(
-        {name: contender.target(pass_name) for name, contender in built.items()},
-        timing.stopwatch,
-        seconds=timing.seconds,
-        min_rounds=timing.min_rounds,
-        warmup=timing.warmup,
-    )
-    raised.update(dropped)
-    for name, failure in dropped.items():
-        rows[name].status, rows[name].reason = FAILED, describe(failure)
-    for name, taken in samples.items():
+    with contenders.arithmetic(workload.dtype):
+        for name in (name for name in rows if not absent[name]):
+            say(f"checking {name}")
+            try:
+                contender = check(rows[name], problem, truth, rows[BASELINE])
+            except Exception as error:  # the row keeps it, and its test raises it
+                raised[name] = error
+                continue
+            if rows[name].status == TIMED:
+                targets[name] = contender.target(pass_name)
+        say("timing")
+        found = measure.collect(
+            targets,
+            timing.stopwatch,
+            seconds=timing.seconds,
+            min_rounds=timing.min_rounds,
+            warmup=timing.warmup,
+            limit=timing.limit,
+        )
+        chip = machine.chip_state(problem.device)  # before it cools down
+        if problem.device.type == "cuda":
+            for name, taken in found.samples.items():
+                say(f"cold, graph and host of {name}")
+                measure_beside(rows[name], targets[name], problem.device, len(taken))
+    for name, failure in (raised | found.errors).items():
+        refused = isinstance(failure, BackendUnavailableError)
+        rows[name].reason = str(failure) if refused else describe(failure)
+        rows[name].status = UNAVAILABLE if refused or name in contenders.GUESTS else FAILED
+    for name, seconds in found.shed.items():
+        rows[name].status = SHED
+        rows[name].reason = f"One call took {seconds:.2g} s; the fewest rounds would not fit into the budget."
+    for name, taken in found.samples.items():
         row = rows[name]
-        row.samples = taken
+        row.samples, row.chip = taken, chip
         row.median, row.p20, row.p80 = (measure.quantile(taken, q) for q in (0.5, 0.2, 0.8))
-        if BASELINE in samples:
-            row.speedup, row.speedup_low, row.speedup_high = measure.speedup(samples[BASELINE], taken)
-    return rows, raised
+        row.median_low, row.median_high = measure.median_interval(taken)
+        if BASELINE in found.samples:
+            row.speedup, row.speedup_low, row.speedup_high = measure.speedup(found.samples[BASELINE], taken)
+    return rows, raised | found.errors
+
+
+def absent_rows(workload: Workload, pass_name: str, names: Iterable[str], device: torch.device) -> list[Row]:
+    """The rows of a cell in which no contender can take part, none of any other cell."""
+    reasons = {name: contenders.absence(name, workload, device) for name in names}
+    return [
+        Row(workload, pass_name, name, *reason)
+        for name, reason in reasons.items()
+        if reason and all(reasons.values())
+    ]
+
+
+def check(row: Row, problem: Problem, truth: dict[str, Tensor], baseline: Row) -> Contender:
+    """The row's contender; the row gets its errors beside nn.RNN's, and whether it may be timed by them.
+
+    It also gets its route, the seconds of its first call, and its memory. baseline: nn.RNN's row, which
+    is checked first.
+    """
+    workload = problem.workload
+    row.route = contenders.route(row.contender, problem)
+    start = time.perf_counter()
+    contender = contenders.build(row.contender, problem)
+    results = contender.results(row.pass_name)
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize(problem.device)
+    row.first = time.perf_counter() - start
+    own = agreement.errors(results, truth)
+    if row is baseline:
+        yardstick = own
+    else:
+        yardstick = {key: math.nan if value is None else value for key, (value, _) in baseline.errors.items()}
+    if not yardstick:
+        row.status = FAILED
+        row.reason = "nn.RNN failed on this shape and pass, so there is no error to compare with."
+        return contender
+    kinks = 0.0
+    if workload.nonlinearity == "relu" and results["output"] is not None:
+        kinks = agreement.kinks(results["output"], truth["output"])
+    row.errors = {key: (finite(own[key]), finite(yardstick[key])) for key in own}
+    verdict = agreement.judge(own, yardstick, workload.steps, problem.dtype, kinks)
+    row.worst = verdict.worst
+    if verdict.objection and row.contender in contenders.GUESTS:
+        row.status, row.reason = LEFT_OUT, f"Too wrong to be timed. {verdict.objection}"
+    elif verdict.objection:
+        row.status, row.reason = WRONG, verdict.objection
+    row.memory = extras.peak_bytes(contender.target(row.pass_name), problem.device)
+    return contender
+
+
+def measure_beside(row: Row, target: Target, device: torch.device, rounds: int) -> None:
+    """The row's cold, graph and host; a graph that can't be captured leaves the reason."""
+    samples = min(11, max(3, rounds // 4))  # fewer where the budget has left few of the others
+    row.cold = extras.cold_seconds(target, device, samples)
+    row.host = extras.host_seconds(target, samples)
+    if row.pass_name == "backward":
+        return
+    try:
+        row.graph = extras.graph_seconds(target, samples)
+    except Exception as error:  # not every contender can be captured, and the row says why
+        row.reason = f"No CUDA graph: {describe(error)}"
 
 
 def describe(error: Exception) -> str:

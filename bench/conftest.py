@@ -1,35 +1,51 @@
-"""The run as a whole: its options, its rows, the progress line, the table at the end, the files."""
+"""The command line of the suite, its progress line, what it prints at the end, and its exit status."""
 
 from __future__ import annotations
 
-import datetime
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from bench import machine, measure, report
-from bench import rows as records
-from bench.cell import device_timing, measure_cell
-from bench.contenders import CONTENDERS, Problem
-from bench.rows import FAILURES, Row
-from bench.workloads import PASSES, SWEEPS, Workload
+from bench import compare, machine, page
+from bench.rows import Row, Run
+from bench.session import PLAN, ROOT, Cell, Plan, Session, describe
+from bench.workloads import PASSES, SWEEPS
 
-Cell = tuple[Workload, str]
+SESSION = pytest.StashKey[Session]()
+BASE = pytest.StashKey[tuple[Run, list[Row]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("elman bench")
+    group = parser.getgroup("elman bench", "what is measured; lists are separated by commas")
+
+    def add(option: str, words: str, explained: str) -> None:
+        group.addoption(option, default="", metavar=words, help=explained)
+
     group.addoption("--sweep", choices=sorted(SWEEPS), default="quick", help="shapes to run (default: quick)")
+    add("--shapes", "B,T,I,H;...", "shapes by hand, in place of a sweep's")
+    add("--device", "cpu|cuda", "default: cuda where there is one")
+    add("--dtype", "LIST", "float32, tf32, float16, bfloat16, float64; default on a CPU: float32")
+    add("--passes", "LIST", f"{', '.join(PASSES)}; default: the sweep's")
+    add("--backends", "LIST", "contenders, such as eager,triton:resident; nn.RNN is always there")
+    group.addoption(
+        "--budget",
+        type=float,
+        default=None,
+        metavar="MINUTES",
+        help="time for the whole run: takes fewer samples first, leaves rows out last",
+    )
+    group.addoption(
+        "--restart", action="store_true", help="measure all anew, do not go on with a stopped run"
+    )
+    add("--baseline", "WHAT", "print what changed against results/<machine>, a rows.jsonl or a git commit")
+    add("--fail-slower", "PERCENT", "with --baseline: fail if a row is slower by more than this beyond noise")
     group.addoption(
         "--results",
         type=Path,
-        default=None,
+        default=ROOT / "results",
         metavar="DIR",
-        help="where <machine>/<sweep>.md and .jsonl are written (default: results/ in the repository)",
+        help="where <machine>/ is written (default: results/ in the repository)",
     )
 
 
@@ -38,127 +54,31 @@ def pytest_configure(config: pytest.Config) -> None:
     arguments = [str(argument) for argument in config.invocation_params.args]
     own = [a for a in arguments if a.startswith("--benchmark-") and a != "--benchmark-only"]
     config.option.benchmark_quiet = config.option.benchmark_quiet or not own
-
-
-class Run:
-    """All rows of one pytest session. Cells are measured when first asked for."""
-
-    def __init__(self, session: pytest.Session) -> None:
-        config = session.config
-        self.config = config
-        self.sweep = config.getoption("sweep")
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.cells = selected(session)
-        self.rows: dict[tuple[Workload, str, str], Row] = {}
-        self.raised: dict[tuple[Workload, str, str], Exception] = {}
-        self.progress = Progress(config, len(self.cells))
-        self.problem: Problem | None = None
-        self.truth: dict[str, torch.Tensor] = {}
-        # --benchmark-max-time, one second unless told, scales the sweep's seconds.
-        scale = float(config.getoption("benchmark_max_time"))
-        rounds = max(measure.MIN_ROUNDS, config.getoption("benchmark_min_rounds"))
-        self.timing = device_timing(self.device, SWEEPS[self.sweep].seconds * scale, rounds)
-        self.record = self._record()
-
-    def row(self, workload: Workload, pass_name: str, contender: str) -> Row:
-        """The row of that contender; its whole cell is measured if it has not been yet."""
-        cell = (workload, pass_name)
-        if (*cell, contender) not in self.rows:
-            self.progress.begin(f"{workload.shape} {PASSES[pass_name]}")
-            if self.problem is None or self.problem.workload != workload:
-                self.progress.say("reference")
-                self.problem = Problem(workload, self.device)
-                self.truth = self.problem.truth()
-            rows, raised = measure_cell(
-                self.problem, self.truth, pass_name, self.cells[cell], self.timing, self.progress.say
-            )
-            self.rows.update({(*cell, name): row for name, row in rows.items()})
-            self.raised.update({(*cell, name): error for name, error in raised.items()})
-            self.progress.end([row for row in rows.values() if row.status in FAILURES])
-        return self.rows[(*cell, contender)]
-
-    def _record(self) -> dict[str, Any]:
-        """What the rows were measured on and how; `finish` adds whether they are complete."""
-        clock = "CUDA events" if self.device.type == "cuda" else "time.perf_counter"
-        now = datetime.datetime.now(datetime.timezone.utc)
-        return {
-            "sweep": self.sweep,
-            "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-            **machine.commit(self.config.rootpath),
-            "machine": machine.machine(self.device),
-            "software": machine.software(self.device),
-            "float32": machine.float32_state(self.device),
-            "load_average": machine.load_average(),
-            "timing": {
-                "clock": clock,
-                "threads": torch.get_num_threads(),
-                "seconds": self.timing.seconds,
-                "min_rounds": self.timing.min_rounds,
-            },
-        }
-
-    def partial(self) -> str:
-        """Why this run is no complete table of its sweep, in a sentence; empty if it is one."""
-        plan = len(SWEEPS[self.sweep].workloads) * len(PASSES) * len(CONTENDERS)
-        failed = sum(row.status in FAILURES for row in self.rows.values())
-        reasons = []
-        if len(self.rows) < plan:
-            reasons.append(f"{len(self.rows)} of {plan} rows were run")
-        if failed:
-            reasons.append(f"{failed} {'row' if failed == 1 else 'rows'} failed")
-        return f"{' and '.join(reasons)}." if reasons else ""
-
-    def ordered(self) -> list[Row]:
-        """The rows in the sweep's order, whatever order they were run in."""
-        plan = [
-            (workload, pass_name, name)
-            for workload in SWEEPS[self.sweep].workloads
-            for pass_name in PASSES
-            for name in CONTENDERS
-        ]
-        return [self.rows[key] for key in plan if key in self.rows]
-
-    def write(self) -> Path:
-        """Write rows, page and machine.json; returns the page's path.
-
-        Only a complete run without failures writes <sweep>.md and .jsonl. Any other goes to
-        <sweep>.partial.md and .jsonl, so that it never replaces a complete table.
-        """
-        record = {**self.record, "partial": self.partial()}
-        root = self.config.getoption("results") or self.config.rootpath / "results"
-        folder = Path(root) / machine.slug(record["machine"])
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{self.sweep}.partial" if record["partial"] else self.sweep
-        rows = self.ordered()
-        records.write(folder / f"{stem}.jsonl", record, rows)
-        page = folder / f"{stem}.md"
-        page.write_text(report.markdown(record, rows), encoding="utf-8", newline="\n")
-        described = folder / "machine.json"
-        if not record["partial"] or not described.exists():
-            text = json.dumps(record["machine"], indent=2, ensure_ascii=False) + "\n"
-            described.write_text(text, encoding="utf-8", newline="\n")
-        return page
-
-
-def selected(session: pytest.Session) -> dict[Cell, list[str]]:
-    """The contenders to run of each cell, after -k and the like."""
-    cells: dict[Cell, list[str]] = {}
-    for item in session.items:
-        case: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-        if "contender" in case:
-            cells.setdefault((case["workload"], case["pass_name"]), []).append(case["contender"])
-    return cells
+    words = {"dtypes": "dtype", "contenders": "backends"}
+    names = ("sweep", "shapes", "device", "dtypes", "passes", "contenders")
+    try:
+        if config.getoption("fail_slower"):
+            compare.parse_percent(config.getoption("fail_slower"))
+            if not config.getoption("baseline"):
+                raise ValueError("--fail-slower needs --baseline, which says slower than what")
+        plan = Plan.make(**{name: config.getoption(words.get(name, name)) for name in names})
+        config.stash[PLAN] = plan
+        if config.getoption("baseline"):  # now, and not after an hour of measuring
+            folder = machine.slug(machine.machine(plan.device))
+            config.stash[BASE] = compare.load(config.getoption("baseline"), ROOT, folder, plan.table)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 class Progress:
     """Where the run is: one line that rewrites itself on a terminal, otherwise one line per cell."""
 
-    def __init__(self, config: pytest.Config, total: int) -> None:
+    def __init__(self, config: pytest.Config) -> None:
         self.reporter = config.pluginmanager.getplugin("terminalreporter")
         self.live = self.reporter.isatty and config.get_verbosity() <= 0
-        self.total, self.done = total, 0
+        self.total = self.done = 0
         self.start = time.perf_counter()
-        self.line = ""
+        self.line = self.note = ""
 
     def begin(self, title: str) -> None:
         elapsed = time.perf_counter() - self.start
@@ -168,6 +88,8 @@ class Progress:
         self.line = f"[{self.done + 1}/{self.total}] {title} ... {clock_time(elapsed)} elapsed{left}"
         if not self.done:
             self.reporter.write("\n")  # ends pytest's own line, the file's name
+            if self.note:
+                self.reporter.write(f"{self.note}\n")
         if not self.live:
             self.reporter.write(f"{self.line}\n", flush=True)
 
@@ -188,32 +110,73 @@ def clock_time(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-RUN = pytest.StashKey[Run]()
-
-
 @pytest.fixture(scope="session")
-def run(request: pytest.FixtureRequest) -> Run:
-    request.config.stash[RUN] = Run(request.session)
-    return request.config.stash[RUN]
+def run(request: pytest.FixtureRequest) -> Session:
+    config = request.config
+    plan, progress = config.stash[PLAN], Progress(config)
+    session = Session(
+        plan,
+        selected(request.session),
+        config.getoption("results"),
+        # pytest-benchmark's own options count too: one second unless told scales the sweep's seconds.
+        scale=float(config.getoption("benchmark_max_time")),
+        min_rounds=config.getoption("benchmark_min_rounds"),
+        budget=config.getoption("budget"),
+        restart=config.getoption("restart"),
+        begin=progress.begin,
+        say=progress.say,
+        end=progress.end,
+    )
+    progress.total = session.to_measure
+    progress.note = session.started
+    config.stash[SESSION] = session
+    return session
+
+
+def selected(session: pytest.Session) -> dict[Cell, list[str]]:
+    """The contenders to run of each cell, after -k and the like."""
+    cells: dict[Cell, list[str]] = {}
+    for item in session.items:
+        case = getattr(getattr(item, "callspec", None), "params", {})
+        if "contender" in case:
+            cells.setdefault((case["workload"], case["pass_name"]), []).append(case["contender"])
+    return cells
 
 
 def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
     """No dots between the progress lines, which also tell of failures: a row counts, but prints nothing."""
-    if RUN in config.stash and config.get_verbosity() <= 0 and report.when == "call":
+    if SESSION in config.stash and config.get_verbosity() <= 0 and report.when == "call":
         return report.outcome, "", report.outcome.upper()
     return None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """--fail-slower: a run in which nothing else failed fails."""
+    config, measured = session.config, session.config.stash.get(SESSION, None)
+    limit = config.getoption("fail_slower")
+    if measured and limit and session.exitstatus == pytest.ExitCode.OK:
+        changes = compare.changes(config.stash[BASE][1], measured.ordered())
+        if compare.slower(changes, compare.parse_percent(limit)):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    run = config.stash.get(RUN, None)
-    if run is None or not run.rows:
+    session = config.stash.get(SESSION, None)
+    if session is None or not session.rows:
         return
-    timing = run.record["timing"]
-    terminalreporter.section(f"{run.sweep}: {timing['clock']}, torch threads: {timing['threads']}")
-    terminalreporter.write_line(report.terminal(run.ordered()))
+    rows = session.ordered()
+    terminalreporter.section(f"{session.plan.table}: {describe(session.record)}")
+    written = session.write()
+    terminalreporter.write_line(page.terminal(session.record, rows))
+    if BASE in config.stash:
+        terminalreporter.section(f"against {config.getoption('baseline')}")
+        old, limit = config.stash[BASE], config.getoption("fail_slower")
+        percent = compare.parse_percent(limit) if limit else None
+        terminalreporter.write_line(compare.report(old, (session.record, rows), percent))
     terminalreporter.write_line("")
-    page = run.write()
-    if run.partial():
-        terminalreporter.write_line(f"Not a complete run, so no published table was touched: {run.partial()}")
-    terminalreporter.write_line(f"Wrote {page} and {page.with_suffix('.jsonl').name}")
+    if session.record["partial"]:
+        what = f"Not a complete run, so no published table was touched: {session.record['partial']}"
+        terminalreporter.write_line(f"{what} The same command goes on from here.")
+    terminalreporter.write_line(f"Wrote {', '.join([str(written[0]), *(path.name for path in written[1:])])}")

@@ -7,12 +7,42 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from elman import routing
+
+#: What is asked of nvidia-smi, by our names: its field's name, and the one that older drivers have for it.
+STATE_FIELDS = {
+    "sm_mhz": ("clocks.sm",),
+    "memory_mhz": ("clocks.mem",),
+    "temperature_c": ("temperature.gpu",),
+    "power_w": ("power.draw",),
+    "throttle": ("clocks_event_reasons.active", "clocks_throttle_reasons.active"),
+}
+CLOCK_FIELDS = {
+    "sm_max": ("clocks.max.sm",),
+    "memory_max": ("clocks.max.mem",),
+    "sm_application": ("clocks.applications.graphics",),
+    "memory_application": ("clocks.applications.memory",),
+}
+#: The bits of nvidia-smi's reasons for a clock below the highest.
+IDLE = 0x1
+THROTTLE = {
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+#: Seconds that nvidia-smi may take.
+NVIDIA_SMI_LIMIT = 10
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -30,7 +60,110 @@ def machine(device: torch.device) -> dict[str, Any]:
         described["gpu_memory_gib"] = round(gpu.total_memory / 2**30)
         described["multiprocessors"] = gpu.multi_processor_count
         described["compute_capability"] = f"{gpu.major}.{gpu.minor}"
+        asked = nvidia_smi(device, {"driver": ("driver_version",), **CLOCK_FIELDS})
+        described["driver"] = asked.get("driver", f"unknown ({asked.get('unknown')})")
+        described["clocks_mhz"] = {name: number(asked[name]) for name in CLOCK_FIELDS if name in asked}
     return described
+
+
+def chip_state(device: torch.device) -> dict[str, Any]:
+    """How a GPU is doing at this moment, as far as nvidia-smi says; {} for a CPU.
+
+    {"sm_mhz": int, "memory_mhz": int, "temperature_c": int, "power_w": float, "throttle": [words, ...],
+    "idle": bool}; what it does not say is left out, and "unknown" says why. An idle chip may have lowered its
+    clocks since its last work: that is no throttling.
+    """
+    if device.type != "cuda":
+        return {}
+    asked = nvidia_smi(device, STATE_FIELDS)
+    state: dict[str, Any] = {
+        name: number(value) for name, value in asked.items() if name not in ("throttle", "unknown")
+    }
+    if "throttle" in asked:
+        state |= reasons(asked["throttle"])
+    return state | {name: value for name, value in asked.items() if name == "unknown"}
+
+
+def reasons(mask: str) -> dict[str, Any]:
+    """What nvidia-smi's bits such as 0x0000000000000004 mean; a bit that is not known as its number."""
+    bits = int(mask, 16)
+    known = [name for bit, name in THROTTLE.items() if bits & bit]
+    rest = bits & ~(IDLE | sum(THROTTLE))
+    return {"throttle": known + ([f"reason {rest:#x}"] if rest else []), "idle": bool(bits & IDLE)}
+
+
+def number(text: str) -> int | float:
+    """nvidia-smi's number: it has a point or it is an integer."""
+    return float(text) if "." in text else int(text)
+
+
+def nvidia_smi(device: torch.device, fields: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """nvidia-smi's words for the device, by our names of the fields; "unknown" says what is missing, and why.
+
+    A field may have several names, of which a driver may know only a later one.
+    """
+    if torch.version.hip:
+        return {"unknown": "nvidia-smi knows no AMD GPUs"}
+    names = {ours: list(theirs) for ours, theirs in fields.items()}
+    while True:
+        asked = {ours: theirs[0] for ours, theirs in names.items() if theirs}
+        query = ",".join(["uuid", "pci.bus_id", *asked.values()])
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_LIMIT)
+        except OSError as error:
+            return {"unknown": f"nvidia-smi does not run here: {error.strerror}"}
+        except subprocess.TimeoutExpired:
+            return {"unknown": f"nvidia-smi said nothing within {NVIDIA_SMI_LIMIT} seconds"}
+        said = f"{done.stdout}\n{done.stderr}".strip()
+        refused = refused_field(said)
+        if refused not in asked.values():
+            break
+        for theirs in names.values():
+            if refused in theirs:
+                theirs.remove(refused)
+    if done.returncode or not asked:
+        return {"unknown": f"nvidia-smi answered: {' '.join(said.split())[:200] or done.returncode}"}
+    return parse_nvidia_smi(done.stdout, list(fields), list(asked), identity(device))
+
+
+def refused_field(said: str) -> str | None:
+    """The field that this nvidia-smi does not know, if that is what it says."""
+    found = re.search(r'[Ff]ield "([^"]+)" is not a valid field', said)
+    return found[1] if found else None
+
+
+def identity(device: torch.device) -> tuple[str, ...]:
+    """What nvidia-smi may call the device, in lower case: its UUID, and its place on the PCI bus.
+
+    Its number there is another than ours where CUDA_VISIBLE_DEVICES is set or the order differs.
+    """
+    gpu: Any = torch.cuda.get_device_properties(device)
+    names = [f"gpu-{gpu.uuid}"] if hasattr(gpu, "uuid") else []
+    if hasattr(gpu, "pci_bus_id"):  # not in all versions of torch
+        names.append(f"{gpu.pci_domain_id:08x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0")
+    return tuple(name.lower() for name in names)
+
+
+def parse_nvidia_smi(
+    text: str, wanted: list[str], columns: list[str], identity: tuple[str, ...]
+) -> dict[str, str]:
+    """The answer's line for the GPU of that identity, as `columns` after its UUID and bus id.
+
+    A machine's only GPU is taken whatever it is called. What is no number but words, such as [N/A], and what
+    is wanted but no column, is named in "unknown".
+    """
+    lines = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if len(line) == len(columns) + 2]
+    ours = [line for line in lines if {line[0].lower(), line[1].lower()} & set(identity)]
+    if not ours and len(lines) == 1:
+        ours = lines
+    if not ours:
+        return {"unknown": f"nvidia-smi lists {len(lines)} GPUs, and this one is not among them"}
+    said = dict(zip(columns, ours[0][2:], strict=True))
+    found = {name: value for name, value in said.items() if value[:1].isdigit()}
+    missing = [f"{name} {said[name]}" if said.get(name) else name for name in wanted if name not in found]
+    return found | ({"unknown": f"nvidia-smi does not say: {', '.join(missing)}"} if missing else {})
 
 
 def slug(described: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,15 @@ def cuda_seconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1000
 
 
+@dataclass
+class Collected:
+    """What sampling came to: equally many samples of each target that stayed, and why others did not."""
+
+    samples: dict[str, list[float]]
+    errors: dict[str, Exception]  # what raised
+    shed: dict[str, float]  # what was too slow for its limit, and the seconds that one call took
+
+
 def collect(
     targets: Mapping[str, Target],
     stopwatch: Stopwatch,
@@ -50,55 +60,61 @@ def collect(
     seconds: float,
     min_rounds: int,
     warmup: float,
-) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    limit: float = math.inf,
+) -> Collected:
     """Sample all targets interleaved: each round takes one sample of every target.
 
     Drift of the machine (clock, temperature, other tenants) so reaches all of them alike. The order
     rotates with every round, and its direction turns after each full turn, so that no target always
-    follows the same one. Every target is warmed up for `warmup` seconds, at least once. Sampling ends
+    follows the same one. Every target is warmed up for `warmup` seconds, at least once; one whose rounds,
+    the fewest that there may be, would by that take more than `limit` seconds is shed. Sampling ends
     after `seconds` per target, but not before `min_rounds` rounds (MIN_ROUNDS at least), and after
-    MAX_ROUNDS in any case. The garbage collector is off meanwhile.
-
-    Returns the samples of each target in seconds, equally many, and the exceptions of those that
-    raised; these are dropped from the rounds.
+    MAX_ROUNDS in any case. The garbage collector is off meanwhile. What raises is dropped from the rounds.
     """
     names = list(targets)
-    samples: dict[str, list[float]] = {name: [] for name in targets}
-    errors: dict[str, Exception] = {}
+    found = Collected({name: [] for name in targets}, {}, {})
+    min_rounds = max(min_rounds, MIN_ROUNDS)
 
-    def sample(name: str) -> float | None:
+    def drop(name: str) -> None:
+        del found.samples[name]
+        names.remove(name)
+
+    def sample(name: str) -> float:
+        """Seconds of one call, infinity if it raised."""
         try:
             targets[name].prepare()
             return round(stopwatch(targets[name].call), 9)  # no clock here resolves less than a ns
         except Exception as error:  # the caller gets it
-            errors[name] = error
-            del samples[name]
-            names.remove(name)
-            return None
+            found.errors[name] = error
+            drop(name)
+            return math.inf
 
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for name in list(names):
-            start, calls = time.perf_counter(), 0
+            start, least, calls = time.perf_counter(), math.inf, 0
             while name in names and (calls < 1 or time.perf_counter() - start < warmup):
-                sample(name)
+                least = min(least, sample(name))
                 calls += 1
+            if name in names and least * min_rounds > limit:
+                found.shed[name] = least
+                drop(name)
         start, rounds = time.perf_counter(), 0
         while names and rounds < MAX_ROUNDS:
             enough = time.perf_counter() - start >= seconds * len(names)
-            if enough and rounds >= max(min_rounds, MIN_ROUNDS):
+            if enough and rounds >= min_rounds:
                 break
             for name in order(names, rounds):
                 taken = sample(name)
-                if taken is not None:
-                    samples[name].append(taken)
+                if name in names:
+                    found.samples[name].append(taken)
             rounds += 1
     finally:
         if collecting:
             gc.enable()
-    return samples, errors
+    return found
 
 
 def order(names: Sequence[str], turn: int) -> list[str]:
@@ -113,6 +129,13 @@ def quantile(samples: Sequence[float], q: float) -> float:
     return torch.tensor(samples, dtype=torch.float64).quantile(q).item()
 
 
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """The bootstrap 95% interval of the median (low, high)."""
+    taken = torch.tensor(samples, dtype=torch.float64)
+    low, high = _interval(taken[_resampled(len(samples))].quantile(0.5, dim=-1))
+    return low, high
+
+
 def speedup(baseline: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
     """median(baseline) / median(own), and its bootstrap 95% interval (low, high).
 
@@ -125,8 +148,15 @@ def speedup(baseline: Sequence[float], own: Sequence[float]) -> tuple[float, flo
             f"The samples must be paired round by round, but there are {len(baseline)} and {len(own)}."
         )
     pairs = torch.tensor([baseline, own], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(own), (RESAMPLES, len(own)), generator=generator)
-    base_medians, own_medians = pairs[:, picks].quantile(0.5, dim=-1)
-    low, high = (base_medians / own_medians).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return quantile(baseline, 0.5) / quantile(own, 0.5), low.item(), high.item()
+    base_medians, own_medians = pairs[:, _resampled(len(own))].quantile(0.5, dim=-1)
+    return quantile(baseline, 0.5) / quantile(own, 0.5), *_interval(base_medians / own_medians)
+
+
+def _resampled(count: int) -> torch.Tensor:
+    """RESAMPLES draws of `count` samples' indices, (RESAMPLES, count), the same ones every time."""
+    return torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+
+
+def _interval(estimates: torch.Tensor) -> tuple[float, float]:
+    low, high = estimates.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return low.item(), high.item()

@@ -1,21 +1,34 @@
-"""The record of a run: one row per shape, pass and contender, and how it is stored (JSON lines)."""
+"""The record of a run: one row per workload, pass and contender, and how rows are stored (JSON lines).
+
+A machine's rows.jsonl holds the tables that are published, each as one line {"table": name, "run": {...}}
+followed by lines {"table": name, "row": {...}}. A run that is not finished keeps a file of the same
+form, <table>.partial.jsonl, to which each cell is added as soon as it is measured.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bench.workloads import Workload
 
 BASELINE = "nn.RNN"
 
 TIMED = "timed"  # agreed with the reference, then sampled
 UNAVAILABLE = "not available"  # cannot run on this machine
 LEFT_OUT = "left out"  # could run, but the sweep leaves it out on purpose
+SHED = "out of time"  # the budget did not reach
 WRONG = "wrong"  # disagreed with the reference, so it was not timed
 FAILED = "failed"  # raised
 
 FAILURES = (WRONG, FAILED)
+
+Key = tuple[Workload, str, str]
+Run = dict[str, Any]
 
 
 @dataclass
@@ -27,40 +40,92 @@ class Row:
     median(nn.RNN) / median(own), with its 95% interval; None without a timed nn.RNN in the same cell.
     `errors` maps "output", "h_n" and each gradient to ||own - ref|| / ||ref|| against the float64
     reference and nn.RNN's; None stands for a number that is not finite.
+
+    What is None was not measured: `cold`, `graph` and `host` are of CUDA only.
     """
 
-    batch: int
-    steps: int
-    input_size: int
-    hidden_size: int
-    dtype: str
+    workload: Workload
     pass_name: str
     contender: str
     status: str
     reason: str = ""
+    route: str = ""  # what an Elman layer ran: backend, kernel and config
     errors: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
     worst: str = ""  # the quantity that comes nearest to its bar, or exceeds it most
     median: float | None = None
+    median_low: float | None = None  # its 95% interval
+    median_high: float | None = None
     p20: float | None = None
     p80: float | None = None
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
+    first: float | None = None  # the first call, which compiles and tunes
+    memory: int | None = None  # bytes that one call has allocated at its peak, results included
+    cold: float | None = None  # median with the L2 cache overwritten before each call
+    graph: float | None = None  # median of a replayed CUDA graph: without the cost of launching
+    host: float | None = None  # median until the call returns, the device still working
+    chip: dict[str, Any] = field(default_factory=dict)  # clocks, temperature and throttling, after the cell
     samples: list[float] = field(default_factory=list)
 
     @property
+    def key(self) -> Key:
+        return self.workload, self.pass_name, self.contender
+
+    @property
     def shape(self) -> str:
-        return f"B={self.batch} T={self.steps} I={self.input_size} H={self.hidden_size}"
+        return self.workload.shape
+
+    @property
+    def us_a_step(self) -> float | None:
+        return None if self.median is None else self.median * 1e6 / self.workload.steps
 
 
-def write(path: Path, run: dict[str, Any], rows: list[Row]) -> None:
-    """Store the run's own record (first line) and its rows."""
-    lines = [run, *(asdict(row) for row in rows)]
-    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8", newline="\n")
+def line(table: str, **record: Run | Row) -> str:
+    """One line of a file of rows: line("quick", run=...) or line("quick", row=...)."""
+    (kind, value), *_ = record.items()
+    stored = asdict(value) if isinstance(value, Row) else value
+    return json.dumps({"table": table, kind: stored}, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The run's own record and its rows, as `write` stored them."""
-    first, *rest = path.read_text(encoding="utf-8").splitlines()
-    return json.loads(first), [Row(**json.loads(line)) for line in rest]
+def append(path: Path, table: str, rows: Iterable[Row]) -> None:
+    """Add rows to the file, and see them on the disk: a run may be killed at any moment."""
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write("".join(line(table, row=row) for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> dict[str, tuple[Run, list[Row]]]:
+    """The tables of a file: each one's run, and its rows, the later of two with the same key.
+
+    A last line without its end is left out: it is what a killed run was writing. Raises ValueError,
+    with file and line, for anything else that is no line of such a file.
+    """
+    tables: dict[str, tuple[Run, dict[Key, Row]]] = {}
+    text = path.read_text(encoding="utf-8")
+    for number, stored in enumerate(text.split("\n")[:-1], 1):
+        try:
+            record = json.loads(stored)
+            if "run" in record:
+                tables[record["table"]] = record["run"], {}
+            else:
+                fields = record["row"]
+                row = Row(**{**fields, "workload": Workload(**fields["workload"])})
+                tables[record["table"]][1][row.key] = row
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path.name}, line {number}, is no row of this version of the benchmarks "
+                f"({type(error).__name__}: {error}). Measure again, or read it with the commit that wrote it."
+            ) from error
+    return {table: (run, list(rows.values())) for table, (run, rows) in tables.items()}
+
+
+def write(path: Path, tables: dict[str, tuple[Run, list[Row]]]) -> None:
+    """Store the tables, in the order of their names, in one move: no reader sees half a file."""
+    lines = []
+    for table, (run, rows) in sorted(tables.items()):
+        lines += [line(table, run=run), *(line(table, row=row) for row in rows)]
+    fresh = path.with_suffix(".new")
+    fresh.write_text("".join(lines), encoding="utf-8", newline="\n")
+    fresh.replace(path)

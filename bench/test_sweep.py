@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.contenders import CONTENDERS
 from bench.rows import FAILURES, TIMED
-from bench.workloads import PASSES, SWEEPS, Workload
+from bench.session import PLAN
+from bench.workloads import PASSES, Workload
 
 if TYPE_CHECKING:
-    from bench.conftest import Run
+    from bench.session import Session
 
 
 class ReplayClock:
@@ -46,19 +46,18 @@ def refuse(sentence: str, error: Exception | None) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = [
         pytest.param(workload, pass_name, name, id=f"{workload.id}-{pass_name}-{name.replace(' ', '-')}")
-        for workload in SWEEPS[metafunc.config.getoption("sweep")].workloads
-        for pass_name in PASSES
-        for name in CONTENDERS
+        for workload, pass_name, name in metafunc.config.stash[PLAN].keys
     ]
     metafunc.parametrize(("workload", "pass_name", "contender"), cases)
 
 
+@pytest.mark.filterwarnings("default")  # what torch's compiler or a peer warns of is no failure of its row
 @pytest.mark.benchmark(timer=clock)
 def test_latency(
     workload: Workload,
     pass_name: str,
     contender: str,
-    run: Run,
+    run: Session,
     benchmark: BenchmarkFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -67,7 +66,7 @@ def test_latency(
     benchmark.skipped = True  # until it is used: interrupting the measurement must not count as misuse
     with capsys.disabled():  # for the progress line
         row = run.row(workload, pass_name, contender)
-    benchmark.group = f"{workload.shape} {PASSES[pass_name]}"
+    benchmark.group = f"{workload.shape} {workload.dtype} {PASSES[pass_name]}"
     benchmark.extra_info = {"speedup": row.speedup, "errors": row.errors}
     if row.status in FAILURES:
         sentence = f"{contender}, {workload.shape}, {PASSES[pass_name]}: {row.status}. {row.reason}"

@@ -6,19 +6,23 @@ import gc
 import os
 import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import agreement, contenders, measure, report
+from bench import agreement, contenders, extras, measure, session
 from bench import rows as records
 from bench.cell import Timing, measure_cell
-from bench.contenders import NAIVE, Contender, Problem
-from bench.rows import BASELINE, FAILED, TIMED, UNAVAILABLE, WRONG, Row
-from bench.workloads import SWEEPS, Workload
+from bench.contenders import AUTO, COMPILED, NAIVE, Contender, Problem
+from bench.rows import BASELINE, FAILED, LEFT_OUT, SHED, TIMED, UNAVAILABLE, WRONG, Row
+from bench.session import Plan, Session
+from bench.workloads import CPU_MAX_FLOPS, SWEEPS, Workload, by_hand
 from elman import BackendUnavailableError
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +50,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     results = tmp_path_factory.mktemp("results")
     done = pytest_bench("--sweep", "smallest", "--results", str(results))
     assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = results.iterdir()
+    (folder,) = (path for path in results.iterdir() if path.is_dir())
     return folder, done.stdout
 
 
@@ -96,10 +100,11 @@ def test_rounds_are_interleaved_in_every_order_with_gc_off():
         return 1.0
 
     targets = {n: measure.Target(lambda n=n: seen.append(n), prepare=lambda: None) for n in "abc"}
-    samples, errors = measure.collect(targets, stopwatch, seconds=0, min_rounds=12, warmup=0)
+    found = measure.collect(targets, stopwatch, seconds=0, min_rounds=12, warmup=0)
     assert gc.isenabled()
-    assert not errors
-    assert {name: len(taken) for name, taken in samples.items()} == {"a": 12, "b": 12, "c": 12}
+    assert not found.errors
+    assert not found.shed
+    assert {name: len(taken) for name, taken in found.samples.items()} == {"a": 12, "b": 12, "c": 12}
     rounds = ["".join(seen[i : i + 3]) for i in range(3, len(seen), 3)]
     assert rounds[:6] == ["abc", "bca", "cab", "cba", "acb", "bac"]
 
@@ -115,19 +120,49 @@ def test_a_target_that_raises_while_sampled_leaves_the_others_in():
         "good": measure.Target(lambda: None, prepare=lambda: None),
         "bad": measure.Target(breaks, prepare=lambda: None),
     }
-    samples, errors = measure.collect(targets, measure.wall_seconds, seconds=0, min_rounds=8, warmup=0)
-    assert len(samples["good"]) == 8
-    assert "bad" not in samples
-    assert str(errors["bad"]) == "out of luck"
+    found = measure.collect(targets, measure.wall_seconds, seconds=0, min_rounds=8, warmup=0)
+    assert len(found.samples["good"]) == 8
+    assert "bad" not in found.samples
+    assert str(found.errors["bad"]) == "out of luck"
+
+
+def test_a_target_too_slow_for_its_limit_is_shed_and_the_others_stay():
+    seconds = {"quick": 0.001, "slow": 2.0}
+    calls = []
+
+    def stopwatch(call):
+        calls.append(call())
+        return seconds[calls[-1]]
+
+    targets = {n: measure.Target(lambda n=n: n, prepare=lambda: None) for n in seconds}
+    found = measure.collect(targets, stopwatch, seconds=0, min_rounds=6, warmup=0, limit=10.0)
+    assert found.shed == {"slow": 2.0}
+    assert found.samples == {"quick": [0.001] * 6}
+    assert calls.count("slow") == 1
+    found = measure.collect(targets, stopwatch, seconds=0, min_rounds=6, warmup=0, limit=12.0)
+    assert not found.shed
+
+
+def test_the_interval_of_a_median():
+    assert measure.median_interval([2.0] * 9) == (2.0, 2.0)
+    noise = torch.Generator().manual_seed(2)
+    held = 0
+    for _ in range(50):
+        low, high = measure.median_interval((5 + torch.randn(30, generator=noise)).tolist())
+        assert low < high
+        held += low <= 5 <= high
+    assert 43 <= held <= 50, "a 95% interval must hold the true median in about 95% of the runs"
 
 
 # Agreement
 
 
-def cell(pass_name: str, *names: str) -> dict[str, Row]:
-    problem = Problem(TINY, torch.device("cpu"))
-    timing = Timing(measure.wall_seconds, seconds=0.01, min_rounds=3, warmup=0)
-    rows, _ = measure_cell(problem, problem.truth(), pass_name, names, timing)
+TIMING = Timing(measure.wall_seconds, seconds=0.01, min_rounds=3, warmup=0)
+
+
+def cell(pass_name: str, *names: str, workload: Workload = TINY) -> dict[str, Row]:
+    problem = Problem(workload, torch.device("cpu"))
+    rows, _ = measure_cell(problem, problem.truth(), pass_name, names, TIMING)
     return rows
 
 
@@ -150,7 +185,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
-@pytest.mark.parametrize("pass_name", ["forward", "training"])
+@pytest.mark.parametrize("pass_name", ["forward", "backward", "training"])
 def test_a_right_contender_is_timed_beside_nn_rnn(pass_name):
     rows = cell(pass_name, "eager", NAIVE)
     for name in (BASELINE, "eager", NAIVE):
@@ -159,7 +194,77 @@ def test_a_right_contender_is_timed_beside_nn_rnn(pass_name):
         assert rows[name].median > 0
     assert rows[BASELINE].speedup == 1
     gradients = {"d x", "d h0", "d weight_ih_l0", "d weight_hh_l0", "d bias_ih_l0", "d bias_hh_l0"}
-    assert set(rows["eager"].errors) == {"output", "h_n"} | (gradients if pass_name == "training" else set())
+    assert set(rows["eager"].errors) == {"output", "h_n"} | (gradients if pass_name != "forward" else set())
+    for row in rows.values():
+        assert row.median_low <= row.median <= row.median_high
+        assert row.first > 0
+        assert row.memory >= (0 if pass_name == "forward" else 2 * 5 * 3 * 4), "at least dx is made"
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "training"])
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload(3, 7, 5, 6, layers=2),
+        Workload(3, 7, 5, 6, bidirectional=True),
+        Workload(3, 7, 5, 6, layers=2, bidirectional=True, packed=True),
+        Workload(5, 40, 5, 6, packed=True),
+        Workload(3, 1, 5, 6, cell=True),
+        Workload(3, 40, 5, 6, nonlinearity="relu"),
+        Workload(3, 1, 5, 6, cell=True, nonlinearity="relu"),
+        Workload(3, 7, 5, 6, "float64"),
+        Workload(3, 7, 5, 6, "bfloat16"),
+    ],
+    ids=lambda workload: workload.id,
+)
+def test_every_form_agrees(workload, pass_name):
+    rows = cell(pass_name, "eager", NAIVE, AUTO, "triton:step", workload=workload)
+    for name in (BASELINE, "eager", NAIVE):
+        assert rows[name].status == TIMED, (name, rows[name].reason)
+    assert (rows[AUTO].status, rows["triton:step"].status) == (LEFT_OUT, UNAVAILABLE)
+    results = 1 if workload.cell else 2
+    parameters = 4 * workload.layers * (1 + workload.bidirectional)
+    assert len(rows["eager"].errors) == results + (0 if pass_name == "forward" else 2 + parameters)
+
+
+def test_packed_rows_are_spread_as_paragraphs_are():
+    workload = Workload(16, 668, 4, 4, packed=True)
+    lengths = workload.lengths
+    assert len(lengths) == 16
+    assert lengths[0] == 668
+    assert list(lengths) == sorted(lengths, reverse=True)
+    assert 0.15 < sum(lengths) / 16 / 668 < 0.35
+    assert min(Workload(64, 10, 4, 4, packed=True).lengths) == 1
+    assert workload.flops == 2 * sum(lengths) * 4 * 8
+
+
+def test_flops_of_known_shapes():
+    assert Workload(2, 3, 5, 7).flops == 2 * 2 * 3 * 7 * (5 + 7)
+    assert Workload(2, 3, 5, 7, layers=2).flops == 2 * 2 * 3 * 7 * (5 + 7 + 7 + 7)
+    assert Workload(2, 3, 5, 7, bidirectional=True).flops == 2 * 2 * 2 * 3 * 7 * (5 + 7)
+    assert Workload(2, 3, 5, 7, layers=2, bidirectional=True).flops == 4 * 2 * 3 * 7 * (5 + 14 + 14)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_the_compiled_loop_takes_part():
+    row = cell("training", COMPILED, workload=Workload(2, 3, 4, 4))[COMPILED]
+    assert row.status == TIMED, row.reason
+    assert row.first > 10 * row.median, "the first call compiles"
+
+
+def test_memory_is_what_a_call_allocates():
+    target = measure.Target(lambda: torch.ones(1000, 1000).add(1).sum(), prepare=lambda: None)
+    assert 8_000_000 <= extras.peak_bytes(target, torch.device("cpu")) < 9_000_000
+
+
+def test_switches_for_tf32_are_left_as_they_were():
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    for dtype in ("tf32", "float32"):
+        with contenders.arithmetic(dtype):
+            within = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        assert within == (dtype == "tf32",) * 2
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
 
 
 @pytest.mark.parametrize(
@@ -199,6 +304,26 @@ def test_a_contender_that_raises_is_a_row_with_the_reason(spoil):
     spoil(broken)
     row = cell("forward", "eager")["eager"]
     assert (row.status, row.reason, row.samples) == (FAILED, "RuntimeError: the launch failed", [])
+
+
+@pytest.mark.parametrize(
+    ("layer", "status", "reason"),
+    [
+        (lambda x, h0, output, h_n: 1 / 0, UNAVAILABLE, "ZeroDivisionError: division by zero"),
+        (
+            lambda x, h0, output, h_n: (output + 1, h_n),
+            LEFT_OUT,
+            "Too wrong to be timed. The error of output",
+        ),
+    ],
+)
+def test_a_guest_that_raises_or_is_wrong_is_a_row_and_no_failure(spoil, monkeypatch, layer, status, reason):
+    monkeypatch.setattr(contenders, "GUESTS", ("eager",))
+    spoil(layer)
+    row = cell("forward", "eager")["eager"]
+    assert row.status == status
+    assert row.reason.startswith(reason)
+    assert not row.samples
 
 
 def test_an_unavailable_backend_is_a_row_and_no_failure(spoil):
@@ -250,37 +375,339 @@ def test_the_bar(own, baseline, passes):
     assert (verdict.objection is None) == passes, verdict.objection
 
 
+def test_a_state_on_the_other_side_of_relus_kink_is_no_wrong_gradient():
+    ref = torch.tensor([[1.0, 0.0, 2.0, 0.0]], dtype=torch.float64)
+    assert agreement.kinks(ref.float(), ref) == 0
+    allowed = agreement.kinks(torch.tensor([[1.0, 1e-8, 2.0, 0.0]]), ref)
+    assert allowed == 0.5
+    own, baseline = {"output": 1e-7, "d x": 0.4}, {"output": 1e-7, "d x": 1e-7}
+    assert agreement.judge(own, baseline, 8, torch.float32).objection
+    assert not agreement.judge(own, baseline, 8, torch.float32, allowed).objection
+    own["output"] = 1e-3
+    assert agreement.judge(own, baseline, 8, torch.float32, allowed).worst == "output"
+
+
+# The plan
+
+
+def test_a_plan_of_the_sweeps_own_has_its_name():
+    plan = Plan.make("quick", device="cpu")
+    assert plan.table == "quick"
+    assert plan.passes == ("forward", "training")
+    assert {workload.dtype for workload in plan.workloads} == {"float32"}
+    assert len(plan.keys) == len(SWEEPS["quick"].workloads) * 2 * len(contenders.CONTENDERS)
+
+
+def test_what_is_asked_for_beside_is_in_the_tables_name():
+    plan = Plan.make("quick", "", "cpu", "bfloat16,float32", "training", "eager,triton:step")
+    assert plan.table == "quick-float32+bfloat16-training-eager+triton-step"
+    assert plan.contenders == (BASELINE, "eager", "triton:step")
+    assert [w.dtype for w in plan.workloads[:1] + plan.workloads[-1:]] == ["float32", "bfloat16"]
+
+
+def test_shapes_by_hand():
+    plan = Plan.make(shapes="2, 3,4,5;1,1,1,1;", device="cpu")
+    assert plan.table == "shapes"
+    assert plan.workloads == (Workload(2, 3, 4, 5), Workload(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "0,1,1,1", "1,2,3,4,5"])
+def test_shapes_that_are_none(text):
+    with pytest.raises(ValueError, match=f"--shapes has '{text}'; expected four positive integers"):
+        by_hand(text)
+
+
+@pytest.mark.parametrize(
+    ("option", "words", "sentence"),
+    [
+        ("dtypes", "float8", r"--dtype has 'float8'; expected one or several of float32, tf32"),
+        ("dtypes", "tf32", "--dtype has tf32, which is arithmetic of NVIDIA GPUs; expected float32"),
+        (
+            "passes",
+            "sideways",
+            "--passes has 'sideways'; expected one or several of forward, backward, training",
+        ),
+        ("contenders", "cuda", "--backends has 'cuda'; expected one or several of nn.RNN, auto, eager"),
+        ("shapes", ";", r"--shapes is empty; expected B,T,I,H"),
+    ],
+)
+def test_a_word_that_is_none(option, words, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Plan.make(**{"device": "cpu", option: words})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match="--device is cuda and this machine has no CUDA device"):
+        Plan.make(device="cuda")
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_sweep_has_work_for_a_cpu_and_no_shape_twice(sweep):
+    workloads = SWEEPS[sweep].workloads
+    assert len(set(workloads)) == len(workloads)
+    assert any(workload.flops <= CPU_MAX_FLOPS for workload in workloads)
+    assert len({workload.id for workload in workloads}) == len(workloads)
+
+
+# The session: what is measured once is not measured again
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """started(**options): a session of two shapes, three contenders and one pass, in the same folder."""
+    monkeypatch.setattr(session.floor, "measure", lambda device, dtypes: {})
+    plan = Plan.make(shapes="2,5,3,4;2,6,3,4", device="cpu", passes="forward", contenders=f"eager,{NAIVE}")
+
+    def start(**options) -> Session:
+        cells: dict = {}
+        for workload, pass_name, name in plan.keys:
+            cells.setdefault((workload, pass_name), []).append(name)
+        return Session(plan, cells, tmp_path, scale=0.01, **options)
+
+    return start
+
+
+def measure_all(run: Session) -> None:
+    for key in run.plan.keys:
+        run.row(*key)
+
+
+def test_a_stopped_run_is_gone_on_with(started, monkeypatch):
+    first = started()
+    first.row(*first.plan.keys[0])
+    assert len(first.rows) == 3, "a cell is measured as a whole"
+    second = started()
+    assert second.to_measure == 1
+    assert "1 of 2 cells are there" in second.started
+    measured = []
+    honest = session.measure_cell
+    monkeypatch.setattr(session, "measure_cell", lambda *a: measured.append(a[0].workload) or honest(*a))
+    measure_all(second)
+    assert measured == [second.plan.workloads[1]]
+    assert second.rows[first.plan.keys[0]].samples == first.rows[first.plan.keys[0]].samples
+    page, *_ = second.write()
+    tables = records.read(second.folder / "rows.jsonl")
+    assert [row.key for row in tables[second.plan.table][1]] == second.plan.keys
+    assert page.name == f"{second.plan.table}.md"
+    assert not list(second.folder.glob("*.partial.*")), "a complete run leaves none"
+    assert started().to_measure == 2, "a complete run is not gone on with"
+
+
+@pytest.mark.parametrize("key", ["source", "software", "machine", "timing"])
+def test_a_run_of_other_code_or_another_machine_is_not_gone_on_with(started, key):
+    first = started()
+    first.row(*first.plan.keys[0])
+    table, (run, rows) = first.plan.table, records.read(first.journal)[first.plan.table]
+    records.write(first.journal, {table: ({**run, key: "another"}, rows)})
+    second = started()
+    assert second.to_measure == 2
+    assert f"differs in {key}," in second.started
+
+
+def test_restart_measures_all_anew(started):
+    first = started()
+    first.row(*first.plan.keys[0])
+    assert started(restart=True).to_measure == 2
+
+
+def test_a_line_that_a_kill_cut_short_costs_its_row_only(started):
+    first = started()
+    measure_all(first)
+    whole = first.journal.read_bytes()
+    first.journal.write_bytes(whole[: -len(whole.splitlines()[-1]) // 2])
+    second = started()
+    assert second.to_measure == 1, "the last cell lacks a row"
+    measure_all(second)
+    assert second.partial() == ""
+
+
+def test_a_failed_row_is_tried_again_by_the_next_run_only(started, spoil, monkeypatch):
+    calls = []
+
+    def broken(x, h0, output, h_n):
+        calls.append(1)
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contenders, "build", contenders.build)
+        spoil(broken)
+        first = started()
+        measure_all(first)
+        measure_all(first)
+    assert len(calls) == 2, "once a cell"
+    assert first.partial() == "2 rows failed."
+    assert started().to_measure == 2
+
+
+def test_a_spent_budget_leaves_rows_out_and_says_so(started):
+    run = started(budget=0.0)
+    measure_all(run)
+    assert {row.status for row in run.rows.values()} == {SHED}
+    assert {row.reason for row in run.rows.values()} == {"The budget of 0 minutes was spent."}
+    assert run.partial() == "6 rows were left out for want of time."
+    assert started(budget=1.0).to_measure == 2
+
+
+def test_a_budget_takes_samples_before_rows(started):
+    run = started(budget=1.0)
+    free = started().timing
+    share = run._share(3)
+    assert share.seconds == free.seconds, "a minute is plenty for two cells"
+    assert share.limit <= 60 / 2 / 3
+    run.deadline = run.deadline - 60 + 0.012
+    hurried = run._share(3)
+    assert hurried.seconds < free.seconds
+    assert hurried.min_rounds == free.min_rounds
+
+
+def test_a_slow_contender_hits_the_budget(started, spoil):
+    def slow(x, h0, output, h_n):
+        time.sleep(0.4)
+        return output, h_n
+
+    spoil(slow)
+    run = started(budget=4 / 60)
+    measure_all(run)
+    slow_rows = [row for row in run.rows.values() if row.contender == "eager"]
+    assert {row.status for row in slow_rows} == {SHED}
+    assert "One call took 0.4" in slow_rows[0].reason
+    assert run.rows[run.plan.keys[0]].status == TIMED
+    assert "left out for want of time" in run.partial()
+
+
+def test_shapes_for_a_gpu_are_rows_with_the_reason(started):
+    workload = Workload(64, 4096, 1024, 1024)
+    run = started()
+    run = Session(run.plan, {(workload, "forward"): [BASELINE, "eager"]}, run.folder.parent)
+    assert run.to_measure == 0
+    row = run.row(workload, "forward", "eager")
+    assert (row.status, row.reason) == (
+        LEFT_OUT,
+        "On a CPU only shapes of up to 40 GFLOP a forward pass are run.",
+    )
+
+
+def test_rows_survive_storage(tmp_path):
+    rows = [Row(TINY, "forward", "eager", TIMED, errors={"output": (1e-7, None)}, samples=[0.5, 0.25])]
+    run = {"sweep": "quick"}
+    records.write(tmp_path / "rows.jsonl", {"b": (run, rows), "a": (run, [])})
+    (name, (stored_run, stored)), *_ = reversed(records.read(tmp_path / "rows.jsonl").items())
+    assert (name, stored_run) == ("b", run)
+    assert stored[0].key == rows[0].key
+    assert stored[0].samples == [0.5, 0.25]
+    assert stored[0].errors == {"output": [1e-7, None]}
+
+
+def test_a_file_of_rows_that_is_none_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"table": "quick", "run": {}}\n{"table": "quick", "row": {"batch": 1}}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2, is no row of this version"):
+        records.read(path)
+
+
 # The run and its files
 
 
 def test_the_smallest_sweep_ends_with_a_table_and_files(published):
     folder, printed = published
-    assert sorted(path.name for path in folder.iterdir()) == ["machine.json", "smallest.jsonl", "smallest.md"]
+    names = {path.name for path in folder.iterdir()}
+    assert {"machine.json", "rows.jsonl", "smallest.csv", "smallest.md"} <= names
+    assert any(name.endswith(".png") for name in names)
+    assert not any("partial" in name for name in names)
+    assert (folder.parent / "README.md").exists()
     assert "[1/4] B=1 T=16 I=32 H=32 forward ... 0:00 elapsed" in printed
     assert "us a step" in printed
-    run, rows = records.read(folder / "smallest.jsonl")
-    assert run["partial"] == ""
-    assert len(rows) == len(SWEEPS["smallest"].workloads) * 2 * len(contenders.CONTENDERS)
+    ((table, (run, rows)),) = records.read(folder / "rows.jsonl").items()
+    assert (table, run["partial"]) == ("smallest", "")
+    assert run["floor"]["matrix"]["float32"] > 1e9
+    assert len(rows) == 2 * 2 * len(SWEEPS["smallest"].contenders)
     assert {row.contender for row in rows if row.status == TIMED} >= {BASELINE, "eager", NAIVE}
     assert all(row.reason for row in rows if row.status != TIMED)
 
 
 def test_the_files_name_neither_host_nor_path(published):
     folder, _ = published
-    for path in folder.iterdir():
+    for path in [folder.parent / "README.md", *(p for p in folder.iterdir() if p.suffix != ".png")]:
         text = path.read_text(encoding="utf-8")
         for private in (str(ROOT), str(Path.home()), platform.node()):
             assert f"{private}/" not in text
             assert f'"{private}"' not in text
 
 
-def test_the_page_is_rebuilt_byte_by_byte(published, tmp_path):
+def test_everything_is_rebuilt_from_the_rows(published, tmp_path):
     folder, _ = published
-    copy = tmp_path / "smallest.jsonl"
-    copy.write_bytes((folder / "smallest.jsonl").read_bytes())
-    command = [sys.executable, "-m", "bench.report", str(copy)]
+    copy = tmp_path / folder.name
+    copy.mkdir()
+    (copy / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
+    command = [sys.executable, "-m", "bench.report", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
-    assert (tmp_path / "smallest.md").read_bytes() == (folder / "smallest.md").read_bytes()
+    for path in [folder.parent / "README.md", *folder.iterdir()]:
+        if path.name != "machine.json":
+            rebuilt = tmp_path / path.relative_to(folder.parent)
+            assert rebuilt.read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_killed_run_is_gone_on_with(tmp_path):
+    options = ["--shapes", "1,16,8,8;1,17,8,8;2,18,8,8", "--passes", "forward", "--backends", "eager"]
+    options += ["--results", str(tmp_path), "--benchmark-max-time", "0.3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-p", "no:cacheprovider", *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 100
+    try:
+        while not (
+            stored := [p for p in tmp_path.glob("*/*.partial.jsonl") if p.read_text().count('"row"') > 1]
+        ):
+            assert process.poll() is None, "the run ended before it was killed"
+            assert time.monotonic() < deadline, "no cell was stored"
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    ((run, before),) = records.read(stored[0]).values()
+    assert 2 <= len(before) < 6
+    done = pytest_bench(*options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Going on with a run of {run['date']}: {len(before) // 2} of 3 cells are there." in done.stdout
+    ((_, after),) = records.read(stored[0].with_name("rows.jsonl")).values()
+    assert [row.samples for row in after[: len(before)]] == [row.samples for row in before]
+    assert len(after) == 6
+
+
+def test_a_slower_run_fails_where_it_is_asked_to(published, tmp_path):
+    folder, _ = published
+    (table, (run, rows)), *_ = records.read(folder / "rows.jsonl").items()
+    for row in rows:  # as if eager had taken a third of the time
+        if row.contender == "eager" and row.median:
+            row.samples = [sample / 3 for sample in row.samples]
+            row.median /= 3
+    records.write(tmp_path / "rows.jsonl", {table: (run, rows)})
+    options = ["--sweep", "smallest", "--results", str(tmp_path / "results"), "--baseline", str(tmp_path)]
+    options += ["-k", "B1-T16 and forward"]
+    done = pytest_bench(*options, "--fail-slower", "50%")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed" not in done.stdout.splitlines()[-1], "the rows themselves are fine"
+    done = pytest_bench(*options, "--fail-slower", "1000%")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--fail-slower", "5%"], "--fail-slower needs --baseline, which says slower than what"),
+        (["--baseline", "no-such-commit"], "no-such-commit"),
+        (["--dtype", "int8"], "--dtype has 'int8'; expected one or several of"),
+    ],
+)
+def test_a_wrong_option_is_a_sentence_and_nothing_runs(options, sentence):
+    done = pytest_bench("--sweep", "smallest", *options)
+    assert done.returncode == 4
+    assert f"ERROR: {sentence}" in done.stderr or sentence in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_partial_or_wrong_run_fails_and_leaves_the_published_table_alone(published, tmp_path):
@@ -304,25 +731,7 @@ def test_a_partial_or_wrong_run_fails_and_leaves_the_published_table_alone(publi
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"smallest.partial.jsonl", "smallest.partial.md"}
-    _, rows = records.read(folder / "smallest.partial.jsonl")
+    ((_, rows),) = records.read(folder / "smallest.partial.jsonl").values()
     assert [(row.contender, row.status) for row in rows] == [(BASELINE, TIMED), ("eager", WRONG)]
     for path in folder.glob("*.partial.*"):
         path.unlink()
-
-
-def test_a_tie_is_called_one():
-    row = Row(*TINY, "forward", "eager", TIMED, speedup=1.1, speedup_low=0.99, speedup_high=1.2)
-    assert report.verdict(row) == "tie"
-    row.speedup_low = 1.004  # printed as 1.00
-    assert report.verdict(row) == "tie"
-    row.speedup_low = 1.01
-    assert report.verdict(row) == "faster"
-    row.speedup_low, row.speedup_high = 0.8, 0.99
-    assert report.verdict(row) == "slower"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.01234, "0.0123"), (1.234, "1.23"), (123.4, "123"), (12345.6, "12346")]
-)
-def test_digits(value, text):
-    assert report.digits(value) == text

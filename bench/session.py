@@ -1,0 +1,330 @@
+"""One run of the suite: its plan, its rows as they are measured, its budget, its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import floor, machine, measure, report
+from bench import rows as records
+from bench.cell import Timing, absent_rows, device_timing, measure_cell
+from bench.contenders import CONTENDERS, Problem
+from bench.rows import BASELINE, FAILURES, LEFT_OUT, SHED, TIMED, UNAVAILABLE, Key, Row
+from bench.workloads import DTYPES, PASSES, SWEEPS, Sweep, Workload, by_hand
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Cell = tuple[Workload, str]
+
+# What a finished cell may consist of; one with any other row is measured again by the next run.
+SETTLED = (TIMED, UNAVAILABLE, LEFT_OUT)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured: workloads with their dtypes, passes and contenders, under a table's name.
+
+    table: the sweep's name, and whatever was asked for that is not the sweep's own, so that a part of a
+    sweep never takes the place of the whole.
+    """
+
+    sweep: str
+    table: str
+    seconds: float
+    device: torch.device
+    workloads: tuple[Workload, ...]
+    passes: tuple[str, ...]
+    contenders: tuple[str, ...]
+
+    @property
+    def keys(self) -> list[Key]:
+        """Every row, in the order of the table."""
+        return [(w, p, c) for w in self.workloads for p in self.passes for c in self.contenders]
+
+    @classmethod
+    def make(
+        cls,
+        sweep: str = "quick",
+        shapes: str = "",
+        device: str = "",
+        dtypes: str = "",
+        passes: str = "",
+        contenders: str = "",
+    ) -> Plan:
+        """The plan of the command line's words, lists separated by commas; "" stands for the sweep's own.
+
+        Raises ValueError for a word that is none, or a device or dtype that this machine hasn't.
+        """
+        name, chosen = ("shapes", by_hand(shapes)) if shapes else (sweep, SWEEPS[sweep])
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if found.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device is cuda and this machine has no CUDA device; expected --device cpu")
+        own_dtypes = chosen.gpu_dtypes if found.type == "cuda" else ("float32",)
+        own = {
+            "--dtype": (dtypes, own_dtypes, DTYPES),
+            "--passes": (passes, chosen.passes, tuple(PASSES)),
+            "--backends": (contenders, _contenders(chosen), CONTENDERS),
+        }
+        taken = {option: _words(option, *words) for option, words in own.items()}
+        if "tf32" in taken["--dtype"] and found.type != "cuda":
+            raise ValueError(
+                "--dtype has tf32, which is arithmetic of NVIDIA GPUs; expected float32 on a CPU"
+            )
+        if BASELINE not in taken["--backends"]:  # every row needs its error and its time
+            taken["--backends"] = (BASELINE, *taken["--backends"])
+        suffix = [
+            "+".join(word.replace(":", "-").replace(" ", "-") for word in taken[option] if word != BASELINE)
+            for option, (_, default, _) in own.items()
+            if taken[option] != default
+        ]
+        return cls(
+            name,
+            "-".join([name, *suffix]),
+            chosen.seconds,
+            found,
+            tuple(dataclasses.replace(w, dtype=d) for d in taken["--dtype"] for w in chosen.workloads),
+            taken["--passes"],
+            taken["--backends"],
+        )
+
+
+def _contenders(sweep: Sweep) -> tuple[str, ...]:
+    return sweep.contenders or CONTENDERS
+
+
+def _words(option: str, text: str, default: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of a list, in the known order; the default for none."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        if word not in known:
+            raise ValueError(f"{option} has {word!r}; expected one or several of {', '.join(known)}")
+    return tuple(word for word in known if word in words) if words else default
+
+
+# Where pytest keeps the plan: here, because it imports conftest.py by another name than anyone else would.
+PLAN = pytest.StashKey[Plan]()
+
+
+class Session:
+    """All rows of one run. Cells are measured when first asked for, and kept on the disk from then on.
+
+    A run that was stopped is gone on with by the next one with the same plan, code, machine and versions.
+    selected: the cells to measure and the contenders of each (after pytest's -k). budget: minutes for the
+    whole run, or None. begin(title), say(phase) and end(rows) tell whoever watches.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        selected: Mapping[Cell, list[str]],
+        results: Path,
+        *,
+        min_rounds: int = 0,
+        scale: float = 1.0,
+        budget: float | None = None,
+        restart: bool = False,
+        begin: Callable[[str], None] = lambda title: None,
+        say: Callable[[str], None] = lambda phase: None,
+        end: Callable[[list[Row]], None] = lambda rows: None,
+    ) -> None:
+        self.plan, self.selected = plan, dict(selected)
+        self.begin, self.say, self.end = begin, say, end
+        rounds = max(measure.MIN_ROUNDS, min_rounds)
+        self.timing = device_timing(plan.device, plan.seconds * scale, rounds)
+        self.deadline = math.inf if budget is None else time.monotonic() + 60 * budget
+        self.budget = budget
+        self.raised: dict[Key, Exception] = {}
+        self.problem: Problem | None = None
+        self.truth: dict[str, torch.Tensor] = {}
+        self.record = self._record()
+        self.folder = results / machine.slug(self.record["machine"])
+        self.journal = self.folder / f"{plan.table}.partial.jsonl"
+        self.published = self.folder / "rows.jsonl"
+        if self.published.exists():
+            records.read(self.published)  # if that fails, then now, and not after an hour of measuring
+        self.rows: dict[Key, Row] = {}
+        self.started = ""  # a sentence on what an unfinished run has left
+        if self.journal.exists() and not restart:
+            self._resume()
+        self.measured: set[Cell] = set()  # by this run
+        resumed = sum(self._settled(cell) for cell in self.selected)
+        if resumed:
+            there = f"{resumed} of {len(self.selected)} cells are there"
+            self.started = f"Going on with a run of {self.record['date']}: {there}."
+        for cell in self.selected:
+            absent = absent_rows(*cell, self.selected[cell], plan.device)
+            self.rows.update({row.key: row for row in absent})
+        self.to_measure = sum(not self._settled(cell) for cell in self.selected)
+
+    def _record(self) -> records.Run:
+        """What the rows are measured on and how; the floor is added when the first cell is measured."""
+        device, now = self.plan.device, datetime.datetime.now(datetime.timezone.utc)
+        return {
+            "sweep": self.plan.sweep,
+            "device": device.type,
+            "date": now.strftime("%Y-%m-%d %H:%M UTC"),
+            **machine.commit(ROOT),
+            "source": source(),
+            "machine": machine.machine(device),
+            "software": machine.software(device),
+            "float32": "one of the dtypes: IEEE where it says float32, TF32 where it says tf32",
+            "load_average": machine.load_average(),
+            "timing": {
+                "clock": "CUDA events" if device.type == "cuda" else "time.perf_counter",
+                "threads": torch.get_num_threads(),
+                "seconds": self.timing.seconds,
+                "min_rounds": self.timing.min_rounds,
+                "cache": "warm",
+            },
+            "plan": {
+                "dtypes": list(dict.fromkeys(w.dtype for w in self.plan.workloads)),
+                "passes": list(self.plan.passes),
+                "contenders": list(self.plan.contenders),
+            },
+            "floor": {},
+            "partial": "",
+        }
+
+    def _resume(self) -> None:
+        """Take over the rows of an unfinished run, if they are this run's in all but the hour."""
+        stored = records.read(self.journal)
+        if self.plan.table not in stored:
+            return
+        run, rows = stored[self.plan.table]
+        same = ("sweep", "source", "machine", "software", "timing", "plan")
+        differing = [key for key in same if run.get(key) != self.record[key]]
+        if differing:
+            self.started = (
+                f"An unfinished run of {run['date']} differs in {', '.join(differing)}, so it is not gone on "
+                f"with; its {len(rows)} rows are dropped."
+            )
+            return
+        keys = set(self.plan.keys)
+        self.record, self.rows = run, {row.key: row for row in rows if row.key in keys}
+
+    def _settled(self, cell: Cell) -> bool:
+        rows = [self.rows.get((*cell, name)) for name in self.selected[cell]]
+        return all(row is not None and row.status in SETTLED for row in rows)
+
+    def row(self, workload: Workload, pass_name: str, contender: str) -> Row:
+        """The row of that contender; its whole cell is measured if neither this nor a former run has."""
+        cell = (workload, pass_name)
+        if cell not in self.measured and not self._settled(cell):
+            self._measure(cell)
+        return self.rows[(*cell, contender)]
+
+    def _measure(self, cell: Cell) -> None:
+        workload, pass_name = cell
+        dtype = "" if workload.dtype == "float32" else f"{workload.dtype} "
+        self.begin(f"{workload.shape} {dtype}{PASSES[pass_name]}")
+        if not self.record["floor"]:
+            self.say("the machine's floor")
+            self.record["floor"] = floor.measure(self.plan.device, self.record["plan"]["dtypes"])
+        if not self.measured:  # in one move: what is known so far, be it from a former run
+            self.folder.mkdir(parents=True, exist_ok=True)
+            records.write(self.journal, {self.plan.table: (self.record, list(self.rows.values()))})
+        names = self.selected[cell]
+        raised: dict[str, Exception] = {}
+        if time.monotonic() >= self.deadline:
+            reason = f"The budget of {self.budget:g} minutes was spent."
+            rows = {name: Row(workload, pass_name, name, SHED, reason) for name in names}
+        else:
+            if self.problem is None or self.problem.workload != workload:
+                self.say("reference")
+                self.problem, self.truth = None, {}  # its memory first
+                self.problem = Problem(workload, self.plan.device)
+                self.truth = self.problem.truth()
+            timing = self._share(len(names))
+            rows, raised = measure_cell(self.problem, self.truth, pass_name, names, timing, self.say)
+        self.rows.update({row.key: row for row in rows.values()})
+        self.raised.update({(*cell, name): error for name, error in raised.items()})
+        records.append(self.journal, self.plan.table, rows.values())
+        self.measured.add(cell)
+        self.end([row for row in rows.values() if row.status in FAILURES])
+
+    def _share(self, contenders: int) -> Timing:
+        """This cell's part of what is left of the budget: fewer seconds first, then fewer contenders."""
+        if self.budget is None:
+            return self.timing
+        cells = sum(cell not in self.measured and not self._settled(cell) for cell in self.selected)
+        share = max(0.0, self.deadline - time.monotonic()) / max(1, cells) / contenders
+        # Half of it is for what comes before the sampling: reference, checks, warming up.
+        return dataclasses.replace(
+            self.timing,
+            seconds=min(self.timing.seconds, share / 2),
+            warmup=min(self.timing.warmup, share / 8),
+            limit=share,
+        )
+
+    def partial(self) -> str:
+        """Why this run is no complete table, in a sentence; empty if it is one."""
+        rows, plan = list(self.rows.values()), len(self.plan.keys)
+        failed = sum(row.status in FAILURES for row in rows)
+        shed = sum(row.status == SHED for row in rows)
+        reasons = []
+        if len(rows) < plan:
+            reasons.append(f"{len(rows)} of {plan} rows were run")
+        if shed:
+            reasons.append(f"{shed} {'row was' if shed == 1 else 'rows were'} left out for want of time")
+        if failed:
+            reasons.append(f"{failed} {'row' if failed == 1 else 'rows'} failed")
+        return f"{' and '.join(reasons)}." if reasons else ""
+
+    def ordered(self) -> list[Row]:
+        """The rows in the table's order, whatever order they were run in."""
+        return [self.rows[key] for key in self.plan.keys if key in self.rows]
+
+    def write(self) -> list[Path]:
+        """Write the table, pages, pictures, machine.json and the index; returns the paths, the page first.
+
+        Only a complete run without failures takes its table's place in rows.jsonl. Any other stays in
+        <table>.partial.jsonl, with a page <table>.partial.md, so that it never replaces a complete table.
+        """
+        table, rows = self.plan.table, self.ordered()
+        self.record["partial"] = self.partial()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.record["partial"]:
+            records.write(self.journal, {table: (self.record, rows)})
+            return [*report.publish(self.folder, table, self.record, rows, partial=True), self.journal]
+        tables = records.read(self.published) if self.published.exists() else {}
+        records.write(self.published, {**tables, table: (self.record, rows)})
+        described = {
+            **self.record["machine"],
+            "software": self.record["software"],
+            "commit": self.record["commit"],
+            "dirty": self.record["dirty"],
+        }
+        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+        (self.folder / "machine.json").write_text(text, encoding="utf-8", newline="\n")
+        pages = report.publish(self.folder, table, self.record, rows)
+        report.index(self.folder.parent)
+        self.journal.unlink(missing_ok=True)
+        (self.folder / f"{table}.partial.md").unlink(missing_ok=True)
+        return [*pages, self.published]
+
+
+def source() -> str:
+    """A digest of the code that a number depends on: packages, tuned tables, and how is measured."""
+    after_the_fact = {"tables.py", "page.py", "report.py", "plots.py", "compare.py"}
+    files = [*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("elman/tuned/*.json")]
+    files += [path for path in ROOT.glob("bench/*.py") if path.name not in after_the_fact]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def describe(run: Mapping[str, Any]) -> str:
+    """The run's clock and threads, for a heading."""
+    return f"{run['timing']['clock']}, torch threads: {run['timing']['threads']}"
