@@ -47,8 +47,8 @@ def forward(
     batch = None if lengths is None else _SortedBatch(lengths, T)
     if batch is not None:
         x, h0 = batch.sort(x), batch.sort(h0)
-    with _threads_for(x, B * H * max(H, I)):
-        output = project(x.to(compute), w_ih.to(compute), None if bias is None else bias.to(compute))
+    output = project(x.to(compute), w_ih.to(compute), None if bias is None else bias.to(compute))
+    with _threads_for(output, B * H * H):
         for d in range(D):
             rows = _rows(output, d, H, batch)
             h = start = h0[d, 0] if B == 1 and batch is None else h0[d]
@@ -143,9 +143,61 @@ def step(
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
     """W_ih x + b for all steps and directions: x (T, B, I), w_ih (D, H, I) -> (T, B, D * H)."""
     T, B, I = x.shape
-    z = F.linear(x.reshape(T * B, I), w_ih.flatten(0, 1), None if bias is None else bias.flatten())
+    z = product(x.reshape(T * B, I), w_ih.flatten(0, 1), None if bias is None else bias.flatten())
     # Not view: autograd would take the output for a view of this product, and forbid writing into it.
     return torch.ops.aten._unsafe_view(z, [T, B, z.shape[1]])
+
+
+def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a w^T + bias, for a (N, K) and w (M, K)."""
+    if _onednn_pays(a.numel() * len(w), a, w):
+        return _LINEAR(a, w, bias, "none", [], "")
+    return F.linear(a, w, bias)
+
+
+def sums_of_products(a: Tensor, others: list[Tensor]) -> list[Tensor]:
+    """a^T b for each b of others: a (T, B, P), b (T, B, Q), summed over T * B.
+
+    On the CPU as partial sums: one long sum in float32 rounds half as much again as nn.RNN does, which
+    adds the steps' products one by one.
+    """
+    P, N = a.shape[2], a.shape[0] * a.shape[1]
+    a, others = a.reshape(N, P), [b.reshape(N, b.shape[2]) for b in others]
+    if a.device.type != "cpu" or N < 8:
+        return [a.t() @ b for b in others]
+    if not _onednn_pays(a.numel() * others[0].shape[1], a, *others):
+        n = N // 8
+        blocks = a[: 8 * n].unflatten(0, (8, n)).transpose(1, 2)
+        return [
+            torch.bmm(blocks, b[: 8 * n].unflatten(0, (8, n))).sum(0) + a[8 * n :].t() @ b[8 * n :]
+            for b in others
+        ]
+    # oneDNN wants a^T row by row: it is copied so once for all the products, while it is in cache.
+    rows = max(512, P)
+    sums: list[Tensor] = []
+    for part, *parts in zip(a.split(rows), *(b.split(rows) for b in others), strict=True):
+        columns = part.t().contiguous()
+        if sums:
+            sums = [_LINEAR_ADD(columns, s, b.t(), None, "add") for s, b in zip(sums, parts, strict=True)]
+        else:
+            sums = [_LINEAR(columns, b.t(), None, "none", [], "") for b in parts]
+    return sums
+
+
+def _onednn_pays(work: int, *tensors: Tensor) -> bool:
+    """Whether a product of `work` multiply-adds is to be oneDNN's, whose operators have no derivatives.
+
+    It has AVX-512 kernels for every maker's processor, where MKL on AMD's stays at half that speed; but
+    it takes longer to start.
+    """
+    return (
+        ONEDNN
+        and work >= 2**21
+        and not torch._C._are_functorch_transforms_active()
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+        and type(tensors[0]) is Tensor  # not one of those that stand for others while a graph is traced
+    )
 
 
 # One call each that writes where it is told to; torch has no public name for them.
@@ -162,7 +214,7 @@ def _threads_for(tensor: Tensor, work: int) -> Iterator[None]:
     the process's, and a thread that starts meanwhile would keep it, so only a lone thread changes it.
     """
     threads = torch.get_num_threads()
-    if tensor.device.type != "cpu" or threads == 1 or work > 2**16 or threading.active_count() > 1:
+    if tensor.device.type != "cpu" or threads == 1 or work > 2**18 or threading.active_count() > 1:
         yield
         return
     torch.set_num_threads(1)
@@ -201,12 +253,11 @@ def _adder(m: Tensor, B: int) -> Callable[[Tensor, Tensor], Tensor]:
         return add
     if m.device.type != "cpu":
         return lambda z, h: z.addmm_(h, m)
-    if ONEDNN and m.dtype == torch.float32 and B >= 4 and H >= 512:
+    if ONEDNN and m.dtype == torch.float32 and H >= 256 and B * H * H >= (2**19 if H >= 384 else 2**21):
         # A product of few rows packs the weights anew at every call, which from here on costs more
         # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
         packed = torch.ops.mkldnn._reorder_linear_weight(m.t().contiguous(), B)
-        linear_add = torch.ops.mkldnn._linear_pointwise.binary
-        return lambda z, h: linear_add(h, z, packed, None, "add")
+        return lambda z, h: _LINEAR_ADD(h, z, packed, None, "add")
     # A row pitch that is no power of two: a product of few rows walks down the columns of m, and with
     # a pitch of 4096 bytes every element it touches would fall into the same few cache sets.
     padded = m.new_empty(H, H + 16)[:, :H].copy_(m)
@@ -222,6 +273,9 @@ ONEDNN = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 )
+if ONEDNN:
+    _LINEAR = torch.ops.mkldnn._linear_pointwise.default
+    _LINEAR_ADD = torch.ops.mkldnn._linear_pointwise.binary
 
 
 class _SortedBatch:

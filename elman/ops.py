@@ -196,36 +196,36 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
     first = _at_first_step(dz, w_hh, lengths)
     dx = dh0 = dw_ih = dw_hh = db = None
     if needs_x:
-        dx = (flat @ w_ih.flatten(0, 1)).view(T, B, I).to(dtype)
+        dx = eager.product(flat, w_ih.flatten(0, 1).t()).view(T, B, I).to(dtype)
     if needs_h0:
-        dh0 = torch.stack([f @ w for f, w in zip(first, w_hh, strict=True)]).to(dtype)
-    if needs_w_ih:
-        dw_ih = _sum_of_products(flat, x.reshape(T * B, I)).view(D, H, I).to(dtype)
-    if needs_w_hh:
-        # Past a row's length either factor is zero, so neighbours need no mask.
-        pairs = [(dz[1:, :, :H], output[:-1, :, :H]), (dz[:-1, :, H:], output[1:, :, H:])]
-        dw_hh = torch.stack(
-            [
-                _sum_of_products(g.reshape(-1, H), h.reshape(-1, H)) + first[d].t() @ h0[d]
-                for d, (g, h) in enumerate(pairs[:D])
-            ]
-        ).to(dtype)
+        dh0 = _stack([f @ w for f, w in zip(first, w_hh, strict=True)]).to(dtype)
+    if needs_w_ih or needs_w_hh:
+        sums = []
+        for d in range(D):
+            # Of each step the input, and of all but the first the state before; h0 is added. Past a row's
+            # length either factor is zero, so neighbours need no mask.
+            columns = slice(d * H, (d + 1) * H)
+            rest, before = (slice(1, None), slice(None, -1))[:: 1 - 2 * d]
+            edge = -d
+            g = dz[..., columns]
+            others = [x[rest]] * needs_w_ih + [output[before, :, columns]] * needs_w_hh
+            found = eager.sums_of_products(g[rest], others)
+            if needs_w_ih:
+                found[0] = torch.addmm(found[0], g[edge].t(), x[edge])
+            if needs_w_hh:
+                found[-1] = torch.addmm(found[-1], first[d].t(), h0[d])
+            sums.append(found)
+        if needs_w_ih:
+            dw_ih = _stack([found[0] for found in sums]).to(dtype)
+        if needs_w_hh:
+            dw_hh = _stack([found[-1] for found in sums]).to(dtype)
     if needs_bias:
         db = flat.sum(0).view(D, H).to(dtype)
     return dx, dh0, dw_ih, dw_hh, db, *none[5:]
 
 
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, for a (N, P) and b (N, Q), N = T * B.
-
-    On the CPU as eight partial sums: one long sum in float32 rounds half as much again as nn.RNN does,
-    which adds the steps' products one by one.
-    """
-    n = len(a) // 8
-    if a.device.type != "cpu" or not n:
-        return a.t() @ b
-    partial = torch.bmm(a[: 8 * n].unflatten(0, (8, n)).transpose(1, 2), b[: 8 * n].unflatten(0, (8, n)))
-    return partial.sum(0) + a[8 * n :].t() @ b[8 * n :]
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 class _Layer(torch.autograd.Function):
