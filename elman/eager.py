@@ -6,8 +6,8 @@
 
 and backward, in the opposite order,
 
-    g_t += W_hh^T dz_{t+1}      in place
-    dz_t = act'(h_t) * g_t      in place
+    g_t = g_out_t + W_hh^T dz_{t+1}     into the memory that dz will have
+    dz_t = act'(h_t) * g_t              in place
 
 ("In place" but for oneDNN's product, which comes in memory of its own and is read once.)
 
@@ -61,7 +61,7 @@ def forward(
                     # Forward, rows leave as t grows; reversed, rows of t + 1 steps begin here with h0.
                     h = h[:n] if len(h) >= n else torch.cat([h, start[len(h) : n].to(compute)])
                     z = z[:n]
-                total = add_product(z, h)
+                total = add_product(z, h, z)
                 if total is z:
                     act_(z)
                 else:
@@ -90,36 +90,41 @@ def backward(
         output = batch.sort(output)
         g_out, g_hn = (None if g is None else batch.sort(g) for g in (g_out, g_hn))
     output = output.to(compute)
-    dz = torch.zeros_like(output) if g_out is None else torch.empty_like(output).copy_(g_out)
+    if g_out is None or batch is not None:
+        # With lengths, rows begin and end at any step: g_out is copied, and the products added to it.
+        dz = torch.zeros_like(output) if g_out is None else torch.empty_like(output).copy_(g_out)
+        g_out = dz
+    else:
+        dz, g_out = torch.empty_like(output), g_out.to(compute)
     with _threads_for(dz, B * H * H):
         for d in range(D):
-            if g_hn is not None:
+            if g_hn is not None and batch is not None:
                 columns = slice(d * H, (d + 1) * H)
-                if d == 1 or batch is None:
-                    dz[0 if d == 1 else -1, :, columns] += g_hn[d]
+                if d == 1:
+                    dz[0, :, columns] += g_hn[d]
                 else:
                     dz[batch.last, torch.arange(B, device=dz.device), columns] += g_hn[d].to(compute)
-            h, g = _rows(output, d, H, batch), _rows(dz, d, H, batch)
+            h, g, out = (_rows(sequence, d, H, batch) for sequence in (output, g_out, dz))
             add_product = _adder(w_hh[d].to(compute), B if batch is None else 0)
             later = None
             for t in range(T - 1, -1, -1) if d == 0 else range(T):
-                total = g_t = g[t]
-                h_t = h[t]
+                total, dz_t, h_t = g[t], out[t], h[t]
                 if batch is not None:
                     n = batch.active[t]
-                    g_t, h_t = g_t[:n], h_t[:n]
+                    total, dz_t, h_t = total[:n], dz_t[:n], h_t[:n]
                     # Of the rows here, those that have a later step; it may have rows that begin there.
                     if later is not None:
                         n = min(n, len(later))
-                        add_product(g_t[:n], later[:n])
-                    total = g_t
+                        add_product(dz_t[:n], later[:n], dz_t[:n])
                 elif later is not None:
-                    total = add_product(g_t, later)
+                    total = add_product(total, later, dz_t)
+                elif g_hn is not None:
+                    total = total + g_hn[d].view_as(total)
                 if tanh:
-                    _TANH_BACKWARD(total, h_t, grad_input=g_t)
+                    _TANH_BACKWARD(total, h_t, grad_input=dz_t)
                 else:
-                    _THRESHOLD_BACKWARD(total, h_t, 0, grad_input=g_t)
-                later = g_t
+                    _THRESHOLD_BACKWARD(total, h_t, 0, grad_input=dz_t)
+                later = dz_t
     return dz if batch is None else batch.unsort_(dz)
 
 
@@ -151,6 +156,7 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
 def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """a w^T + bias, for a (N, K) and w (M, K)."""
     if _onednn_pays(a.numel() * len(w), a, w):
+        w = w if w.is_contiguous() or w.t().is_contiguous() else w.contiguous()
         return _LINEAR(a, w, bias, "none", [], "")
     return F.linear(a, w, bias)
 
@@ -165,18 +171,19 @@ def sums_of_products(a: Tensor, others: list[Tensor]) -> list[Tensor]:
     a, others = a.reshape(N, P), [b.reshape(N, b.shape[2]) for b in others]
     if a.device.type != "cpu" or N < 8:
         return [a.t() @ b for b in others]
-    if not _onednn_pays(a.numel() * others[0].shape[1], a, *others):
+    if P < 192 or not _onednn_pays(N * P * P, a, *others):
         n = N // 8
         blocks = a[: 8 * n].unflatten(0, (8, n)).transpose(1, 2)
         return [
             torch.bmm(blocks, b[: 8 * n].unflatten(0, (8, n))).sum(0) + a[8 * n :].t() @ b[8 * n :]
             for b in others
         ]
-    # oneDNN wants a^T row by row: it is copied so once for all the products, while it is in cache.
+    # oneDNN wants a^T row by row: it is copied so once for all the products, while it is in cache. Weights
+    # that are neither dense nor the transpose of dense ones it would reorder for seconds.
     rows = max(512, P)
     sums: list[Tensor] = []
     for part, *parts in zip(a.split(rows), *(b.split(rows) for b in others), strict=True):
-        columns = part.t().contiguous()
+        columns, parts = part.t().contiguous(), [b.contiguous() for b in parts]
         if sums:
             sums = [_LINEAR_ADD(columns, s, b.t(), None, "add") for s, b in zip(sums, parts, strict=True)]
         else:
@@ -230,8 +237,8 @@ def _rows(sequence: Tensor, d: int, H: int, batch: _SortedBatch | None) -> tuple
     return (columns.squeeze(1) if columns.shape[1] == 1 and batch is None else columns).unbind(0)
 
 
-def _adder(m: Tensor, B: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function add(z, h) that returns z + h m, in z's memory or not, for m (H, H) and B rows of h.
+def _adder(m: Tensor, B: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A function add(z, h, out) that returns z + h m, in out or not, for m (H, H) and B rows of h.
 
     The weights are laid out once for T steps. B = 0 stands for a number of rows that changes, B = 1
     for vectors.
@@ -241,27 +248,28 @@ def _adder(m: Tensor, B: int) -> Callable[[Tensor, Tensor], Tensor]:
         # Each element a dot product along contiguous memory: the other way round rounds twice as much.
         rows = m.t().contiguous()
         if m.device.type != "cpu" or H < 768 or H % BLOCKS:
-            return lambda z, h: z.addmv_(rows, h)
+            return lambda z, h, out: torch.addmv(z, rows, h, out=out)
         # A batch of blocks of rows: MKL shares a batch out over its threads, which it does badly with one
         # matrix and a vector. Each sum is the same, to the bit.
         blocks = rows.unflatten(0, (BLOCKS, -1)).transpose(1, 2)
 
-        def add(z: Tensor, h: Tensor) -> Tensor:
-            z.view(BLOCKS, 1, -1).baddbmm_(h.expand(BLOCKS, 1, H), blocks)
-            return z
+        def add(z: Tensor, h: Tensor, out: Tensor) -> Tensor:
+            z, h = z.view(BLOCKS, 1, -1), h.expand(BLOCKS, 1, H)
+            torch.baddbmm(z, h, blocks, out=out.view(BLOCKS, 1, -1))
+            return out
 
         return add
     if m.device.type != "cpu":
-        return lambda z, h: z.addmm_(h, m)
+        return lambda z, h, out: torch.addmm(z, h, m, out=out)
     if ONEDNN and m.dtype == torch.float32 and H >= 256 and B * H * H >= (2**19 if H >= 384 else 2**21):
         # A product of few rows packs the weights anew at every call, which from here on costs more
         # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
         packed = torch.ops.mkldnn._reorder_linear_weight(m.t().contiguous(), B)
-        return lambda z, h: _LINEAR_ADD(h, z, packed, None, "add")
+        return lambda z, h, out: _LINEAR_ADD(h, z, packed, None, "add")
     # A row pitch that is no power of two: a product of few rows walks down the columns of m, and with
     # a pitch of 4096 bytes every element it touches would fall into the same few cache sets.
     padded = m.new_empty(H, H + 16)[:, :H].copy_(m)
-    return lambda z, h: z.addmm_(h, padded)
+    return lambda z, h, out: torch.addmm(z, h, padded, out=out)
 
 
 BLOCKS = 8  # for a vector's product; 4 and 16 are as fast on two cores
