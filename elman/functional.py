@@ -28,6 +28,7 @@ def elman(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     backend: str | None = None,
+    _is_padded_with_zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The Elman recurrence over a whole sequence, h_t = act(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
 
@@ -65,8 +66,9 @@ def elman(
     H = weights[1].shape[0]
     if lengths is not None:
         lengths = _check_lengths(lengths, T, B, x.device)
-        ended = torch.arange(T, device=x.device)[:, None] >= lengths
-        x = x.masked_fill(ended[..., None], 0)
+        if not _is_padded_with_zeros:
+            ended = torch.arange(T, device=x.device)[:, None] >= lengths
+            x = x.masked_fill(ended[..., None], 0)
     if hx is None:
         hx = x.new_zeros(num_layers * D, B, H)
     route = routing.route(backend, x.device, x.dtype, H, B, D, ragged=lengths is not None)

@@ -117,6 +117,7 @@ class Elman(nn.RNNBase):
             bidirectional=self.bidirectional,
             batch_first=batch_first,
             lengths=lengths,
+            _is_padded_with_zeros=lengths is not None,  # they come from a PackedSequence
             backend=self.backend,
         )
 
