@@ -59,8 +59,9 @@ def forward(
                 if batch is not None:
                     n = batch.active[t]
                     # Forward, rows leave as t grows; reversed, rows of t + 1 steps begin here with h0.
-                    h = h[:n] if len(h) >= n else torch.cat([h, start[len(h) : n].to(compute)])
-                    z = z[:n]
+                    if n != len(h):
+                        h = h[:n] if len(h) > n else torch.cat([h, start[len(h) : n].to(compute)])
+                    z = z if n == B else z[:n]
                 total = add_product(z, h, z)
                 if total is z:
                     act_(z)
