@@ -47,6 +47,8 @@ def forward(
     batch = None if lengths is None else _SortedBatch(lengths, T)
     if batch is not None:
         x, h0 = batch.sort(x), batch.sort(h0)
+    if batch is None and B >= 128 and H >= 256 and _onednn_pays(B * H * (I + H), x, h0, w_ih, w_hh):
+        return _forward_in_one(x, h0, w_ih, w_hh, bias, nonlinearity)
     output = project(x.to(compute), w_ih.to(compute), None if bias is None else bias.to(compute))
     with _threads_for(output, B * H * H):
         for d in range(D):
@@ -71,6 +73,24 @@ def forward(
                     z.copy_(z.to(dtype))
                 h = z
     return output.to(dtype) if batch is None else batch.unsort_(output).to(dtype)
+
+
+def _forward_in_one(
+    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor | None, nonlinearity: str
+) -> Tensor:
+    """`forward` with one product a step, h_t = act([W_ih W_hh] [x_t h_{t-1}] + b), for large batches.
+
+    oneDNN's act is in the product, where its tanh takes a tenth of the time of MKL's, a third of a step.
+    """
+    (T, B, _), (D, H, _) = x.shape, w_hh.shape
+    output = x.new_empty(T, B, D * H)
+    for d in range(D):
+        weights = torch.ops.mkldnn._reorder_linear_weight(torch.cat([w_ih[d], w_hh[d]], 1), B)
+        b, h, rows = None if bias is None else bias[d], h0[d], _rows(output, d, H, None)
+        for t in range(T) if d == 0 else range(T - 1, -1, -1):
+            h = _LINEAR(torch.cat([x[t], h], 1), weights, b, nonlinearity, [], "")
+            rows[t].copy_(h)
+    return output
 
 
 def backward(
@@ -186,8 +206,7 @@ def sums_of_products(a: Tensor, others: list[Tensor]) -> list[Tensor]:
     for part, *parts in zip(a.split(rows), *(b.split(rows) for b in others), strict=True):
         columns = part.t().contiguous()
         sums = [
-            _LINEAR_ADD(columns, s, b.contiguous().t(), None, "add")
-            for s, b in zip(sums, parts, strict=True)
+            _LINEAR_ADD(columns, s, b.contiguous().t(), None, "add") for s, b in zip(sums, parts, strict=True)
         ]
     return sums
 
