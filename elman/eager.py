@@ -136,7 +136,10 @@ def backward(
                     # Of the rows here, those that have a later step; it may have rows that begin there.
                     if later is not None:
                         n = min(n, len(later))
-                        add_product(dz_t[:n], later[:n], dz_t[:n])
+                        part = dz_t[:n]
+                        added = add_product(part, later[:n], part)
+                        if added is not part:
+                            part.copy_(added)
                 elif later is not None:
                     total = add_product(total, later, dz_t)
                 elif g_hn is not None:

@@ -199,24 +199,28 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
         dx = eager.product(flat, w_ih.flatten(0, 1).t()).view(T, B, I).to(dtype)
     if needs_h0:
         dh0 = _stack([f @ w for f, w in zip(first, w_hh, strict=True)]).to(dtype)
-    if needs_w_ih or needs_w_hh:
+    # On the CPU both weights' products share what is prepared of dz, a direction at a time. Elsewhere W_ih's
+    # is one product, for speed and for float16, which rounds every partial sum.
+    together = needs_w_ih and dz.device.type == "cpu" and dtype == torch.float32
+    if needs_w_ih and not together:
+        dw_ih = eager.sums_of_products(dz, [x])[0].view(D, H, I).to(dtype)
+    if needs_w_hh or together:
         sums = []
         for d in range(D):
-            # Of each step the input, and of all but the first the state before; h0 is added. Past a row's
-            # length either factor is zero, so neighbours need no mask.
+            # h0 and the input at the sequence's other end are added. Past a row's length either factor is
+            # zero, so neighbours need no mask.
             columns = slice(d * H, (d + 1) * H)
             rest, before = (slice(1, None), slice(None, -1))[:: 1 - 2 * d]
-            edge = -d
             g = dz[..., columns]
-            others = [x[rest]] * needs_w_ih + [output[before, :, columns]] * needs_w_hh
+            others = [x[rest]] * together + [output[before, :, columns]] * needs_w_hh
             found = eager.sums_of_products(g[rest], others)
-            if needs_w_ih:
-                found[0] = torch.addmm(found[0], g[edge].t(), x[edge])
+            if together:
+                found[0] = torch.addmm(found[0], g[-d].t(), x[-d])
             if needs_w_hh:
                 found[-1] = torch.addmm(found[-1], first[d].t(), h0[d])
             sums.append(found)
-        if needs_w_ih:
-            dw_ih = _stack([found[0] for found in sums]).to(dtype)
+        if together:
+            dw_ih = _stack([found[0] for found in sums])
         if needs_w_hh:
             dw_hh = _stack([found[-1] for found in sums]).to(dtype)
     if needs_bias:

@@ -1058,3 +1058,47 @@ def test_network_passes_its_options_on():
     assert ElmanNetwork(3, 4, 2, device="meta").output.weight.is_meta
     twin = copy.deepcopy(network).eval()
     assert_close(twin(sequence()), network.eval()(sequence()))
+
+
+@pytest.mark.parametrize(
+    ("batch", "hidden", "options"),
+    [
+        (16, 384, {}),
+        (16, 384, {"num_layers": 2, "bidirectional": True}),
+        (16, 384, {"nonlinearity": "relu", "bias": False, "batch_first": True}),
+        (16, 384, {"packed": True, "bidirectional": True}),
+        (32, 256, {"packed": True}),
+        (128, 256, {"bidirectional": True}),
+        (128, 256, {"nonlinearity": "relu", "bias": False, "batch_first": True}),
+    ],
+    ids=str,
+)
+def test_agrees_with_nn_rnn_where_onednn_multiplies(batch, hidden, options):
+    options = dict(options)
+    packed, steps = options.pop("packed", False), 9
+    torch.manual_seed(0)
+    theirs = nn.RNN(hidden, hidden, **options).double()
+    ours = Elman(hidden, hidden, backend="eager", **options)
+    theirs.load_state_dict(ours.state_dict())
+    shape = (batch, steps) if options.get("batch_first") else (steps, batch)
+    x = torch.randn(*shape, hidden)
+    lengths = torch.arange(batch) % steps + 1
+    groups = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    h0 = torch.randn(groups, batch, hidden)
+    results = []
+    for layer in (ours, theirs):
+        dtype = layer.weight_ih_l0.dtype
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (x, h0)]
+        input = leaves[0]
+        if packed:
+            input = pack_padded_sequence(input, lengths, enforce_sorted=False)
+        output, h_n = layer(input, leaves[1])
+        output = output.data if packed else output
+        upstream = torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)
+        torch.autograd.backward((output, h_n), (upstream, torch.ones_like(h_n)))
+        with torch.no_grad():
+            again, _ = layer(input, leaves[1])
+        again = again.data if packed else again
+        results.append([output, h_n, again, *(leaf.grad for leaf in (*leaves, *layer.parameters()))])
+    for own, expected in zip(*results, strict=True):
+        assert (own - expected).abs().max() <= 3e-6 * (1 + expected.abs().max())
