@@ -195,7 +195,7 @@ def sums_of_products(a: Tensor, others: list[Tensor]) -> list[Tensor]:
     a, others = a.reshape(N, P), [b.reshape(N, b.shape[2]) for b in others]
     if a.device.type != "cpu" or N < 8:
         return [a.t() @ b for b in others]
-    if P < 192 or not _onednn_pays(N * P * P, a, *others):
+    if P < 128 or not _onednn_pays(N * P * P, a, *others):
         n = N // 8
         blocks = a[: 8 * n].unflatten(0, (8, n)).transpose(1, 2)
         return [
