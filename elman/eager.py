@@ -6,8 +6,8 @@
 
 and backward, in the opposite order,
 
-    g_t = g_out_t + W_hh^T dz_{t+1}     into the memory that dz will have
-    dz_t = act'(h_t) * g_t              in place
+    g_t += W_hh^T dz_{t+1}      in place
+    dz_t = act'(h_t) * g_t      in place
 
 ("In place" but for oneDNN's product, which comes in memory of its own and is read once; and a large
 batch takes both products of a step and act as one.)
@@ -65,7 +65,7 @@ def forward(
                     if n != len(h):
                         h = h[:n] if len(h) > n else torch.cat([h, start[len(h) : n].to(compute)])
                     z = z if n == B else z[:n]
-                total = add_product(z, h, z)
+                total = add_product(z, h)
                 if total is z:
                     act_(z)
                 else:
@@ -113,8 +113,8 @@ def backward(
         output = batch.sort(output)
         g_out, g_hn = (None if g is None else batch.sort(g) for g in (g_out, g_hn))
     output = output.to(compute)
-    if g_out is None or batch is not None:
-        # With lengths, rows begin and end at any step: g_out is copied, and the products added to it.
+    if g_out is None or batch is not None or not _adds_apart(w_hh, B):
+        # The products are added to a copy of g_out, in place; with lengths, rows begin and end at any step.
         dz = torch.zeros_like(output) if g_out is None else torch.empty_like(output).copy_(g_out)
         g_out = dz
     else:
@@ -139,11 +139,11 @@ def backward(
                     if later is not None:
                         n = min(n, len(later))
                         part = dz_t[:n]
-                        added = add_product(part, later[:n], part)
+                        added = add_product(part, later[:n])
                         if added is not part:
                             part.copy_(added)
                 elif later is not None:
-                    total = add_product(total, later, dz_t)
+                    total = add_product(total, later)
                 elif g_hn is not None:
                     total = total + g_hn[d].view_as(total)
                 if tanh:
@@ -262,8 +262,8 @@ def _rows(sequence: Tensor, d: int, H: int, batch: _SortedBatch | None) -> tuple
     return (columns.squeeze(1) if columns.shape[1] == 1 and batch is None else columns).unbind(0)
 
 
-def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function add(z, h, out) that returns z + h m, in out or not, for m (H, H) and B rows of h.
+def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function add(z, h) that returns z + h m, in z's memory or not, for m (H, H) and B rows of h.
 
     The weights are laid out once for T steps. changing: B is the most rows that a step has; otherwise B = 1
     stands for vectors.
@@ -273,28 +273,34 @@ def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor, Tenso
         # Each element a dot product along contiguous memory: the other way round rounds twice as much.
         rows = m.t().contiguous()
         if m.device.type != "cpu" or H < 768 or H % BLOCKS:
-            return lambda z, h, out: torch.addmv(z, rows, h, out=out)
+            return lambda z, h: z.addmv_(rows, h)
         # A batch of blocks of rows: MKL shares a batch out over its threads, which it does badly with one
         # matrix and a vector. Each sum is the same, to the bit.
         blocks = rows.unflatten(0, (BLOCKS, -1)).transpose(1, 2)
 
-        def add(z: Tensor, h: Tensor, out: Tensor) -> Tensor:
-            z, h = z.view(BLOCKS, 1, -1), h.expand(BLOCKS, 1, H)
-            torch.baddbmm(z, h, blocks, out=out.view(BLOCKS, 1, -1))
-            return out
+        def add(z: Tensor, h: Tensor) -> Tensor:
+            z.view(BLOCKS, 1, -1).baddbmm_(h.expand(BLOCKS, 1, H), blocks)
+            return z
 
         return add
     if m.device.type != "cpu":
-        return lambda z, h, out: torch.addmm(z, h, m, out=out)
-    if ONEDNN and m.dtype == torch.float32 and H >= 256 and B * H * H >= (2**19 if H >= 384 else 2**21):
+        return lambda z, h: z.addmm_(h, m)
+    if _adds_apart(m, B):
         # A product of few rows packs the weights anew at every call, which from here on costs more
         # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
         packed = torch.ops.mkldnn._reorder_linear_weight(m.t().contiguous(), B)
-        return lambda z, h, out: _LINEAR_ADD(h, z, packed, None, "add")
+        return lambda z, h: _LINEAR_ADD(h, z, packed, None, "add")
     # A row pitch that is no power of two: a product of few rows walks down the columns of m, and with
     # a pitch of 4096 bytes every element it touches would fall into the same few cache sets.
     padded = m.new_empty(H, H + 16)[:, :H].copy_(m)
-    return lambda z, h, out: torch.addmm(z, h, padded, out=out)
+    return lambda z, h: z.addmm_(h, padded)
+
+
+def _adds_apart(m: Tensor, B: int) -> bool:
+    """Whether the sum of `_adder` for float32 m (..., H, H) is oneDNN's, in memory of its own."""
+    work, H = B * m.shape[-1] ** 2, m.shape[-1]
+    large = B > 1 and H >= 256 and work >= (2**19 if H >= 384 else 2**21)
+    return large and ONEDNN and m.device.type == "cpu" and m.dtype == torch.float32
 
 
 BLOCKS = 8  # for a vector's product; 4 and 16 are as fast on two cores
