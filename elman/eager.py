@@ -9,8 +9,7 @@ and backward, in the opposite order,
     g_t += W_hh^T dz_{t+1}      in place
     dz_t = act'(h_t) * g_t      in place
 
-("In place" but for oneDNN's product, which comes in memory of its own and is read once; and a large
-batch takes both products of a step and act as one.)
+("In place" but for oneDNN's product, which comes in memory of its own and is read once.)
 
 Rows that have ended are cut off by slicing: the batch is sorted by length first, so that a step
 computes its active rows alone. float16 and bfloat16 are computed in float32, the state being rounded
@@ -41,16 +40,18 @@ def forward(
     nonlinearity: str,
 ) -> Tensor:
     """output (T, B, D * H) of one layer; arguments as `reference.layer`'s."""
-    T, B, I = x.shape
+    T, B, _ = x.shape
     D, H, _ = w_hh.shape
     dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
     act_, act = (torch.tanh_, torch.tanh) if nonlinearity == "tanh" else (torch.relu_, _RELU)
     batch = None if lengths is None else _SortedBatch(lengths, T)
     if batch is not None:
         x, h0 = batch.sort(x), batch.sort(h0)
-    if batch is None and B >= 128 and H >= 256 and _onednn_pays(B * H * (I + H), x, h0, w_ih, w_hh):
-        return _forward_in_one(x, h0, w_ih, w_hh, bias, nonlinearity)
-    output = project(x.to(compute), w_ih.to(compute), None if bias is None else bias.to(compute))
+    w, b = w_ih.to(compute), None if bias is None else bias.to(compute)
+    if batch is None:
+        output = project(x.to(compute), w, b)
+    else:
+        output = batch.scatter(project(batch.gather(x).to(compute), w, b))
     with _threads_for(output, B * H * H):
         for d in range(D):
             rows = _rows(output, d, H, batch)
@@ -73,26 +74,7 @@ def forward(
                 if compute != dtype:
                     z.copy_(z.to(dtype))
                 h = z
-    return output.to(dtype) if batch is None else batch.unsort_(output).to(dtype)
-
-
-def _forward_in_one(
-    x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor | None, nonlinearity: str
-) -> Tensor:
-    """`forward` with one product a step, h_t = act([W_ih W_hh] [x_t h_{t-1}] + b), for large batches.
-
-    oneDNN's act is in the product, where its tanh takes a tenth of the time of MKL's, a third of a step.
-    With fewer rows the longer product and the two copies cost as much as that.
-    """
-    (T, B, _), (D, H, _) = x.shape, w_hh.shape
-    output = x.new_empty(T, B, D * H)
-    for d in range(D):
-        weights = torch.ops.mkldnn._reorder_linear_weight(torch.cat([w_ih[d], w_hh[d]], 1), B)
-        b, h, rows = None if bias is None else bias[d], h0[d], _rows(output, d, H, None)
-        for t in range(T) if d == 0 else range(T - 1, -1, -1):
-            h = _LINEAR(torch.cat([x[t], h], 1), weights, b, nonlinearity, [], "")
-            rows[t].copy_(h)
-    return output
+    return output.to(dtype) if batch is None else batch.unsort(output).to(dtype)
 
 
 def backward(
@@ -151,7 +133,7 @@ def backward(
                 else:
                     _THRESHOLD_BACKWARD(total, h_t, 0, grad_input=dz_t)
                 later = dz_t
-    return dz if batch is None else batch.unsort_(dz)
+    return dz if batch is None else batch.unsort(batch.clear_(dz))
 
 
 def step(
@@ -181,10 +163,19 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
 
 def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """a w^T + bias, for a (N, K) and w (M, K)."""
-    if _onednn_pays(a.numel() * len(w), a, w):
-        w = w if w.is_contiguous() or w.t().is_contiguous() else w.contiguous()
-        return _LINEAR(a, w, bias, "none", [], "")
-    return F.linear(a, w, bias)
+    if not _onednn_pays(a.numel() * len(w), a, w):
+        return F.linear(a, w, bias)
+    parts = _parts(a.shape[1], LONGEST // 2)
+    weights = [w[:, part].contiguous() for part in parts]
+    if len(parts) == 1:
+        return _LINEAR(a, weights[0], bias, "none", [], "")
+    out = a.new_empty(len(a), len(w))
+    for rows, into in zip(a.split(ROWS), out.split(ROWS), strict=True):  # the sums stay in cache
+        total = _LINEAR(rows[:, parts[0]], weights[0], bias, "none", [], "")
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            total = _LINEAR_ADD(rows[:, part], total, weight, None, "add")
+        into.copy_(total)
+    return out
 
 
 def sums_of_products(a: Tensor, others: list[Tensor]) -> list[Tensor]:
@@ -206,14 +197,27 @@ def sums_of_products(a: Tensor, others: list[Tensor]) -> list[Tensor]:
         ]
     # oneDNN wants a^T row by row: it is copied so once for all the products, while it is in cache. Weights
     # that are neither dense nor the transpose of dense ones it would reorder for seconds.
-    rows = max(512, P)
     sums = [a.new_zeros(P, b.shape[1]) for b in others]
-    for part, *parts in zip(a.split(rows), *(b.split(rows) for b in others), strict=True):
+    for part, *parts in zip(a.split(LONGEST), *(b.split(LONGEST) for b in others), strict=True):
         columns = part.t().contiguous()
         sums = [
             _LINEAR_ADD(columns, s, b.contiguous().t(), None, "add") for s, b in zip(sums, parts, strict=True)
         ]
     return sums
+
+
+def _parts(K: int, longest: int) -> list[slice]:
+    """K summands in as few parts of at most `longest` as there can be, alike but for the last one."""
+    count = -(-K // longest)
+    size = -(-K // (16 * count)) * 16
+    return [slice(k, min(k + size, K)) for k in range(0, K, size)]
+
+
+# oneDNN adds up to 512 products and more one after another, which rounds up to twice as much as nn.RNN does;
+# this many in one sum keep it within the 1.5 times that a backend may have. The input product, where it
+# costs little, takes half as many.
+LONGEST = 288
+ROWS = 512  # of a product in parts: its sums are then 2 MB at H = 1024
 
 
 def _onednn_pays(work: int, *tensors: Tensor) -> bool:
@@ -288,8 +292,17 @@ def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tens
     if _adds_apart(m, B):
         # A product of few rows packs the weights anew at every call, which from here on costs more
         # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
-        packed = torch.ops.mkldnn._reorder_linear_weight(m.t().contiguous(), B)
-        return lambda z, h: _LINEAR_ADD(h, z, packed, None, "add")
+        parts = _parts(H, LONGEST)
+        packed = [torch.ops.mkldnn._reorder_linear_weight(m[part].t().contiguous(), B) for part in parts]
+        if len(parts) == 1:
+            return lambda z, h: _LINEAR_ADD(h, z, packed[0], None, "add")
+
+        def add_parts(z: Tensor, h: Tensor) -> Tensor:
+            for part, weights in zip(parts, packed, strict=True):
+                z = _LINEAR_ADD(h[:, part], z, weights, None, "add")
+            return z
+
+        return add_parts
     # A row pitch that is no power of two: a product of few rows walks down the columns of m, and with
     # a pitch of 4096 bytes every element it touches would fall into the same few cache sets.
     padded = m.new_empty(H, H + 16)[:, :H].copy_(m)
@@ -328,15 +341,31 @@ class _SortedBatch:
         self.order = None if torch.equal(ordered, lengths) else order
         self.last = ordered - 1
         counts = torch.bincount(ordered, minlength=T + 1)[1:]
+        self.is_present = (torch.arange(T, device=lengths.device)[:, None] < ordered).flatten()
+        self.present = self.is_present.nonzero().squeeze(1)
         self.active: list[int] = counts.flip(0).cumsum(0).flip(0).tolist()
 
     def sort(self, tensor: Tensor) -> Tensor:
         """tensor (N, B, K) with its rows in order of falling length."""
         return tensor if self.order is None else tensor.index_select(1, self.order)
 
-    def unsort_(self, tensor: Tensor) -> Tensor:
-        """tensor (T, B, K) with its rows in the caller's order, zero past their lengths."""
-        ended = torch.arange(len(tensor), device=tensor.device)[:, None] > self.last
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Of tensor (T, B, K), sorted, what is not past its row's length: (1, N, K)."""
+        return tensor.flatten(0, 1).index_select(0, self.present).unsqueeze(0)
+
+    def scatter(self, tensor: Tensor) -> Tensor:
+        """The opposite, with zeros past the lengths."""
+        K = tensor.shape[2]
+        zeros = tensor.new_zeros(len(self.active) * len(self.last), K)
+        return zeros.index_copy_(0, self.present, tensor[0]).unflatten(0, (len(self.active), -1))
+
+    def clear_(self, tensor: Tensor) -> Tensor:
+        """tensor (T, B, K), sorted, with zeros past the lengths."""
         # By rows: a mask that is spread over them takes three times as long.
-        tensor.flatten(0, 1).index_fill_(0, ended.flatten().nonzero().squeeze(1), 0)
+        ended = (~self.is_present).nonzero().squeeze(1)
+        tensor.flatten(0, 1).index_fill_(0, ended, 0)
+        return tensor
+
+    def unsort(self, tensor: Tensor) -> Tensor:
+        """tensor (T, B, K), sorted, with its rows in the caller's order."""
         return tensor if self.order is None else tensor.index_select(1, self.order.argsort())
