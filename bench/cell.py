@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -22,7 +24,7 @@ from elman import BackendUnavailableError
 class Timing:
     """How a cell is sampled: a stopwatch, seconds per contender, rounds, warm-up seconds, time limit.
 
-    limit: a contender whose fewest rounds would take more seconds than this is not sampled.
+    limit: a contender whose fewest rounds would take more seconds than this is not sampled; but nn.RNN is.
     """
 
     stopwatch: measure.Stopwatch
@@ -50,7 +52,7 @@ def measure_cell(
     if not all(absent.values()):
         absent = {BASELINE: None, **absent}
     rows = {name: Row(workload, pass_name, name, *(absent[name] or (TIMED,))) for name in absent}
-    targets: dict[str, Target] = {}
+    built: dict[str, Contender] = {}
     raised: dict[str, Exception] = {}
     with contenders.arithmetic(workload.dtype):
         for name in (name for name in rows if not absent[name]):
@@ -61,22 +63,31 @@ def measure_cell(
                 raised[name] = error
                 continue
             if rows[name].status == TIMED:
-                targets[name] = contender.target(pass_name)
+                built[name] = contender
         say("timing")
+        targets = {name: contender.target(pass_name) for name, contender in built.items()}
         found = measure.collect(
             targets,
             timing.stopwatch,
             seconds=timing.seconds,
             min_rounds=timing.min_rounds,
             warmup=timing.warmup,
-            limit=timing.limit,
+            limits={name: timing.limit for name in targets if name != BASELINE},
         )
         chip = machine.chip_state(problem.device)  # before it cools down
         if problem.device.type == "cuda":
             for name, taken in found.samples.items():
                 say(f"cold, graph and host of {name}")
                 measure_beside(rows[name], targets[name], problem.device, len(taken))
-    for name, failure in (raised | found.errors).items():
+        for name in list(found.samples):
+            say(f"checking {name} again")
+            judge(rows[name], built[name].results(pass_name), truth, rows[BASELINE], problem)
+            if rows[name].status != TIMED:
+                rows[name].reason = f"It agreed at first, and not after all its calls. {rows[name].reason}"
+                del found.samples[name]
+    raised |= found.errors
+    for name, failure in raised.items():
+        traceback.clear_frames(failure.__traceback__)  # they hold the contender and its memory
         refused = isinstance(failure, BackendUnavailableError)
         rows[name].reason = str(failure) if refused else describe(failure)
         rows[name].status = UNAVAILABLE if refused or name in contenders.GUESTS else FAILED
@@ -90,7 +101,7 @@ def measure_cell(
         row.median_low, row.median_high = measure.median_interval(taken)
         if BASELINE in found.samples:
             row.speedup, row.speedup_low, row.speedup_high = measure.speedup(found.samples[BASELINE], taken)
-    return rows, raised | found.errors
+    return rows, raised
 
 
 def absent_rows(workload: Workload, pass_name: str, names: Iterable[str], device: torch.device) -> list[Row]:
@@ -104,12 +115,10 @@ def absent_rows(workload: Workload, pass_name: str, names: Iterable[str], device
 
 
 def check(row: Row, problem: Problem, truth: dict[str, Tensor], baseline: Row) -> Contender:
-    """The row's contender; the row gets its errors beside nn.RNN's, and whether it may be timed by them.
+    """The row's contender; the row gets what `judge` says, its route, its first call's seconds, its memory.
 
-    It also gets its route, the seconds of its first call, and its memory. baseline: nn.RNN's row, which
-    is checked first.
+    baseline: nn.RNN's row, which is checked first.
     """
-    workload = problem.workload
     row.route = contenders.route(row.contender, problem)
     start = time.perf_counter()
     contender = contenders.build(row.contender, problem)
@@ -117,6 +126,20 @@ def check(row: Row, problem: Problem, truth: dict[str, Tensor], baseline: Row) -
     if problem.device.type == "cuda":
         torch.cuda.synchronize(problem.device)
     row.first = time.perf_counter() - start
+    judge(row, results, truth, baseline, problem)
+    row.memory = extras.peak_bytes(contender.target(row.pass_name), problem.device)
+    return contender
+
+
+def judge(
+    row: Row,
+    results: dict[str, Tensor | None],
+    truth: dict[str, Tensor],
+    baseline: Row,
+    problem: Problem,
+) -> None:
+    """The row's errors beside nn.RNN's, and its status if by them it may not be timed."""
+    workload = problem.workload
     own = agreement.errors(results, truth)
     if row is baseline:
         yardstick = own
@@ -125,37 +148,34 @@ def check(row: Row, problem: Problem, truth: dict[str, Tensor], baseline: Row) -
     if not yardstick:
         row.status = FAILED
         row.reason = "nn.RNN failed on this shape and pass, so there is no error to compare with."
-        return contender
-    kinks = 0.0
+        return
     if workload.nonlinearity == "relu" and results["output"] is not None:
-        kinks = agreement.kinks(results["output"], truth["output"])
+        row.kinks = agreement.kinks(results["output"], truth["output"])
     row.errors = {key: (finite(own[key]), finite(yardstick[key])) for key in own}
+    kinks = max(0.0, row.kinks - baseline.kinks)
     verdict = agreement.judge(own, yardstick, workload.steps, problem.dtype, kinks)
     row.worst = verdict.worst
     if verdict.objection and row.contender in contenders.GUESTS:
         row.status, row.reason = LEFT_OUT, f"Too wrong to be timed. {verdict.objection}"
     elif verdict.objection:
         row.status, row.reason = WRONG, verdict.objection
-    row.memory = extras.peak_bytes(contender.target(row.pass_name), problem.device)
-    return contender
 
 
 def measure_beside(row: Row, target: Target, device: torch.device, rounds: int) -> None:
-    """The row's cold, graph and host; a graph that can't be captured leaves the reason."""
+    """The row's cold, graph and host; where one can't be had, the reason."""
     samples = min(11, max(3, rounds // 4))  # fewer where the budget has left few of the others
-    row.cold = extras.cold_seconds(target, device, samples)
-    row.host = extras.host_seconds(target, samples)
-    if row.pass_name == "backward":
-        return
     try:
-        row.graph = extras.graph_seconds(target, samples)
+        row.cold = extras.cold_seconds(target, device, samples)
+        row.host = extras.host_seconds(target, samples)
+        if row.pass_name != "backward":
+            row.graph = extras.graph_seconds(target, samples)
     except Exception as error:  # not every contender can be captured, and the row says why
-        row.reason = f"No CUDA graph: {describe(error)}"
+        row.reason = f"Not measured beside the latency: {describe(error)}"
 
 
 def describe(error: Exception) -> str:
-    """The exception's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """The exception's type and message on one line, of compilers' messages the beginning."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 500, placeholder=" ...")
 
 
 def finite(value: float) -> float | None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bench import machine, measure
 from bench import rows as records
-from bench.rows import BASELINE, FAILURES, TIMED, Key, Row, Run
+from bench.rows import BASELINE, FAILURES, TIMED, UNAVAILABLE, Key, Row, Run
 from bench.tables import digits
 from bench.workloads import PASSES
 
@@ -67,23 +67,23 @@ class Change:
 # Finding the rows
 
 
-def load(baseline: str, root: Path, machine: str, table: str) -> tuple[Run, list[Row]]:
+def load(baseline: str, root: Path, folder: str, table: str) -> tuple[Run, list[Row]]:
     """The table's run and rows in a folder with a rows.jsonl, in such a file, or in a commit.
 
     A path is looked for from the working directory, then from `root`; a commit, branch or tag in the
-    repository at `root`, where it is results/<machine>/rows.jsonl that is read. Raises ValueError with what
+    repository at `root`, where it is results/<folder>/rows.jsonl that is read. Raises ValueError with what
     was looked for and what is there.
     """
-    tables = _tables(baseline, root, machine)
+    tables = _tables(baseline, root, folder)
     if table not in tables:
         raise ValueError(f"{baseline} has no table {table!r}; it has {_listed(tables)}")
     return tables[table]
 
 
-def _tables(baseline: str, root: Path, machine: str) -> Tables:
+def _tables(baseline: str, root: Path, folder: str) -> Tables:
     path = next((path for path in (Path(baseline), root / baseline) if path.exists()), None)
     if path is None:
-        return _committed(baseline, root, machine)
+        return _committed(baseline, root, folder)
     file = path / "rows.jsonl" if path.is_dir() else path
     if not file.exists():
         inside = sorted(entry.name for entry in path.iterdir())
@@ -99,7 +99,8 @@ def _committed(commit: str, root: Path, folder: str) -> Tables:
         there = sorted(f"results/{path.parent.name}" for path in root.glob("results/*/rows.jsonl"))
         raise ValueError(
             f"{commit!r} is neither a file nor a folder nor a commit of this repository; "
-            f"expected a commit, or a folder with rows.jsonl such as {_listed(there)}"
+            "expected a commit, or a folder with rows.jsonl, such as "
+            f"{_listed(there or ['results/<machine>'])}"
         ) from None
     try:
         text = machine.git(root, "show", f"{found}:{file}")
@@ -160,6 +161,12 @@ def changes(old: list[Row], new: list[Row]) -> list[Change]:
 
 def _yardstick(key: Key) -> Key:
     return key[0], key[1], BASELINE
+
+
+def lost(old: list[Row], new: list[Row]) -> list[Row]:
+    """The new rows that can't be timed any more: they fail, or their backend is gone."""
+    before = _timed(old)
+    return [row for row in new if row.status in (*FAILURES, UNAVAILABLE) and row.key in before]
 
 
 def slower(changes: Sequence[Change], percent: float) -> list[Change]:
@@ -239,11 +246,7 @@ def report(old: tuple[Run, list[Row]], new: tuple[Run, list[Row]], percent: floa
     unjudged = len(before.keys() & now.keys()) - len(found)
     if unjudged:
         parts.append(f"{unjudged} not judged: nn.RNN was not timed beside them in both runs.")
-    parts += [
-        f"Timed before, now {row.status}: {_named(row)}. {row.reason}"
-        for row in new[1]
-        if row.status in FAILURES and row.key in before
-    ]
+    parts += [f"Timed before, now {row.status}: {_named(row)}. {row.reason}" for row in lost(old[1], new[1])]
     if percent is not None:
         beyond = slower(found, percent)
         rows = "1 row is" if len(beyond) == 1 else f"{len(beyond) or 'no'} rows are"
@@ -322,7 +325,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     except ValueError as error:
         parser.error(str(error))
     print(report(old, new, percent))
-    return int(percent is not None and bool(slower(changes(old[1], new[1]), percent)))
+    worse = percent is not None and (slower(changes(old[1], new[1]), percent) or lost(old[1], new[1]))
+    return int(bool(worse))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import os
 import time
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 
 from bench import compare, machine, page
 from bench.rows import Row, Run
-from bench.session import PLAN, ROOT, Cell, Plan, Session, describe
+from bench.session import PLAN, ROOT, Cell, Plan, Session
 from bench.workloads import PASSES, SWEEPS
 
 SESSION = pytest.StashKey[Session]()
@@ -61,6 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
             compare.parse_percent(config.getoption("fail_slower"))
             if not config.getoption("baseline"):
                 raise ValueError("--fail-slower needs --baseline, which says slower than what")
+        budget = config.getoption("budget")
+        if budget is not None and not 0 < budget < math.inf:
+            raise ValueError(f"--budget is {budget:g}; expected minutes, a number above 0")
         plan = Plan.make(**{name: config.getoption(words.get(name, name)) for name in names})
         config.stash[PLAN] = plan
         if config.getoption("baseline"):  # now, and not after an hour of measuring
@@ -114,23 +120,44 @@ def clock_time(seconds: float) -> str:
 def run(request: pytest.FixtureRequest) -> Session:
     config = request.config
     plan, progress = config.stash[PLAN], Progress(config)
-    session = Session(
-        plan,
-        selected(request.session),
-        config.getoption("results"),
-        # pytest-benchmark's own options count too: one second unless told scales the sweep's seconds.
-        scale=float(config.getoption("benchmark_max_time")),
-        min_rounds=config.getoption("benchmark_min_rounds"),
-        budget=config.getoption("budget"),
-        restart=config.getoption("restart"),
-        begin=progress.begin,
-        say=progress.say,
-        end=progress.end,
-    )
+    try:
+        alone(config.getoption("results"))
+        session = Session(
+            plan,
+            selected(request.session),
+            config.getoption("results"),
+            # pytest-benchmark's own options count too: one second unless told scales the sweep's seconds.
+            scale=float(config.getoption("benchmark_max_time")),
+            min_rounds=config.getoption("benchmark_min_rounds"),
+            budget=config.getoption("budget"),
+            restart=config.getoption("restart"),
+            begin=progress.begin,
+            say=progress.say,
+            end=progress.end,
+        )
+    except ValueError as error:  # a file that can't be read, another run
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     progress.total = session.to_measure
     progress.note = session.started
     config.stash[SESSION] = session
     return session
+
+
+def alone(results: Path) -> None:
+    """Raises ValueError if another run writes into the same folder; holds it until this process ends."""
+    if importlib.util.find_spec("fcntl") is None:  # not on Windows
+        return
+    import fcntl
+
+    results.mkdir(parents=True, exist_ok=True)
+    held = os.open(results / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"Another run writes into {results}, and two at a time would disturb each other's times. "
+            f"Wait for it, or give this one a --results of its own on another machine."
+        ) from None
 
 
 def selected(session: pytest.Session) -> dict[Cell, list[str]]:
@@ -156,18 +183,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     config, measured = session.config, session.config.stash.get(SESSION, None)
     limit = config.getoption("fail_slower")
     if measured and limit and session.exitstatus == pytest.ExitCode.OK:
-        changes = compare.changes(config.stash[BASE][1], measured.ordered())
-        if compare.slower(changes, compare.parse_percent(limit)):
+        old, new = config.stash[BASE][1], measured.ordered()
+        if compare.slower(compare.changes(old, new), compare.parse_percent(limit)) or compare.lost(old, new):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = config.stash.get(SESSION, None)
-    if session is None or not session.rows:
+    if session is None or (session.to_measure and not session.measured):  # such as --benchmark-disable
         return
     rows = session.ordered()
-    terminalreporter.section(f"{session.plan.table}: {describe(session.record)}")
+    timing = session.record["timing"]
+    terminalreporter.section(f"{session.plan.table}: {timing['clock']}, torch threads: {timing['threads']}")
     written = session.write()
     terminalreporter.write_line(page.terminal(session.record, rows))
     if BASE in config.stash:

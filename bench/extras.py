@@ -96,11 +96,14 @@ def graph_seconds(target: Target, samples: int) -> float:
     target.prepare()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        target.call()
+        results = target.call()
 
     def replay() -> None:
         for _ in range(REPLAYS):
             graph.replay()
 
     replay()
-    return statistics.median(cuda_seconds(replay) / REPLAYS for _ in range(samples))
+    taken = [cuda_seconds(replay) / REPLAYS for _ in range(samples)]
+    if not all(torch.isfinite(result).all() for result in results):  # of programs that waited in vain
+        raise ArithmeticError("its results, replayed, are not finite")
+    return statistics.median(taken)

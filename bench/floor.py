@@ -32,7 +32,7 @@ CPU_SIDES, CUDA_SIDES = (256, 512, 1024, 2048), (1024, 2048, 4096, 8192)
 #: Two lengths of a chain and of a meeting: the launch drops out of their difference.
 CHAIN_STEPS, MEETING_STEPS = (1_000, 11_000), (200, 2_200)
 #: Programs of a meeting, beside one for each multiprocessor.
-PROGRAMS = (32, 64)
+PROGRAMS = (2, 4, 8, 16, 32, 64)
 #: The seconds that calls timed together take, and how many there are at most.
 CPU_SPAN, CUDA_SPAN, MOST_CALLS = 1e-4, 5e-3, 1000
 
@@ -261,7 +261,11 @@ def _cuda_step(device: torch.device, seconds: float) -> dict[str, Any]:
     registers = getattr(properties, "regs_per_multiprocessor", 65536)
     return {
         "launch": _shortest(probes.empty, device, seconds),
-        "chain": _slope(probes.Chain(device), CHAIN_STEPS, seconds),
+        "chain": min(
+            _slope(probes.Chain(device, warps, relu), CHAIN_STEPS, seconds)
+            for warps in (1, 2)
+            for relu in (False, True)
+        ),
         "meeting": meeting,
         "on_chip": chip.shared + 4 * registers,
     }

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ Stopwatch = Callable[[Callable[[], object]], float]
 
 MIN_ROUNDS = 6  # the fewest samples whose range holds the median with 95% probability
 MAX_ROUNDS = 200
+WARM_BELOW = 0.002  # seconds
 RESAMPLES = 2000
 
 
@@ -21,7 +23,7 @@ RESAMPLES = 2000
 class Target:
     """What is timed, and what has to happen, untimed, before each sample."""
 
-    call: Callable[[], object]
+    call: Callable[[], Any]
     prepare: Callable[[], object]
 
 
@@ -60,19 +62,22 @@ def collect(
     seconds: float,
     min_rounds: int,
     warmup: float,
-    limit: float = math.inf,
+    limits: Mapping[str, float] | None = None,
 ) -> Collected:
     """Sample all targets interleaved: each round takes one sample of every target.
 
     Drift of the machine (clock, temperature, other tenants) so reaches all of them alike. The order
     rotates with every round, and its direction turns after each full turn, so that no target always
     follows the same one. Every target is warmed up for `warmup` seconds, at least once; one whose rounds,
-    the fewest that there may be, would by that take more than `limit` seconds is shed. Sampling ends
-    after `seconds` per target, but not before `min_rounds` rounds (MIN_ROUNDS at least), and after
-    MAX_ROUNDS in any case. The garbage collector is off meanwhile. What raises is dropped from the rounds.
+    the fewest that there may be, would by that take more than its limit of seconds is shed. A call of less
+    than WARM_BELOW seconds is preceded by another, untimed: a longer one has itself brought into the caches
+    most of what it finds there, a shorter one would find what other targets have left. Sampling ends after
+    `seconds` per target, but not before `min_rounds` rounds (MIN_ROUNDS at least), and after MAX_ROUNDS in
+    any case. The garbage collector is off meanwhile. What raises is dropped from the rounds.
     """
     names = list(targets)
     found = Collected({name: [] for name in targets}, {}, {})
+    warmed: set[str] = set()
     min_rounds = max(min_rounds, MIN_ROUNDS)
 
     def drop(name: str) -> None:
@@ -82,6 +87,9 @@ def collect(
     def sample(name: str) -> float:
         """Seconds of one call, infinity if it raised."""
         try:
+            if name in warmed:
+                targets[name].prepare()
+                targets[name].call()
             targets[name].prepare()
             return round(stopwatch(targets[name].call), 9)  # no clock here resolves less than a ns
         except Exception as error:  # the caller gets it
@@ -98,9 +106,11 @@ def collect(
             while name in names and (calls < 1 or time.perf_counter() - start < warmup):
                 least = min(least, sample(name))
                 calls += 1
-            if name in names and least * min_rounds > limit:
+            if name in names and least * min_rounds > (limits or {}).get(name, math.inf):
                 found.shed[name] = least
                 drop(name)
+            if least < WARM_BELOW:
+                warmed.add(name)
         start, rounds = time.perf_counter(), 0
         while names and rounds < MAX_ROUNDS:
             enough = time.perf_counter() - start >= seconds * len(names)

@@ -292,11 +292,13 @@ whole rounds; one that contains 1 is a tie. A step's microseconds are the time o
 FLOOR = """\
 The floor is the longest of three times, all measured in the same run: what has to move at least over the
 bandwidth ("memory"), the operations over the matrix rate ("matrix"), and T times the shortest possible step
-("step"). 100% of it cannot be beaten."""
+("step"). None of the contenders can beat it: on a CPU the shortest step is one torch call, on a GPU the
+smallest product on one multiprocessor, or a meeting of several in L2."""
 
 REPAID = """\
-A first call compiles and tunes. It is repaid after so many calls as make up for it against nn.RNN; "-" where
-it cost no more than ten others."""
+The first call builds the layer, and compiles and tunes what no earlier row of the same process has. It is
+repaid after so many calls as make up for it against nn.RNN; "-" where it cost no more than ten ordinary
+calls, "never" where the contender is not the faster one."""
 
 CUDA = """\
 Cold L2: the L2 cache was overwritten before each call. Graph: a replayed CUDA graph, without the cost of
@@ -377,11 +379,17 @@ def _facts(table: Table) -> list[tuple[str, str]]:
         ("threads", str(timing["threads"])),
         ("clock", timing["clock"]),
         ("cache", f"{timing['cache']}{cold}"),
-        ("sampling", f"{timing['seconds']:g} s per contender, at least {timing['min_rounds']} rounds"),
+        ("sampling", _sampling(run)),
     ]
     if run["load_average"] is not None:
         facts.append(("load average at the start", f"{run['load_average']:.2f}"))
     return facts + _measured_floor(table)
+
+
+def _sampling(run: Run) -> str:
+    timing = run["timing"]
+    text = f"{timing['seconds']:g} s per contender, at least {timing['min_rounds']} rounds"
+    return text + (f", within {run['budget']:g} minutes for all" if run.get("budget") else "")
 
 
 def _chip(rows: Sequence[Row]) -> list[tuple[str, str]]:

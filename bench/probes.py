@@ -18,8 +18,8 @@ from elman.kernels.common import INTERPRETED, activated, dot, launch_options
 from elman.kernels.errors import DeviceHangError
 from elman.kernels.resident import held
 
-#: The chain's state: 16 rows for each of two warps, the fewest that need a barrier to exchange it.
-CHAIN_SIZE, CHAIN_WARPS = 32, 2
+#: Rows of the chain's state for each of its warps: the fewest that a tensor core takes.
+CHAIN_ROWS = 16
 
 
 @triton.jit
@@ -29,9 +29,16 @@ def empty_kernel():
 
 @triton.jit(do_not_specialize=["T"])
 def chain_kernel(
-    state, weight, T, SIZE: tl.constexpr, BLOCK_B: tl.constexpr, HELD: tl.constexpr, INTERPRET: tl.constexpr
+    state,
+    weight,
+    T,
+    SIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    HELD: tl.constexpr,
+    RELU: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
-    """state (SIZE, BLOCK_B) after T steps of h = tanh(weight @ h), rounded at each, in its own memory."""
+    """state (SIZE, BLOCK_B) after T steps of h = act(weight @ h), rounded at each, in its own memory."""
     rn, rb = tl.arange(0, SIZE), tl.arange(0, BLOCK_B)
     w = tl.load(weight + rn[:, None] * SIZE + rn[None, :])
     if HELD:
@@ -40,7 +47,7 @@ def chain_kernel(
     h = tl.load(tile)
     for _ in range(T):
         product = dot(w, h, tl.zeros((SIZE, BLOCK_B), tl.float32), "ieee", INTERPRET)
-        h = activated(product, False, state.dtype.element_ty, INTERPRET)
+        h = activated(product, RELU, state.dtype.element_ty, INTERPRET)
     tl.store(tile, h)
 
 
@@ -80,9 +87,13 @@ def empty() -> None:
 
 
 class Chain:
-    """chain_kernel on numbers of its own: Chain(device)(steps) is a launch that is ready to go."""
+    """chain_kernel on numbers of its own: Chain(device)(steps) is a launch that is ready to go.
 
-    def __init__(self, device: torch.device) -> None:
+    One warp hands its state over by itself; two are the fewest that need a barrier for it.
+    """
+
+    def __init__(self, device: torch.device, warps: int = 2, relu: bool = False) -> None:
+        self.warps, self.relu = warps, relu
         generator = torch.Generator().manual_seed(0)
 
         def uniform(*shape: int) -> torch.Tensor:
@@ -90,14 +101,15 @@ class Chain:
             return values.to(device, torch.bfloat16)
 
         # AMD's matrix instructions have 16 columns, NVIDIA's 8.
-        self.state = uniform(CHAIN_SIZE, 16 if torch.version.hip else 8)
-        self.weight = uniform(CHAIN_SIZE, CHAIN_SIZE)
+        size = CHAIN_ROWS * warps
+        self.state = uniform(size, 16 if torch.version.hip else 8)
+        self.weight = uniform(size, size)
 
     def __call__(self, steps: int) -> Callable[[], object]:
         SIZE, BLOCK_B = self.state.shape
-        constants = {"SIZE": SIZE, "BLOCK_B": BLOCK_B, "INTERPRET": INTERPRETED}
+        constants = {"SIZE": SIZE, "BLOCK_B": BLOCK_B, "RELU": self.relu, "INTERPRET": INTERPRETED}
         constants["HELD"] = not (INTERPRETED or torch.version.hip)
-        options = {"num_warps": CHAIN_WARPS, "num_stages": 1, **launch_options()}
+        options = {"num_warps": self.warps, "num_stages": 1, **launch_options()}
         return lambda: chain_kernel[(1,)](self.state, self.weight, steps, **constants, **options)
 
 

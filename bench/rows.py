@@ -51,6 +51,7 @@ class Row:
     reason: str = ""
     route: str = ""  # what an Elman layer ran: backend, kernel and config
     errors: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    kinks: float = 0.0  # share of the states on the other side of relu's kink than the reference's
     worst: str = ""  # the quantity that comes nearest to its bar, or exceeds it most
     median: float | None = None
     median_low: float | None = None  # its 95% interval
@@ -116,7 +117,8 @@ def read(path: Path) -> dict[str, tuple[Run, list[Row]]]:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path.name}, line {number}, is no row of this version of the benchmarks "
-                f"({type(error).__name__}: {error}). Measure again, or read it with the commit that wrote it."
+                f"({type(error).__name__}: {error}). Move the file away and measure again, or use the commit "
+                f"that wrote it."
             ) from error
     return {table: (run, list(rows.values())) for table, (run, rows) in tables.items()}
 

@@ -7,20 +7,20 @@ import datetime
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from bench import floor, machine, measure, report
 from bench import rows as records
-from bench.cell import Timing, absent_rows, device_timing, measure_cell
-from bench.contenders import CONTENDERS, Problem
-from bench.rows import BASELINE, FAILURES, LEFT_OUT, SHED, TIMED, UNAVAILABLE, Key, Row
+from bench.cell import Timing, absent_rows, describe, device_timing, measure_cell
+from bench.contenders import CONTENDERS, Problem, absence
+from bench.rows import BASELINE, FAILED, FAILURES, LEFT_OUT, SHED, TIMED, UNAVAILABLE, Key, Row
 from bench.workloads import DTYPES, PASSES, SWEEPS, Sweep, Workload, by_hand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ class Plan:
     """What is to be measured: workloads with their dtypes, passes and contenders, under a table's name.
 
     table: the sweep's name, and whatever was asked for that is not the sweep's own, so that a part of a
-    sweep never takes the place of the whole.
+    sweep never takes the place of the whole, nor one set of shapes that of another.
     """
 
     sweep: str
@@ -67,7 +67,12 @@ class Plan:
         Raises ValueError for a word that is none, or a device or dtype that this machine hasn't.
         """
         name, chosen = ("shapes", by_hand(shapes)) if shapes else (sweep, SWEEPS[sweep])
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"--device is {device!r}; expected cpu or cuda (CUDA_VISIBLE_DEVICES chooses which)"
+            )
+        found = torch.device(device)
         if found.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device is cuda and this machine has no CUDA device; expected --device cpu")
         own_dtypes = chosen.gpu_dtypes if found.type == "cuda" else ("float32",)
@@ -83,14 +88,13 @@ class Plan:
             )
         if BASELINE not in taken["--backends"]:  # every row needs its error and its time
             taken["--backends"] = (BASELINE, *taken["--backends"])
-        suffix = [
-            "+".join(word.replace(":", "-").replace(" ", "-") for word in taken[option] if word != BASELINE)
-            for option, (_, default, _) in own.items()
-            if taken[option] != default
-        ]
+        words = [taken[option] for option, (_, default, _) in own.items() if taken[option] != default]
+        suffix = ["+".join([w for w in some if w != BASELINE] or [BASELINE]) for some in words]
+        if shapes:
+            suffix.insert(0, hashlib.sha256(repr(chosen.workloads).encode()).hexdigest()[:6])
         return cls(
             name,
-            "-".join([name, *suffix]),
+            re.sub("[: ]", "-", "-".join([name, *suffix])),
             chosen.seconds,
             found,
             tuple(dataclasses.replace(w, dtype=d) for d in taken["--dtype"] for w in chosen.workloads),
@@ -153,6 +157,7 @@ class Session:
         self.published = self.folder / "rows.jsonl"
         if self.published.exists():
             records.read(self.published)  # if that fails, then now, and not after an hour of measuring
+        self.first: dict[str, float] = {}  # seconds of the last first call of each contender
         self.rows: dict[Key, Row] = {}
         self.started = ""  # a sentence on what an unfinished run has left
         if self.journal.exists() and not restart:
@@ -178,20 +183,21 @@ class Session:
             "source": source(),
             "machine": machine.machine(device),
             "software": machine.software(device),
-            "float32": "one of the dtypes: IEEE where it says float32, TF32 where it says tf32",
+            "float32": "IEEE" if device.type == "cpu" else "IEEE in rows of float32, TF32 in rows of tf32",
             "load_average": machine.load_average(),
             "timing": {
                 "clock": "CUDA events" if device.type == "cuda" else "time.perf_counter",
                 "threads": torch.get_num_threads(),
                 "seconds": self.timing.seconds,
                 "min_rounds": self.timing.min_rounds,
-                "cache": "warm",
+                "cache": f"warm: a call below {measure.WARM_BELOW * 1e3:g} ms comes after another, untimed",
             },
             "plan": {
                 "dtypes": list(dict.fromkeys(w.dtype for w in self.plan.workloads)),
                 "passes": list(self.plan.passes),
                 "contenders": list(self.plan.contenders),
             },
+            "budget": self.budget,  # minutes; what it costs is samples, and each row says how many it has
             "floor": {},
             "partial": "",
         }
@@ -203,7 +209,11 @@ class Session:
             return
         run, rows = stored[self.plan.table]
         same = ("sweep", "source", "machine", "software", "timing", "plan")
-        differing = [key for key in same if run.get(key) != self.record[key]]
+        # nvidia-smi tells of these, if it answers.
+        unsure = {"driver", "clocks_mhz"}
+        run = {**run, "machine": {k: v for k, v in run["machine"].items() if k not in unsure}}
+        own = {k: v for k, v in self.record["machine"].items() if k not in unsure}
+        differing = [key for key in same if run.get(key) != (own if key == "machine" else self.record[key])]
         if differing:
             self.started = (
                 f"An unfinished run of {run['date']} differs in {', '.join(differing)}, so it is not gone on "
@@ -211,7 +221,8 @@ class Session:
             )
             return
         keys = set(self.plan.keys)
-        self.record, self.rows = run, {row.key: row for row in rows if row.key in keys}
+        self.record = {**self.record, "date": run["date"], "floor": run["floor"]}
+        self.rows = {row.key: row for row in rows if row.key in keys}
 
     def _settled(self, cell: Cell) -> bool:
         rows = [self.rows.get((*cell, name)) for name in self.selected[cell]]
@@ -228,43 +239,75 @@ class Session:
         workload, pass_name = cell
         dtype = "" if workload.dtype == "float32" else f"{workload.dtype} "
         self.begin(f"{workload.shape} {dtype}{PASSES[pass_name]}")
+        if not self.measured:
+            self._open()
+        rows = self._shed(cell) if time.monotonic() >= self.deadline else self._rows(cell)
+        self.first.update({row.contender: row.first for row in rows if row.first is not None})
+        self.rows.update({row.key: row for row in rows})
+        records.append(self.journal, self.plan.table, rows)
+        self.measured.add(cell)
+        self.end([row for row in rows if row.status in FAILURES])
+
+    def _open(self) -> None:
+        """Before the first cell: the floor, and the journal with what is known so far, in one move."""
         if not self.record["floor"]:
             self.say("the machine's floor")
-            self.record["floor"] = floor.measure(self.plan.device, self.record["plan"]["dtypes"])
-        if not self.measured:  # in one move: what is known so far, be it from a former run
-            self.folder.mkdir(parents=True, exist_ok=True)
-            records.write(self.journal, {self.plan.table: (self.record, list(self.rows.values()))})
-        names = self.selected[cell]
-        raised: dict[str, Exception] = {}
-        if time.monotonic() >= self.deadline:
-            reason = f"The budget of {self.budget:g} minutes was spent."
-            rows = {name: Row(workload, pass_name, name, SHED, reason) for name in names}
-        else:
+            try:
+                self.record["floor"] = floor.measure(self.plan.device, self.record["plan"]["dtypes"])
+            except Exception as error:  # the rows are worth having without; the run says that it is partial
+                self.record["no_floor"] = describe(error)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        records.write(self.journal, {self.plan.table: (self.record, list(self.rows.values()))})
+
+    def _shed(self, cell: Cell) -> list[Row]:
+        """The rows of a cell that comes too late; what a former run has of it stays."""
+        reason = f"The budget of {self.budget:g} minutes was spent."
+        return [
+            Row(*cell, name, *(absence(name, cell[0], self.plan.device) or (SHED, reason)))
+            for name in self.selected[cell]
+            if (*cell, name) not in self.rows
+        ]
+
+    def _rows(self, cell: Cell) -> list[Row]:
+        """The cell's rows, measured, and with them what a former run has of it: samples are paired."""
+        workload, pass_name = cell
+        names = [c for c in self.plan.contenders if c in self.selected[cell] or (*cell, c) in self.rows]
+        able = [name for name in names if not absence(name, workload, self.plan.device)]
+        timing = self._share(len({BASELINE, *able}))
+        late = [name for name in able if name != BASELINE and self.first.get(name, 0) > timing.limit]
+        reason = "Its last first call took {:.2g} s, more than its part of the budget."
+        rows = [Row(*cell, name, SHED, reason.format(self.first[name])) for name in late]
+        names = [name for name in names if name not in late]
+        try:
             if self.problem is None or self.problem.workload != workload:
                 self.say("reference")
                 self.problem, self.truth = None, {}  # its memory first
                 self.problem = Problem(workload, self.plan.device)
                 self.truth = self.problem.truth()
-            timing = self._share(len(names))
-            rows, raised = measure_cell(self.problem, self.truth, pass_name, names, timing, self.say)
-        self.rows.update({row.key: row for row in rows.values()})
+            found, raised = measure_cell(self.problem, self.truth, pass_name, names, timing, self.say)
+        except Exception as error:  # no contender's own: of the reference, or of the bench itself
+            found = {name: Row(*cell, name, FAILED, f"Not measured. {describe(error)}") for name in names}
+            raised = dict.fromkeys(names, error)
+            self.problem = None
         self.raised.update({(*cell, name): error for name, error in raised.items()})
-        records.append(self.journal, self.plan.table, rows.values())
-        self.measured.add(cell)
-        self.end([row for row in rows.values() if row.status in FAILURES])
+        return [*found.values(), *rows]
 
     def _share(self, contenders: int) -> Timing:
-        """This cell's part of what is left of the budget: fewer seconds first, then fewer contenders."""
+        """This cell's part of what is left of the budget: fewer seconds first, then fewer contenders.
+
+        Half of a part is for what comes before the sampling: reference, checks, warming up. A contender may
+        take more than its part, but no more than a tenth of all that is left.
+        """
         if self.budget is None:
             return self.timing
         cells = sum(cell not in self.measured and not self._settled(cell) for cell in self.selected)
-        share = max(0.0, self.deadline - time.monotonic()) / max(1, cells) / contenders
-        # Half of it is for what comes before the sampling: reference, checks, warming up.
+        left = max(0.0, self.deadline - time.monotonic())
+        part = left / max(1, cells) / contenders
         return dataclasses.replace(
             self.timing,
-            seconds=min(self.timing.seconds, share / 2),
-            warmup=min(self.timing.warmup, share / 8),
-            limit=share,
+            seconds=min(self.timing.seconds, part / 2),
+            warmup=min(self.timing.warmup, part / 8),
+            limit=max(part, left / 10),
         )
 
     def partial(self) -> str:
@@ -273,6 +316,12 @@ class Session:
         failed = sum(row.status in FAILURES for row in rows)
         shed = sum(row.status == SHED for row in rows)
         reasons = []
+        if "no_floor" in self.record:
+            reasons.append(f"there is no floor ({self.record['no_floor']})")
+        if self.timing.seconds < self.plan.seconds:
+            reasons.append(
+                f"each contender was sampled for {self.timing.seconds:g} s, not {self.plan.seconds:g}"
+            )
         if len(rows) < plan:
             reasons.append(f"{len(rows)} of {plan} rows were run")
         if shed:
@@ -323,8 +372,3 @@ def source() -> str:
     for path in sorted(files):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
-
-
-def describe(run: Mapping[str, Any]) -> str:
-    """The run's clock and threads, for a heading."""
-    return f"{run['timing']['clock']}, torch threads: {run['timing']['threads']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import platform
@@ -11,12 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import agreement, contenders, extras, measure, session
+from bench import agreement, contenders, extras, machine, measure, session
+from bench import cell as bench_cell
 from bench import rows as records
 from bench.cell import Timing, measure_cell
 from bench.contenders import AUTO, COMPILED, NAIVE, Contender, Problem
@@ -135,12 +138,30 @@ def test_a_target_too_slow_for_its_limit_is_shed_and_the_others_stay():
         return seconds[calls[-1]]
 
     targets = {n: measure.Target(lambda n=n: n, prepare=lambda: None) for n in seconds}
-    found = measure.collect(targets, stopwatch, seconds=0, min_rounds=6, warmup=0, limit=10.0)
+    limits = {"quick": 10.0, "slow": 10.0}
+    found = measure.collect(targets, stopwatch, seconds=0, min_rounds=6, warmup=0, limits=limits)
     assert found.shed == {"slow": 2.0}
     assert found.samples == {"quick": [0.001] * 6}
     assert calls.count("slow") == 1
-    found = measure.collect(targets, stopwatch, seconds=0, min_rounds=6, warmup=0, limit=12.0)
+    limits["slow"] = 12.0
+    found = measure.collect(targets, stopwatch, seconds=0, min_rounds=6, warmup=0, limits=limits)
     assert not found.shed
+
+
+def test_a_short_call_comes_after_another_untimed():
+    calls, timed = [], []
+
+    def stopwatch(call):
+        timed.append(call())
+        return {"short": 0.0001, "long": 0.1}[timed[-1]]
+
+    def target(name):
+        return measure.Target(lambda: calls.append(name) or name, prepare=lambda: None)
+
+    targets = {name: target(name) for name in ("short", "long")}
+    measure.collect(targets, stopwatch, seconds=0, min_rounds=6, warmup=0)
+    assert (timed.count("short"), timed.count("long")) == (7, 7)
+    assert (calls.count("short"), calls.count("long")) == (7 + 6, 7)
 
 
 def test_the_interval_of_a_median():
@@ -213,14 +234,16 @@ def test_a_right_contender_is_timed_beside_nn_rnn(pass_name):
         Workload(3, 40, 5, 6, nonlinearity="relu"),
         Workload(3, 1, 5, 6, cell=True, nonlinearity="relu"),
         Workload(3, 7, 5, 6, "float64"),
+        Workload(8, 32, 64, 64, "float64"),
         Workload(3, 7, 5, 6, "bfloat16"),
     ],
     ids=lambda workload: workload.id,
 )
 def test_every_form_agrees(workload, pass_name):
     rows = cell(pass_name, "eager", NAIVE, AUTO, "triton:step", workload=workload)
-    for name in (BASELINE, "eager", NAIVE):
+    for name in (BASELINE, "eager"):
         assert rows[name].status == TIMED, (name, rows[name].reason)
+    assert rows[NAIVE].status in (TIMED, LEFT_OUT), rows[NAIVE].reason  # too wrong, in 16 bits
     assert (rows[AUTO].status, rows["triton:step"].status) == (LEFT_OUT, UNAVAILABLE)
     results = 1 if workload.cell else 2
     parameters = 4 * workload.layers * (1 + workload.bidirectional)
@@ -236,6 +259,54 @@ def test_packed_rows_are_spread_as_paragraphs_are():
     assert 0.15 < sum(lengths) / 16 / 668 < 0.35
     assert min(Workload(64, 10, 4, 4, packed=True).lengths) == 1
     assert workload.flops == 2 * sum(lengths) * 4 * 8
+
+
+def test_what_was_measured_beside_stays_and_a_graph_that_fails_is_told(monkeypatch):
+    target, row = measure.Target(lambda: None, lambda: None), Row(TINY, "training", "eager", TIMED)
+    asked = []
+    monkeypatch.setattr(extras, "cold_seconds", lambda target, device, samples: asked.append(samples) or 1.0)
+    monkeypatch.setattr(extras, "host_seconds", lambda target, samples: 2.0)
+
+    def graph(target, samples):
+        raise RuntimeError("not\npermitted")
+
+    monkeypatch.setattr(extras, "graph_seconds", graph)
+    bench_cell.measure_beside(row, target, torch.device("cpu"), rounds=6)
+    bench_cell.measure_beside(row, target, torch.device("cpu"), rounds=200)
+    assert asked == [3, 11]
+    assert (row.cold, row.host, row.graph) == (1.0, 2.0, None)
+    assert row.reason == "Not measured beside the latency: RuntimeError: not permitted"
+    row = Row(TINY, "backward", "eager", TIMED)
+    bench_cell.measure_beside(row, target, torch.device("cpu"), rounds=6)
+    assert row.reason == "", "a graph of the backward pass alone is not tried"
+
+
+def test_a_contender_that_goes_wrong_while_it_is_timed_is_found(spoil):
+    calls = []
+
+    def tiring(x, h0, output, h_n):
+        calls.append(1)
+        return (output if len(calls) < 5 else output + 1), h_n
+
+    spoil(tiring)
+    row = cell("forward", "eager")["eager"]
+    assert row.status == WRONG
+    assert row.reason.startswith("It agreed at first, and not after all its calls. The error of output")
+    assert not row.samples
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_smallest_sweep_on_a_gpu(tmp_path):
+    done = pytest_bench("--sweep", "smallest", "--device", "cuda", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*/rows.jsonl")
+    ((run, rows),) = records.read(path).values()
+    assert run["device"] == "cuda"
+    timed = {row.contender: row for row in rows if row.status == TIMED and row.pass_name == "forward"}
+    assert {BASELINE, "eager", "cudnn", "triton:resident"} <= timed.keys()
+    for name in (BASELINE, "cudnn", "triton:resident"):
+        assert None not in (timed[name].cold, timed[name].host, timed[name].graph), timed[name].reason
 
 
 def test_flops_of_known_shapes():
@@ -379,8 +450,8 @@ def test_a_state_on_the_other_side_of_relus_kink_is_no_wrong_gradient():
     ref = torch.tensor([[1.0, 0.0, 2.0, 0.0]], dtype=torch.float64)
     assert agreement.kinks(ref.float(), ref) == 0
     allowed = agreement.kinks(torch.tensor([[1.0, 1e-8, 2.0, 0.0]]), ref)
-    assert allowed == 0.5
-    own, baseline = {"output": 1e-7, "d x": 0.4}, {"output": 1e-7, "d x": 1e-7}
+    assert allowed == 0.25
+    own, baseline = {"output": 1e-7, "d x": 1.4}, {"output": 1e-7, "d x": 1e-7}
     assert agreement.judge(own, baseline, 8, torch.float32).objection
     assert not agreement.judge(own, baseline, 8, torch.float32, allowed).objection
     own["output"] = 1e-3
@@ -402,13 +473,16 @@ def test_what_is_asked_for_beside_is_in_the_tables_name():
     plan = Plan.make("quick", "", "cpu", "bfloat16,float32", "training", "eager,triton:step")
     assert plan.table == "quick-float32+bfloat16-training-eager+triton-step"
     assert plan.contenders == (BASELINE, "eager", "triton:step")
+    assert Plan.make("quick", device="cpu", contenders=BASELINE).table == "quick-nn.RNN"
     assert [w.dtype for w in plan.workloads[:1] + plan.workloads[-1:]] == ["float32", "bfloat16"]
 
 
 def test_shapes_by_hand():
     plan = Plan.make(shapes="2, 3,4,5;1,1,1,1;", device="cpu")
-    assert plan.table == "shapes"
     assert plan.workloads == (Workload(2, 3, 4, 5), Workload(1, 1, 1, 1))
+    other = Plan.make(shapes="2,3,4,5", device="cpu")
+    assert re.fullmatch("shapes-[0-9a-f]{6}", plan.table)
+    assert plan.table != other.table, "one set of shapes must not take the place of another"
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "0,1,1,1", "1,2,3,4,5"])
@@ -429,6 +503,7 @@ def test_shapes_that_are_none(text):
         ),
         ("contenders", "cuda", "--backends has 'cuda'; expected one or several of nn.RNN, auto, eager"),
         ("shapes", ";", r"--shapes is empty; expected B,T,I,H"),
+        ("device", "cuda:1", "--device is 'cuda:1'; expected cpu or cuda"),
     ],
 )
 def test_a_word_that_is_none(option, words, sentence):
@@ -458,12 +533,13 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """started(**options): a session of two shapes, three contenders and one pass, in the same folder."""
     monkeypatch.setattr(session.floor, "measure", lambda device, dtypes: {})
     plan = Plan.make(shapes="2,5,3,4;2,6,3,4", device="cpu", passes="forward", contenders=f"eager,{NAIVE}")
+    plan = dataclasses.replace(plan, seconds=0.01)
 
     def start(**options) -> Session:
         cells: dict = {}
         for workload, pass_name, name in plan.keys:
             cells.setdefault((workload, pass_name), []).append(name)
-        return Session(plan, cells, tmp_path, scale=0.01, **options)
+        return Session(plan, cells, tmp_path, **options)
 
     return start
 
@@ -499,7 +575,8 @@ def test_a_run_of_other_code_or_another_machine_is_not_gone_on_with(started, key
     first = started()
     first.row(*first.plan.keys[0])
     table, (run, rows) = first.plan.table, records.read(first.journal)[first.plan.table]
-    records.write(first.journal, {table: ({**run, key: "another"}, rows)})
+    another = {"machine": {"cpu": "another"}}.get(key, "another")
+    records.write(first.journal, {table: ({**run, key: another}, rows)})
     second = started()
     assert second.to_measure == 2
     assert f"differs in {key}," in second.started
@@ -541,12 +618,94 @@ def test_a_failed_row_is_tried_again_by_the_next_run_only(started, spoil, monkey
 
 
 def test_a_spent_budget_leaves_rows_out_and_says_so(started):
-    run = started(budget=0.0)
+    run = started(budget=1.0)
+    run.deadline = time.monotonic()
     measure_all(run)
     assert {row.status for row in run.rows.values()} == {SHED}
-    assert {row.reason for row in run.rows.values()} == {"The budget of 0 minutes was spent."}
+    assert {row.reason for row in run.rows.values()} == {"The budget of 1 minutes was spent."}
     assert run.partial() == "6 rows were left out for want of time."
     assert started(budget=1.0).to_measure == 2
+
+
+def test_a_spent_budget_takes_no_row_away(started, spoil, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(contenders, "build", contenders.build)
+        spoil(lambda x, h0, output, h_n: (output + 1, h_n))
+        first = started()
+        measure_all(first)
+    second = started(budget=1.0)
+    second.deadline = time.monotonic()
+    measure_all(second)
+    assert [row.status for row in second.ordered()] == [TIMED, WRONG, TIMED] * 2
+    assert second.ordered()[0].samples == first.ordered()[0].samples
+
+
+def test_a_cell_that_is_measured_again_is_so_as_a_whole(started, spoil, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(contenders, "build", contenders.build)
+        spoil(lambda x, h0, output, h_n: (output + 1, h_n))
+        first = started()
+        measure_all(first)
+    second = started()
+    second.selected = {cell: ["eager"] for cell in second.selected}
+    second.row(*second.plan.keys[1])
+    rows = [second.rows[key] for key in second.plan.keys[:3]]
+    assert [row.status for row in rows] == [TIMED] * 3
+    assert all(row.samples != old.samples for row, old in zip(rows, first.ordered(), strict=False))
+    assert len({len(row.samples) for row in rows}) == 1, "the n-th samples of a cell belong together"
+
+
+def test_a_first_call_that_takes_the_whole_budget_is_not_made_again(started):
+    run = started(budget=1.0)
+    run.row(*run.plan.keys[0])
+    run.first["eager"] = 100.0
+    measure_all(run)
+    assert [row.status for row in run.ordered()[3:]] == [TIMED, SHED, TIMED]
+    assert "Its last first call took 1e+02 s" in run.ordered()[4].reason
+
+
+def test_what_the_reference_raises_is_a_row(started, monkeypatch):
+    def no_room(self):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Problem, "truth", no_room)
+    run = started()
+    measure_all(run)
+    assert {row.status for row in run.rows.values()} == {FAILED}
+    assert {row.reason for row in run.rows.values()} == {"Not measured. MemoryError: no room"}
+    assert len(run.raised) == 6
+
+
+def test_without_a_floor_the_rows_stay_and_the_run_is_partial(started, monkeypatch):
+    def broken(device, dtypes):
+        raise RuntimeError("the GPU is busy")
+
+    monkeypatch.setattr(session.floor, "measure", broken)
+    run = started()
+    measure_all(run)
+    assert {row.status for row in run.rows.values()} == {TIMED}
+    assert run.partial() == "there is no floor (RuntimeError: the GPU is busy)."
+
+
+def test_a_run_with_fewer_seconds_than_its_sweep_is_partial(started):
+    run = started(scale=0.5)
+    measure_all(run)
+    assert run.partial() == "each contender was sampled for 0.005 s, not 0.01."
+
+
+def test_what_a_failure_held_is_freed(started, spoil):
+    held = []
+
+    def broken(x, h0, output, h_n):
+        big = torch.zeros(1000)
+        held.append(weakref.ref(big))
+        raise RuntimeError("no")
+
+    spoil(broken)
+    run = started()
+    measure_all(run)
+    assert len(run.raised) == 2
+    assert [ref() for ref in held] == [None, None]
 
 
 def test_a_budget_takes_samples_before_rows(started):
@@ -554,8 +713,8 @@ def test_a_budget_takes_samples_before_rows(started):
     free = started().timing
     share = run._share(3)
     assert share.seconds == free.seconds, "a minute is plenty for two cells"
-    assert share.limit <= 60 / 2 / 3
-    run.deadline = run.deadline - 60 + 0.012
+    assert 9 < share.limit <= 60 / 2 / 3
+    run.deadline = run.deadline - 60 + 0.02
     hurried = run._share(3)
     assert hurried.seconds < free.seconds
     assert hurried.min_rounds == free.min_rounds
@@ -650,7 +809,7 @@ def test_everything_is_rebuilt_from_the_rows(published, tmp_path):
 
 def test_a_killed_run_is_gone_on_with(tmp_path):
     options = ["--shapes", "1,16,8,8;1,17,8,8;2,18,8,8", "--passes", "forward", "--backends", "eager"]
-    options += ["--results", str(tmp_path), "--benchmark-max-time", "0.3"]
+    options += ["--results", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-p", "no:cacheprovider", *options],
         cwd=ROOT,
@@ -676,6 +835,22 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
     ((_, after),) = records.read(stored[0].with_name("rows.jsonl")).values()
     assert [row.samples for row in after[: len(before)]] == [row.samples for row in before]
     assert len(after) == 6
+
+
+def test_a_second_run_at_the_same_time_and_rows_that_are_none_are_sentences(tmp_path):
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl = pytest.importorskip("fcntl", reason="no locks of this kind on this system")
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = pytest_bench("--sweep", "smallest", "--results", str(tmp_path))
+    assert done.returncode == 4
+    assert f"Another run writes into {tmp_path}" in done.stdout + done.stderr
+    folder = tmp_path / machine.slug(machine.machine(torch.device("cpu")))
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("what?\n")
+    done = pytest_bench("--sweep", "smallest", "--device", "cpu", "--results", str(tmp_path))
+    assert done.returncode == 4
+    assert "rows.jsonl, line 1, is no row of this version" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_slower_run_fails_where_it_is_asked_to(published, tmp_path):

@@ -1,6 +1,7 @@
 """bench/floor.py, its probes, and what bench/machine.py asks nvidia-smi."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -304,7 +305,10 @@ def test_a_slope_that_is_noise_is_refused(gpu_clock):
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize(("processors", "counts"), [(132, [32, 64, 132]), (64, [32, 64]), (24, [24])])
+@pytest.mark.parametrize(
+    ("processors", "counts"),
+    [(132, [2, 4, 8, 16, 32, 64, 132]), (64, [2, 4, 8, 16, 32, 64]), (24, [2, 4, 8, 16, 24])],
+)
 def test_a_gpu_is_measured_by_the_cheaper_meeting(processors, counts, monkeypatch):
     from bench import probes
 
@@ -320,12 +324,13 @@ def test_a_gpu_is_measured_by_the_cheaper_meeting(processors, counts, monkeypatc
             checked.append(self.ways)
 
     monkeypatch.setattr(probes, "Meeting", Meeting)
-    monkeypatch.setattr(probes, "Chain", lambda device: SimpleNamespace(seconds=0.5))
+    chains = {(1, False): 0.7, (1, True): 0.6, (2, False): 0.9, (2, True): 0.8}
+    monkeypatch.setattr(probes, "Chain", lambda device, *kind: SimpleNamespace(seconds=chains[kind]))
     monkeypatch.setattr(floor, "_slope", lambda probe, lengths, seconds: probe.seconds)
     monkeypatch.setattr(floor, "_shortest", lambda call, device, seconds: 7.0 * (call is probes.empty))
     meeting = {str(programs): 1.0 if programs == counts[-1] else 3.0 for programs in counts}
     on_chip = 232448 + 4 * 65536
-    expected = {"launch": 7.0, "chain": 0.5, "meeting": meeting, "on_chip": on_chip}
+    expected = {"launch": 7.0, "chain": 0.6, "meeting": meeting, "on_chip": on_chip}
     assert floor._cuda_step(CUDA, 0.0) == expected
     assert checked == [(programs, flag) for programs in counts for flag in (True, False)]
 
@@ -348,13 +353,16 @@ def test_this_gpu_is_measured():
 
 
 @NEEDS_TRITON
-def test_the_chain_is_a_recurrence():
+@pytest.mark.parametrize("warps", [1, 2])
+@pytest.mark.parametrize("relu", [False, True], ids=["tanh", "relu"])
+def test_the_chain_is_a_recurrence(warps, relu):
     from bench import probes
 
-    chain = probes.Chain(torch.device(DEVICE))
+    chain = probes.Chain(torch.device(DEVICE), warps, relu)
     h, w = chain.state.double(), chain.weight.double()
+    assert len(h) == 16 * warps
     for _ in range(3):
-        h = (w @ h).tanh()
+        h = (w @ h).relu() if relu else (w @ h).tanh()
     chain(3)()
     assert error(chain.state, h) <= tolerance(torch.bfloat16)
     assert chain.state.std() > 0.1
@@ -412,7 +420,8 @@ def compiled(target: str) -> list[dict]:
     triton.runtime.driver.set_active(Driver(TARGETS[target]))
     with mock.patch.object(JITFunction, "run", compile_only):
         probes.empty()
-        probes.Chain(CPU)(5)()
+        for warps, relu in itertools.product((1, 2), (False, True)):
+            probes.Chain(CPU, warps, relu)(5)()
         for flag in (True, False):
             probes.Meeting(CPU, 132, flag)(5)()
     return [
@@ -446,13 +455,15 @@ def test_the_probes_compile_for_gpus(tmp_path):
             assert kernel["spills"] == 0
             assert kernel["registers"] <= 64
             assert kernel["shared"] <= 4096
-        empty, chain, flag, counter = kernels
+        empty, *chains, flag, _ = kernels
         assert empty["instructions"] <= 8
-        assert chain["tensor"] > 2
-        assert chain["barriers"] >= 2
+        assert all(chain["tensor"] >= 1 for chain in chains)
+        assert [chain["barriers"] >= 2 for chain in chains] == [False, False, True, True], (
+            "one warp needs none"
+        )
         assert flag["barriers"] == 0
-        together = [kernel["together"] for kernel in (empty, chain, flag, counter)]
-        assert together == [False, False, True, True]
+        together = [kernel["together"] for kernel in kernels]
+        assert together == [False] * 5 + [True] * 2
 
 
 # nvidia-smi
