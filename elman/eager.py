@@ -11,8 +11,8 @@ and backward, in the opposite order,
 
 ("In place" but for oneDNN's product, which comes in memory of its own and is read once.)
 
-Rows that have ended are cut off by slicing: the batch is sorted by length first, so that a step
-computes its active rows alone. float16 and bfloat16 are computed in float32, the state being rounded
+Rows that differ in length are packed (see packing.py), so that a step computes the rows that it has and
+no others, and there is no padding. float16 and bfloat16 are computed in float32, the state being rounded
 to the storage dtype every step, exactly as `output` holds it.
 """
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import packing
 from .reference import COMPUTE
 
 
@@ -36,36 +37,32 @@ def forward(
     w_ih: Tensor,
     w_hh: Tensor,
     bias: Tensor | None,
-    lengths: Tensor | None,
+    sizes: Tensor | None,
     nonlinearity: str,
 ) -> Tensor:
-    """output (T, B, D * H) of one layer; arguments as `reference.layer`'s."""
-    T, B, _ = x.shape
+    """output (T, B, D * H) of one layer; arguments as `reference.layer`'s.
+
+    With sizes, those of a packed batch, x is (N, I) and the output (N, D * H).
+    """
+    T, B = len(x) if sizes is None else len(sizes), h0.shape[1]
     D, H, _ = w_hh.shape
     dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
     act_, act = (torch.tanh_, torch.tanh) if nonlinearity == "tanh" else (torch.relu_, _RELU)
-    batch = None if lengths is None else _SortedBatch(lengths, T)
-    if batch is not None:
-        x, h0 = batch.sort(x), batch.sort(h0)
-    w, b = w_ih.to(compute), None if bias is None else bias.to(compute)
-    if batch is None:
-        output = project(x.to(compute), w, b)
-    else:
-        output = batch.scatter(project(batch.gather(x).to(compute), w, b))
+    b = None if bias is None else bias.to(compute)
+    output = project(x.to(compute), w_ih.to(compute), b)
+    counts = None if sizes is None else sizes.tolist()
     with _threads_for(output, B * H * H):
         for d in range(D):
-            rows = _rows(output, d, H, batch)
-            h = start = h0[d, 0] if B == 1 and batch is None else h0[d]
+            rows = _rows(output, d, H, counts)
+            h = start = h0[d, 0] if B == 1 and counts is None else h0[d]
             h = h.to(compute)
-            add_product = _adder(w_hh[d].to(compute).t(), B, batch is not None)
+            add_product = _adder(w_hh[d].to(compute).t(), B, counts is not None)
             for t in range(T) if d == 0 else range(T - 1, -1, -1):
                 z = rows[t]
-                if batch is not None:
-                    n = batch.active[t]
+                if counts is not None and counts[t] != len(h):
                     # Forward, rows leave as t grows; reversed, rows of t + 1 steps begin here with h0.
-                    if n != len(h):
-                        h = h[:n] if len(h) > n else torch.cat([h, start[len(h) : n].to(compute)])
-                    z = z if n == B else z[:n]
+                    n, had = counts[t], len(h)
+                    h = h[:n] if had > n else torch.cat([h, start[had:n].to(compute)])
                 total = add_product(z, h)
                 if total is z:
                     act_(z)
@@ -74,7 +71,7 @@ def forward(
                 if compute != dtype:
                     z.copy_(z.to(dtype))
                 h = z
-    return output.to(dtype) if batch is None else batch.unsort(output).to(dtype)
+    return output.to(dtype)
 
 
 def backward(
@@ -82,58 +79,53 @@ def backward(
     g_hn: Tensor | None,
     output: Tensor,
     w_hh: Tensor,
-    lengths: Tensor | None,
+    sizes: Tensor | None,
     nonlinearity: str,
 ) -> Tensor:
-    """dz (T, B, D * H) of one layer, in the compute dtype; arguments as `reference.layer_dz`'s."""
-    T, B, _ = output.shape
+    """dz (T, B, D * H) of one layer, in the compute dtype; arguments as `reference.layer_dz`'s.
+
+    With sizes, those of a packed batch, (N, D * H), as the output and its gradient are.
+    """
+    counts = None if sizes is None else sizes.tolist()
+    T, B = output.shape[:2] if counts is None else (len(counts), counts[0])
     D, H, _ = w_hh.shape
     compute = COMPUTE.get(output.dtype, output.dtype)
     tanh = nonlinearity == "tanh"
-    batch = None if lengths is None else _SortedBatch(lengths, T)
-    if batch is not None:
-        output = batch.sort(output)
-        g_out, g_hn = (None if g is None else batch.sort(g) for g in (g_out, g_hn))
     output = output.to(compute)
-    if g_out is None or batch is not None or not _adds_apart(w_hh, B):
-        # The products are added to a copy of g_out, in place; with lengths, rows begin and end at any step.
+    if g_out is None or sizes is not None or not _adds_apart(w_hh, B):
+        # The products are added to a copy of g_out, in place; in a packed batch rows end at any step.
         dz = torch.zeros_like(output) if g_out is None else torch.empty_like(output).copy_(g_out)
         g_out = dz
     else:
         dz, g_out = torch.empty_like(output), g_out.to(compute)
     with _threads_for(dz, B * H * H):
         for d in range(D):
-            if g_hn is not None and batch is not None:
-                columns = slice(d * H, (d + 1) * H)
-                if d == 1:
-                    dz[0, :, columns] += g_hn[d]
-                else:
-                    dz[batch.last, torch.arange(B, device=dz.device), columns] += g_hn[d].to(compute)
-            h, g, out = (_rows(sequence, d, H, batch) for sequence in (output, g_out, dz))
-            add_product = _adder(w_hh[d].to(compute), B, batch is not None)
+            if g_hn is not None and sizes is not None:
+                last = packing.last(sizes, B) if d == 0 else torch.arange(B)
+                dz[:, d * H : (d + 1) * H].index_add_(0, last.to(dz.device), g_hn[d].to(compute))
+            h, g, out = (_rows(sequence, d, H, counts) for sequence in (output, g_out, dz))
+            add_product = _adder(w_hh[d].to(compute), B, counts is not None)
             later = None
             for t in range(T - 1, -1, -1) if d == 0 else range(T):
                 total, dz_t, h_t = g[t], out[t], h[t]
-                if batch is not None:
-                    n = batch.active[t]
-                    total, dz_t, h_t = total[:n], dz_t[:n], h_t[:n]
-                    # Of the rows here, those that have a later step; it may have rows that begin there.
-                    if later is not None:
-                        n = min(n, len(later))
-                        part = dz_t[:n]
-                        added = add_product(part, later[:n])
-                        if added is not part:
-                            part.copy_(added)
-                elif later is not None:
+                if later is None:
+                    if g_hn is not None and counts is None:
+                        total = total + g_hn[d].view_as(total)
+                elif counts is None or len(later) == counts[t]:
                     total = add_product(total, later)
-                elif g_hn is not None:
-                    total = total + g_hn[d].view_as(total)
+                else:
+                    # Forward, some of the rows here are at their last step; reversed, later has new ones.
+                    n = min(counts[t], len(later))
+                    part = total[:n]
+                    added = add_product(part, later[:n])
+                    if added is not part:
+                        part.copy_(added)
                 if tanh:
                     _TANH_BACKWARD(total, h_t, grad_input=dz_t)
                 else:
                     _THRESHOLD_BACKWARD(total, h_t, 0, grad_input=dz_t)
                 later = dz_t
-    return dz if batch is None else batch.unsort(batch.clear_(dz))
+    return dz
 
 
 def step(
@@ -154,11 +146,10 @@ def step(
 
 
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
-    """W_ih x + b for all steps and directions: x (T, B, I), w_ih (D, H, I) -> (T, B, D * H)."""
-    T, B, I = x.shape
-    z = product(x.reshape(T * B, I), w_ih.flatten(0, 1), None if bias is None else bias.flatten())
+    """W_ih x + b for all steps and directions: x (..., I), w_ih (D, H, I) -> (..., D * H)."""
+    z = product(x.reshape(-1, x.shape[-1]), w_ih.flatten(0, 1), None if bias is None else bias.flatten())
     # Not view: autograd would take the output for a view of this product, and forbid writing into it.
-    return torch.ops.aten._unsafe_view(z, [T, B, z.shape[1]])
+    return torch.ops.aten._unsafe_view(z, [*x.shape[:-1], z.shape[1]])
 
 
 def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -179,13 +170,13 @@ def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def sums_of_products(a: Tensor, others: list[Tensor]) -> list[Tensor]:
-    """a^T b for each b of others: a (T, B, P), b (T, B, Q), summed over T * B.
+    """a^T b for each b of others: a (..., P), b (..., Q), summed over all but P and Q.
 
     On the CPU as partial sums: one long sum in float32 rounds half as much again as nn.RNN does, which
     adds the steps' products one by one. From 128 columns on oneDNN is quicker in spite of its copy.
     """
-    P, N = a.shape[2], a.shape[0] * a.shape[1]
-    a, others = a.reshape(N, P), [b.reshape(N, b.shape[2]) for b in others]
+    a, others = a.reshape(-1, a.shape[-1]), [b.reshape(-1, b.shape[-1]) for b in others]
+    N, P = a.shape
     if a.device.type != "cpu" or N < 8:
         return [a.t() @ b for b in others]
     if P < 128 or not _onednn_pays(N * P * P, a, *others):
@@ -260,10 +251,12 @@ def _threads_for(tensor: Tensor, work: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _rows(sequence: Tensor, d: int, H: int, batch: _SortedBatch | None) -> tuple[Tensor, ...]:
-    """T views (B, H) of direction d's columns, or (H,) where the only row makes vectors of them."""
-    columns = sequence if sequence.shape[2] == H else sequence[..., d * H : (d + 1) * H]
-    return (columns.squeeze(1) if columns.shape[1] == 1 and batch is None else columns).unbind(0)
+def _rows(sequence: Tensor, d: int, H: int, counts: list[int] | None) -> tuple[Tensor, ...]:
+    """T views (rows, H) of direction d's columns, or (H,) where the only row makes vectors of them."""
+    columns = sequence if sequence.shape[-1] == H else sequence[..., d * H : (d + 1) * H]
+    if counts is not None:
+        return columns.split(counts)
+    return (columns.squeeze(1) if columns.shape[1] == 1 else columns).unbind(0)
 
 
 def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tensor]:
@@ -289,24 +282,25 @@ def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tens
         return add
     if m.device.type != "cpu":
         return lambda z, h: z.addmm_(h, m)
-    if _adds_apart(m, B):
-        # A product of few rows packs the weights anew at every call, which from here on costs more
-        # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
-        parts = _parts(H, LONGEST)
-        packed = [torch.ops.mkldnn._reorder_linear_weight(m[part].t().contiguous(), B) for part in parts]
-        if len(parts) == 1:
-            return lambda z, h: _LINEAR_ADD(h, z, packed[0], None, "add")
+    # As rows of dot products here too: the other way round, what is left of four rows rounds twice as much.
+    # Their pitch is no power of two: 4096 bytes apart, their elements would fall into the same cache sets.
+    rows = m.new_empty(H, H + 16)[:, :H].copy_(m.t())
+    columns = rows.t()
+    if not _adds_apart(m, B):
+        return lambda z, h: z.addmm_(h, columns)
+    # A product of few rows packs the weights anew at every call, which from here on costs more
+    # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
+    parts = _parts(H, LONGEST)
+    packed = [torch.ops.mkldnn._reorder_linear_weight(m[part].t().contiguous(), B) for part in parts]
 
-        def add_parts(z: Tensor, h: Tensor) -> Tensor:
-            for part, weights in zip(parts, packed, strict=True):
-                z = _LINEAR_ADD(h[:, part], z, weights, None, "add")
-            return z
+    def add_parts(z: Tensor, h: Tensor) -> Tensor:
+        if len(h) == 1:  # where all others have ended; nothing is packed for one row
+            return z.addmm_(h, columns)
+        for part, weights in zip(parts, packed, strict=True):
+            z = _LINEAR_ADD(h[:, part], z, weights, None, "add")
+        return z
 
-        return add_parts
-    # A row pitch that is no power of two: a product of few rows walks down the columns of m, and with
-    # a pitch of 4096 bytes every element it touches would fall into the same few cache sets.
-    padded = m.new_empty(H, H + 16)[:, :H].copy_(m)
-    return lambda z, h: z.addmm_(h, padded)
+    return add_parts
 
 
 def _adds_apart(m: Tensor, B: int) -> bool:
@@ -328,44 +322,3 @@ ONEDNN = (
 if ONEDNN:
     _LINEAR = torch.ops.mkldnn._linear_pointwise.default
     _LINEAR_ADD = torch.ops.mkldnn._linear_pointwise.binary
-
-
-class _SortedBatch:
-    """The rows of a batch in order of falling length, and how many of them each step has.
-
-    active: number of rows at step t; last (B,): each sorted row's own last step.
-    """
-
-    def __init__(self, lengths: Tensor, T: int) -> None:
-        ordered, order = lengths.sort(descending=True, stable=True)
-        self.order = None if torch.equal(ordered, lengths) else order
-        self.last = ordered - 1
-        counts = torch.bincount(ordered, minlength=T + 1)[1:]
-        self.is_present = (torch.arange(T, device=lengths.device)[:, None] < ordered).flatten()
-        self.present = self.is_present.nonzero().squeeze(1)
-        self.active: list[int] = counts.flip(0).cumsum(0).flip(0).tolist()
-
-    def sort(self, tensor: Tensor) -> Tensor:
-        """tensor (N, B, K) with its rows in order of falling length."""
-        return tensor if self.order is None else tensor.index_select(1, self.order)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Of tensor (T, B, K), sorted, what is not past its row's length: (1, N, K)."""
-        return tensor.flatten(0, 1).index_select(0, self.present).unsqueeze(0)
-
-    def scatter(self, tensor: Tensor) -> Tensor:
-        """The opposite, with zeros past the lengths."""
-        K = tensor.shape[2]
-        zeros = tensor.new_zeros(len(self.active) * len(self.last), K)
-        return zeros.index_copy_(0, self.present, tensor[0]).unflatten(0, (len(self.active), -1))
-
-    def clear_(self, tensor: Tensor) -> Tensor:
-        """tensor (T, B, K), sorted, with zeros past the lengths."""
-        # By rows: a mask that is spread over them takes three times as long.
-        ended = (~self.is_present).nonzero().squeeze(1)
-        tensor.flatten(0, 1).index_fill_(0, ended, 0)
-        return tensor
-
-    def unsort(self, tensor: Tensor) -> Tensor:
-        """tensor (T, B, K), sorted, with its rows in the caller's order."""
-        return tensor if self.order is None else tensor.index_select(1, self.order.argsort())

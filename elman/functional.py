@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import cudnn, eager, ops, routing
+from . import cudnn, eager, ops, packing, routing
 from .reference import ACTIVATIONS, stacked_weights
 from .routing import DTYPES
 
+Input = TypeVar("Input", Tensor, PackedSequence)
+
 
 def elman(
-    input: Tensor,
+    input: Input,
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
@@ -28,20 +32,20 @@ def elman(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     backend: str | None = None,
-    _is_padded_with_zeros: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Input, Tensor]:
     """The Elman recurrence over a whole sequence, h_t = act(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
 
-    input (T, B, I), with batch_first (B, T, I), or without a batch (T, I). hx (L * D, B, H), or
-    (L * D, H) without a batch, or None for zeros; L layers, D directions. weights is nn.RNN's flat list:
-    for each layer and direction weight_ih (H, I or D * H), weight_hh (H, H) and, with bias, bias_ih
-    (H,) and bias_hh (H,). nonlinearity "tanh" or "relu". dropout acts between layers while training.
+    input (T, B, I), with batch_first (B, T, I), without a batch (T, I), or a PackedSequence of any
+    order. hx (L * D, B, H), or (L * D, H) without a batch, or None for zeros; L layers, D directions.
+    weights is nn.RNN's flat list: for each layer and direction weight_ih (H, I or D * H), weight_hh
+    (H, H) and, with bias, bias_ih (H,) and bias_hh (H,). nonlinearity "tanh" or "relu". dropout acts
+    between layers while training.
     lengths: int64 (B,), 1 <= length <= T in any order, or None. A row stops at its length: output is
     zero past it, input past it is not read, the reversed direction begins there. backend: one of
     elman.routing.NAMES, None for "auto".
 
     dtypes: float64, float32, float16, bfloat16, all tensors alike; under autocast its dtype.
-    Returns output (T, B, D * H), laid out as the input is, and h_n, shaped as hx.
+    Returns output (T, B, D * H), of the input's kind and layout, and h_n, shaped as hx.
 
     Raises, before anything runs: TypeError or ValueError for a wrong kind, rank, dtype or option,
     RuntimeError for sizes or devices that don't fit each other, as nn.RNN does; and
@@ -56,39 +60,98 @@ def elman(
     if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
         raise TypeError(f"weights is a {type(weights).__name__}; expected a list of tensors, as nn.RNN keeps")
     weights = list(weights)
-    _check_sequence(input, hx, weights, num_layers, D, bias, batch_first)
-    input, hx, weights, plain = _prepare(input, hx, weights, ValueError)
-    batched = input.dim() == 3
-    x = input.transpose(0, 1) if batch_first and batched else input
+    packed = input if isinstance(input, PackedSequence) else None
+    if packed is not None and lengths is not None:
+        raise ValueError("lengths came with a PackedSequence, which has its own; leave them out")
+    data = input if packed is None else packed.data
+    _check_sequence(data, hx, weights, num_layers, D, bias, batch_first, packed)
+    x, hx, weights, plain = _prepare(data, hx, weights, ValueError)
+    batched = packed is not None or x.dim() == 3
     if not batched:
         x, hx = x.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
-    T, B, _ = x.shape
+    elif batch_first and packed is None:
+        x = x.transpose(0, 1)
+    B = x.shape[1] if packed is None else int(packed.batch_sizes[0])
     H = weights[1].shape[0]
     if lengths is not None:
-        lengths = _check_lengths(lengths, T, B, x.device)
-        if not _is_padded_with_zeros:
-            ended = torch.arange(T, device=x.device)[:, None] >= lengths
-            x = x.masked_fill(ended[..., None], 0)
+        lengths = _check_lengths(lengths, len(x), B, x.device)
     if hx is None:
         hx = x.new_zeros(num_layers * D, B, H)
-    route = routing.route(backend, x.device, x.dtype, H, B, D, ragged=lengths is not None)
+    ragged = packed is not None or lengths is not None
+    route = routing.route(backend, x.device, x.dtype, H, B, D, ragged=ragged)
+    options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)
     with plain:
-        if route.backend == "cudnn":
-            options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)
-            x, h_n = cudnn.elman(x, hx, weights, lengths, options)
+        if packed is not None:
+            data, h_n = _packed(packed._replace(data=x), hx, weights, route, options)
+            return packed._replace(data=data), h_n
+        if lengths is None or B == 0:
+            x, h_n = _layers(x, hx, weights, None, route, options)
         else:
-            states, precision = [], routing.float32_precision(x.device)
-            h0s = hx.split(D) if num_layers > 1 else (hx,)
-            layers = stacked_weights(weights, num_layers, D, bias)
-            for n, (h0, (w_ih, w_hh, b)) in enumerate(zip(h0s, layers, strict=True)):
-                if n and dropout:
-                    x = F.dropout(x, dropout, training)
-                x, h = ops.layer(x, h0, w_ih, w_hh, b, lengths, nonlinearity, route.kernel, precision)
-                states.append(h)
-            h_n = states[0] if num_layers == 1 else torch.cat(states)
+            x, h_n = _padded(x, hx, weights, lengths, route, options)
     if not batched:
         return x.squeeze(1), h_n.squeeze(1)
     return x.transpose(0, 1) if batch_first else x, h_n
+
+
+def _packed(
+    batch: PackedSequence,
+    hx: Tensor,
+    weights: list[Tensor],
+    route: routing.Route,
+    options: cudnn.Options,
+) -> tuple[Tensor, Tensor]:
+    """The data of the output, and h_n: packed all the way in eager, padded for the other backends."""
+    x, sizes, order, back = batch
+    if order is not None:
+        hx = hx.index_select(1, order)
+    if route.backend == "eager":
+        output, h_n = _layers(x, hx, weights, sizes, route, options)
+    else:
+        padded, lengths = pad_packed_sequence(PackedSequence(x, sizes))
+        output, h_n = _layers(padded, hx, weights, lengths.to(x.device), route, options)
+        output = pack_padded_sequence(output, lengths).data
+    return output, h_n if back is None else h_n.index_select(1, back)
+
+
+def _padded(
+    x: Tensor,
+    hx: Tensor,
+    weights: list[Tensor],
+    lengths: Tensor,
+    route: routing.Route,
+    options: cudnn.Options,
+) -> tuple[Tensor, Tensor]:
+    """The opposite: x (T, B, I) with lengths, packed for eager."""
+    T, B, _ = x.shape
+    if route.backend == "eager":
+        batch, places = packing.from_padded(x, lengths)
+        output, h_n = _packed(batch, hx, weights, route, options)
+        return packing.pad(output, places, T, B), h_n
+    ended = torch.arange(T, device=x.device)[:, None] >= lengths
+    return _layers(x.masked_fill(ended[..., None], 0), hx, weights, lengths, route, options)
+
+
+def _layers(
+    x: Tensor,
+    hx: Tensor,
+    weights: list[Tensor],
+    rows: Tensor | None,
+    route: routing.Route,
+    options: cudnn.Options,
+) -> tuple[Tensor, Tensor]:
+    """The stack, x and rows as `ops.layer` takes them."""
+    if route.backend == "cudnn":
+        return cudnn.elman(x, hx, weights, rows, options)
+    num_layers, D = options.num_layers, 1 + options.bidirectional
+    states, precision = [], routing.float32_precision(x.device)
+    h0s = hx.split(D) if num_layers > 1 else (hx,)
+    layers = stacked_weights(weights, num_layers, D, options.bias)
+    for n, (h0, (w_ih, w_hh, b)) in enumerate(zip(h0s, layers, strict=True)):
+        if n and options.dropout:
+            x = F.dropout(x, options.dropout, options.training)
+        x, h = ops.layer(x, h0, w_ih, w_hh, b, rows, options.nonlinearity, route.kernel, precision)
+        states.append(h)
+    return x, states[0] if num_layers == 1 else torch.cat(states)
 
 
 def elman_step(
@@ -155,10 +218,17 @@ def _check_sequence(
     D: int,
     bias: bool,
     batch_first: bool,
+    packed: PackedSequence | None,
 ) -> None:
     _check_tensor("input", input)
     dims = "(B, T, I)" if batch_first else "(T, B, I)"
-    if input.dim() not in (2, 3):
+    if packed is not None:
+        if input.dim() != 2:
+            raise RuntimeError(
+                f"the PackedSequence's data has {input.dim()} dimensions, shape {tuple(input.shape)}; "
+                "expected 2, (sum of the lengths, I)"
+            )
+    elif input.dim() not in (2, 3):
         raise ValueError(
             f"input has {input.dim()} dimensions, shape {tuple(input.shape)}; expected 3, {dims}, or 2 "
             "without a batch, (T, I)"
@@ -170,19 +240,19 @@ def _check_sequence(
             f"{per_group} for each of {num_layers} layers and {D} directions"
         )
     H = _check_weights(weights, input, per_group, D)
-    batched = input.dim() == 3
+    batched = packed is not None or input.dim() == 3
     if hx is not None:
-        if isinstance(hx, Tensor) and hx.dim() != input.dim():
+        if packed is None and isinstance(hx, Tensor) and hx.dim() != input.dim():
             raise RuntimeError(
                 f"hx has {hx.dim()} dimensions, shape {tuple(hx.shape)}; expected {input.dim()}, as the "
                 f"input of shape {tuple(input.shape)} has"
             )
         if batched:
-            B = input.shape[0 if batch_first else 1]
+            B = input.shape[0 if batch_first else 1] if packed is None else int(packed.batch_sizes[0])
             check_hx(hx, (groups, B, H), "(layers * directions, batch, hidden size)")
         else:
             check_hx(hx, (groups, H), "(layers * directions, hidden size)")
-    if input.shape[1 if batched and batch_first else 0] == 0:
+    if packed is None and input.shape[1 if batched and batch_first else 0] == 0:
         raise RuntimeError(
             f"input has no time steps, shape {tuple(input.shape)}; expected a sequence length of at least "
             "1: leave empty sequences out"

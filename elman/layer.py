@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from .functional import check_hx, check_option, elman, elman_step
+from .functional import Input, check_option, elman, elman_step
 from .routing import check_name
 
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
@@ -73,36 +73,12 @@ class Elman(nn.RNNBase):
         self.nonlinearity = nonlinearity
         self.backend = backend
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    def forward(self, input: Input, hx: Tensor | None = None) -> tuple[Input, Tensor]:
         """input (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence of any order.
 
         hx (L * D, B, H), (L * D, H) unbatched, or None for zeros. Returns output, of the input's kind
         with D * H in place of I, and h_n, shaped as hx.
         """
-        if not isinstance(input, PackedSequence):
-            return self._run(input, hx, self.batch_first, None)
-        if input.data.dim() != 2:
-            raise RuntimeError(
-                f"the PackedSequence's data has {input.data.dim()} dimensions, shape "
-                f"{tuple(input.data.shape)}; expected 2, (sum of the lengths, I)"
-            )
-        if hx is not None:
-            groups = self.num_layers * (2 if self.bidirectional else 1)
-            shape = (groups, int(input.batch_sizes[0]), self.hidden_size)
-            check_hx(hx, shape, "(layers * directions, batch, hidden size)")
-        padded, lengths = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
-        if hx is not None and input.sorted_indices is not None:
-            hx = hx.index_select(1, input.sorted_indices)
-        output, h_n = self._run(padded, hx, False, lengths)
-        if input.unsorted_indices is not None:
-            h_n = h_n.index_select(1, input.unsorted_indices)
-        return input._replace(data=pack_padded_sequence(output, lengths).data), h_n
-
-    def _run(
-        self, input: Tensor, hx: Tensor | None, batch_first: bool, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
         # By name and at every call: a parametrization or functional_call puts other tensors there.
         weights = [getattr(self, name) for name in self._flat_weights_names]
         return elman(
@@ -115,9 +91,7 @@ class Elman(nn.RNNBase):
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,
-            batch_first=batch_first,
-            lengths=lengths,
-            _is_padded_with_zeros=lengths is not None,  # they come from a PackedSequence
+            batch_first=self.batch_first,
             backend=self.backend,
         )
 

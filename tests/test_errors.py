@@ -360,6 +360,12 @@ FUNCTIONAL = [
         ("lengths", "4", "1 to 3"),
     ),
     (
+        "lengths with a PackedSequence",
+        lambda: elman.elman(packed(), None, W, lengths=lengths(3, 2)),
+        ValueError,
+        ("lengths", "PackedSequence", "leave them out"),
+    ),
+    (
         "lengths int32",
         lambda: elman.elman(X, None, W, lengths=lengths(1, 2, dtype=torch.int32)),
         ValueError,

@@ -569,6 +569,28 @@ def test_packed_sequence(order, given, options):
     assert_same(Packed(ours), Packed(theirs), packed.data, *hx)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_packed_sequence_has_second_and_forward_derivatives(bidirectional):
+    layer = Elman(3, 4, bidirectional=bidirectional, dtype=F64)
+    packed = pack_sequence([torch.randn(n, 3, dtype=F64) for n in (3, 1, 5, 3)], enforce_sorted=False)
+
+    def run(data, hx):
+        output, h_n = layer(packed._replace(data=data), hx)
+        return output.data, h_n
+
+    hx = torch.randn(1 + bidirectional, 4, 4, dtype=F64, requires_grad=True)
+    inputs = packed.data.clone().requires_grad_(), hx
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_lengths_of_no_rows():
+    layer = Elman(3, 4, dtype=F64)
+    none = torch.zeros(0, dtype=torch.int64)
+    output, h_n = elman.elman(sequence(B=0), None, list(layer.parameters()), lengths=none)
+    assert (output.shape, h_n.shape) == ((len(sequence()), 0, 4), (1, 0, 4))
+
+
 def test_packed_sequence_through_two_layers_of_modules():
     first, second = Elman(3, 4, bidirectional=True, dtype=F64), Elman(8, 2, dtype=F64)
     packed = pack_sequence([torch.randn(n, 3, dtype=F64) for n in (2, 4)], enforce_sorted=False)
@@ -881,24 +903,24 @@ def threads_of_a_new_thread() -> int:
     return torch.get_num_threads()
 
 
-def operands(D: int, bias: bool, lengths: bool, dtype=F64, T=3, B=2, I=3, H=4) -> list:
+def operands(D: int, bias: bool, packed: bool, dtype=F64, T=3, B=2, I=3, H=4) -> list:
     def leaf(*shape):
         return torch.randn(*shape, dtype=dtype).requires_grad_()
 
     return [
-        leaf(T, B, I),
+        leaf(T + 1, I) if packed else leaf(T, B, I),
         leaf(D, B, H),
         leaf(D, H, I),
         leaf(D, H, H),
         leaf(D, H) if bias else None,
-        torch.tensor([1, T]) if lengths else None,
+        torch.tensor([B, *[1] * (T - 1)]) if packed else None,
     ]
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("D", "bias", "lengths"), [(1, True, False), (2, False, True), (2, True, False)])
-def test_operators_pass_opcheck(D, bias, lengths, dtype):
-    args = operands(D, bias, lengths, dtype)
+@pytest.mark.parametrize(("D", "bias", "packed"), [(1, True, False), (2, False, True), (2, True, False)])
+def test_operators_pass_opcheck(D, bias, packed, dtype):
+    args = operands(D, bias, packed, dtype)
     tail = ("tanh", "eager", "ieee")
     # Dynamic shapes specialize on the loop's length; fake, schema and autograd registration are what counts.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")

@@ -1,0 +1,52 @@
+"""Packed batches of rows that differ in length, laid out as a PackedSequence's data.
+
+(N, K): the first steps of all B rows, then the second steps of those that have one, and so on; the longest
+rows come first. sizes, int64 (T,) on the CPU, is how many rows have each step: N is their sum, B the first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+def from_padded(x: Tensor, lengths: Tensor) -> tuple[PackedSequence, Tensor]:
+    """x (T, B, K), whose rows have `lengths` in any order, packed; and `places`, as `pack` takes them."""
+    T, B, _ = x.shape
+    ordered, order = lengths.sort(descending=True, stable=True)
+    there = torch.arange(T, device=x.device)[:, None] < ordered
+    places = (torch.arange(0, T * B, B, device=x.device)[:, None] + order)[there]
+    sizes = there.sum(1)[: int(ordered[0])].cpu()
+    return PackedSequence(pack(x, places), sizes, order, order.argsort()), places
+
+
+def places(sizes: Tensor, B: int) -> Tensor:
+    """Where in T * B the steps of a packed batch belong, its rows staying in their order."""
+    return (torch.arange(B) < sizes[:, None]).flatten().nonzero().squeeze(1)
+
+
+def pack(x: Tensor, places: Tensor) -> Tensor:
+    """Of x (T, B, K) the steps at `places` in T * B, (N, K)."""
+    return x.flatten(0, 1).index_select(0, places)
+
+
+def pad(data: Tensor, places: Tensor, T: int, B: int) -> Tensor:
+    """The opposite of `pack`, with zeros elsewhere."""
+    zeros = data.new_zeros(T * B, data.shape[1])
+    return zeros.index_copy_(0, places, data).unflatten(0, (T, B))
+
+
+def lengths(sizes: Tensor, B: int) -> Tensor:
+    """The rows' lengths (B,)."""
+    return len(sizes) - torch.searchsorted(sizes.flip(0), torch.arange(B), right=True)
+
+
+def last(sizes: Tensor, B: int) -> Tensor:
+    """Where in N each row's last step is, (B,)."""
+    return (sizes.cumsum(0) - sizes)[lengths(sizes, B) - 1] + torch.arange(B)
+
+
+def before(sizes: Tensor, N: int, B: int) -> Tensor:
+    """Where in N the step before each is, for those from the second on, (N - B,)."""
+    return torch.arange(B, N) - sizes[:-1].repeat_interleave(sizes[1:], output_size=N - B)
