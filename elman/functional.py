@@ -62,7 +62,7 @@ def elman(
     weights = list(weights)
     packed = input if isinstance(input, PackedSequence) else None
     if packed is not None and lengths is not None:
-        raise ValueError("lengths came with a PackedSequence, which has its own; leave them out")
+        raise ValueError("lengths came with a PackedSequence; expected None, it has its own: leave them out")
     data = input if packed is None else packed.data
     _check_sequence(data, hx, weights, num_layers, D, bias, batch_first, packed)
     x, hx, weights, plain = _prepare(data, hx, weights, ValueError)
