@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from bench import measure
-from bench.contenders import AUTO
+from bench.contenders import AUTO, PEERS_BY_NAME
 from bench.rows import BASELINE, FAILURES, LEFT_OUT, SHED, TIMED, UNAVAILABLE, Row, Run
 from bench.tables import Mean, Table, digits, judge, times
 from bench.workloads import PASSES
@@ -325,7 +325,7 @@ def markdown(run: Run, rows: Sequence[Row], pictures: Sequence[str] = (), missin
         parts += _worst(table)
     shown = [row for row in rows if row.status not in ABSENT]
     if shown:
-        parts += ["## Latency", _pipes(*_grid(_where(table) + _latency(table), shown))]
+        parts += ["## Latency", *_peers(shown), _pipes(*_grid(_where(table) + _latency(table), shown))]
     timed = [row for row in rows if row.status == TIMED]
     if timed:
         parts += ["## Work and memory", REPAID, *([CUDA] if table.cuda else [])]
@@ -442,6 +442,12 @@ def _means(table: Table) -> list[str]:
         for mean in means
     ]
     return ["## Speed against nn.RNN (above 1 is faster)", _pipes(headings, numbers, body)]
+
+
+def _peers(rows: Sequence[Row]) -> list[str]:
+    """What the reader has to know of other people's layers here."""
+    there = dict.fromkeys(row.contender for row in rows if row.contender in PEERS_BY_NAME)
+    return ["\n".join(f"- {name}: {PEERS_BY_NAME[name].differs}" for name in there)] if there else []
 
 
 def _worst(table: Table, most: int = 10) -> list[str]:

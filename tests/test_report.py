@@ -16,6 +16,7 @@ import pytest
 from bench import measure, report, tables
 from bench import page as pages
 from bench import rows as records
+from bench.peers import PEERS
 from bench.rows import BASELINE, FAILED, LEFT_OUT, SHED, TIMED, UNAVAILABLE, WRONG, Row
 from bench.workloads import Workload
 
@@ -334,6 +335,15 @@ def test_the_page_of_a_gpu():
     assert "sm 1980 MHz, temperature 56 °C, throttle none, idle no" in line_of(
         page, "B=16 T=1024 I=64 H=64", "tf32", "forward", "nn.RNN", "16.0", "0.102"
     )
+
+
+def test_the_page_says_how_the_peers_that_were_timed_differ():
+    first, second = PEERS[0], PEERS[1]
+    rows = timed(Workload(2, 5, 3, 4), "forward", {BASELINE: 2.0, first.name: 1.0})
+    rows.append(Row(rows[0].workload, "forward", second.name, UNAVAILABLE, "It is not installed."))
+    page = pages.markdown(GPU, rows)
+    assert f"- {first.name}: {first.differs}\n" in page
+    assert second.differs not in page
 
 
 def test_the_terminal_shows_it_all_within_its_width():
