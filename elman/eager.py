@@ -282,19 +282,22 @@ def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tens
         return add
     if m.device.type != "cpu":
         return lambda z, h: z.addmm_(h, m)
-    # As rows of dot products here too: the other way round, what is left of four rows rounds twice as much.
-    # Their pitch is no power of two: 4096 bytes apart, their elements would fall into the same cache sets.
-    rows = m.new_empty(H, H + 16)[:, :H].copy_(m.t())
-    columns = rows.t()
-    if not _adds_apart(m, B):
-        return lambda z, h: z.addmm_(h, columns)
+    apart = _adds_apart(m, B)
+    if changing or not apart:
+        # As dot products here too: the other way round, what is left of four rows rounds twice as much. Their
+        # pitch is no power of two: 4096 bytes apart, their elements would fall into the same cache sets.
+        columns = m.new_empty(H, H + 16)[:, :H].copy_(m.t()).t()
+        if not apart:
+            return lambda z, h: z.addmm_(h, columns)
     # A product of few rows packs the weights anew at every call, which from here on costs more
     # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
     parts = _parts(H, LONGEST)
     packed = [torch.ops.mkldnn._reorder_linear_weight(m[part].t().contiguous(), B) for part in parts]
+    if len(parts) == 1 and not changing:
+        return lambda z, h: _LINEAR_ADD(h, z, packed[0], None, "add")
 
     def add_parts(z: Tensor, h: Tensor) -> Tensor:
-        if len(h) == 1:  # where all others have ended; nothing is packed for one row
+        if changing and len(h) == 1:  # where all others have ended; nothing is packed for one row
             return z.addmm_(h, columns)
         for part, weights in zip(parts, packed, strict=True):
             z = _LINEAR_ADD(h[:, part], z, weights, None, "add")

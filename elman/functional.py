@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,44 +76,46 @@ def elman(
     if lengths is not None:
         lengths = _check_lengths(lengths, len(x), B, x.device)
     if hx is None:
-        hx = x.new_zeros(num_layers * D, B, H)
+        # Of a packed batch by its tensor: torch.jit.trace would keep a number for good.
+        rows: Any = B if packed is None else packed.batch_sizes[0]
+        hx = x.new_zeros(num_layers * D, rows, H)
     ragged = packed is not None or lengths is not None
     route = routing.route(backend, x.device, x.dtype, H, B, D, ragged=ragged)
     options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)
     with plain:
         if packed is not None:
-            data, h_n = _packed(packed._replace(data=x), hx, weights, route, options)
-            return packed._replace(data=data), h_n
+            data, h_n = _run_packed(PackedSequence(x, *packed[1:]), hx, weights, route, options)
+            return PackedSequence(data, *packed[1:]), h_n  # not _replace, which torch.compile gets wrong
         if lengths is None or B == 0:
-            x, h_n = _layers(x, hx, weights, None, route, options)
+            x, h_n = _run(x, hx, weights, None, route, options)
         else:
-            x, h_n = _padded(x, hx, weights, lengths, route, options)
+            x, h_n = _run_padded(x, hx, weights, lengths, route, options)
     if not batched:
         return x.squeeze(1), h_n.squeeze(1)
     return x.transpose(0, 1) if batch_first else x, h_n
 
 
-def _packed(
+def _run_packed(
     batch: PackedSequence,
     hx: Tensor,
     weights: list[Tensor],
     route: routing.Route,
     options: cudnn.Options,
 ) -> tuple[Tensor, Tensor]:
-    """The data of the output, and h_n: packed all the way in eager, padded for the other backends."""
+    """The output's data and h_n: packed all the way in eager, padded for the other backends."""
     x, sizes, order, back = batch
     if order is not None:
         hx = hx.index_select(1, order)
     if route.backend == "eager":
-        output, h_n = _layers(x, hx, weights, sizes, route, options)
+        output, h_n = _run(x, hx, weights, sizes, route, options)
     else:
         padded, lengths = pad_packed_sequence(PackedSequence(x, sizes))
-        output, h_n = _layers(padded, hx, weights, lengths.to(x.device), route, options)
+        output, h_n = _run(padded, hx, weights, lengths.to(x.device), route, options)
         output = pack_padded_sequence(output, lengths).data
     return output, h_n if back is None else h_n.index_select(1, back)
 
 
-def _padded(
+def _run_padded(
     x: Tensor,
     hx: Tensor,
     weights: list[Tensor],
@@ -121,27 +123,27 @@ def _padded(
     route: routing.Route,
     options: cudnn.Options,
 ) -> tuple[Tensor, Tensor]:
-    """The opposite: x (T, B, I) with lengths, packed for eager."""
+    """The output and h_n for x (T, B, I), whose rows have these lengths: packed for eager on the way."""
     T, B, _ = x.shape
     if route.backend == "eager":
         batch, places = packing.from_padded(x, lengths)
-        output, h_n = _packed(batch, hx, weights, route, options)
+        output, h_n = _run_packed(batch, hx, weights, route, options)
         return packing.pad(output, places, T, B), h_n
     ended = torch.arange(T, device=x.device)[:, None] >= lengths
-    return _layers(x.masked_fill(ended[..., None], 0), hx, weights, lengths, route, options)
+    return _run(x.masked_fill(ended[..., None], 0), hx, weights, lengths, route, options)
 
 
-def _layers(
+def _run(
     x: Tensor,
     hx: Tensor,
     weights: list[Tensor],
-    rows: Tensor | None,
+    counts: Tensor | None,
     route: routing.Route,
     options: cudnn.Options,
 ) -> tuple[Tensor, Tensor]:
-    """The stack, x and rows as `ops.layer` takes them."""
+    """The layers' output and h_n, for x and counts as `ops.layer` takes them."""
     if route.backend == "cudnn":
-        return cudnn.elman(x, hx, weights, rows, options)
+        return cudnn.elman(x, hx, weights, counts, options)
     num_layers, D = options.num_layers, 1 + options.bidirectional
     states, precision = [], routing.float32_precision(x.device)
     h0s = hx.split(D) if num_layers > 1 else (hx,)
@@ -149,7 +151,7 @@ def _layers(
     for n, (h0, (w_ih, w_hh, b)) in enumerate(zip(h0s, layers, strict=True)):
         if n and options.dropout:
             x = F.dropout(x, options.dropout, options.training)
-        x, h = ops.layer(x, h0, w_ih, w_hh, b, rows, options.nonlinearity, route.kernel, precision)
+        x, h = ops.layer(x, h0, w_ih, w_hh, b, counts, options.nonlinearity, route.kernel, precision)
         states.append(h)
     return x, states[0] if num_layers == 1 else torch.cat(states)
 
@@ -223,11 +225,7 @@ def _check_sequence(
     _check_tensor("input", input)
     dims = "(B, T, I)" if batch_first else "(T, B, I)"
     if packed is not None:
-        if input.dim() != 2:
-            raise RuntimeError(
-                f"the PackedSequence's data has {input.dim()} dimensions, shape {tuple(input.shape)}; "
-                "expected 2, (sum of the lengths, I)"
-            )
+        _check_packed(packed)
     elif input.dim() not in (2, 3):
         raise ValueError(
             f"input has {input.dim()} dimensions, shape {tuple(input.shape)}; expected 3, {dims}, or 2 "
@@ -257,6 +255,35 @@ def _check_sequence(
             f"input has no time steps, shape {tuple(input.shape)}; expected a sequence length of at least "
             "1: leave empty sequences out"
         )
+
+
+def _check_packed(packed: PackedSequence) -> None:
+    data, sizes, *orders = packed
+    if data.dim() != 2:
+        raise RuntimeError(
+            f"the PackedSequence's data has {data.dim()} dimensions, shape {tuple(data.shape)}; "
+            "expected 2, (sum of the lengths, I)"
+        )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return  # what follows looks at numbers, which a graph does not have
+    remedy = "make it with pack_sequence or pack_padded_sequence"
+    if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu" or not len(sizes):
+        raise RuntimeError(
+            f"the PackedSequence's batch_sizes is {sizes.dtype} of shape {tuple(sizes.shape)} on "
+            f"{sizes.device}; expected torch.int64 of shape (T,), T at least 1, on the CPU: {remedy}"
+        )
+    B, total = int(sizes[0]), int(sizes.sum())
+    if sizes[-1] < 1 or total != len(data) or bool((sizes.diff() > 0).any()):
+        raise RuntimeError(
+            f"the PackedSequence's batch_sizes run from {B} to {int(sizes[-1])}, {total} together; expected "
+            f"none above the one before, at least 1, and {len(data)} together, as data has rows: {remedy}"
+        )
+    for name, order in zip(("sorted_indices", "unsorted_indices"), orders, strict=True):
+        if order is not None and order.shape != (B,):
+            raise RuntimeError(
+                f"the PackedSequence's {name} has shape {tuple(order.shape)}; expected {(B,)}, as its first "
+                f"step has rows: {remedy}"
+            )
 
 
 def _check_step(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> None:

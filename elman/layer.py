@@ -193,7 +193,7 @@ class ElmanNetwork(nn.Module):
         """
         if isinstance(input, PackedSequence):
             h, h_n = self.rnn(input, hx)
-            return h._replace(data=self._read(h.data)), h_n
+            return PackedSequence(self._read(h.data), *h[1:]), h_n
         if not isinstance(input, Tensor) or input.dim() != 1:
             h, h_n = self.rnn(input, hx)
             return self._read(h), h_n

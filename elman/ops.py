@@ -3,7 +3,7 @@
     elman::layer      x, h0, weights -> output, h_n      one layer, all its directions, any kernel
     elman::layer_dz   g_out, g_hn, output, w_hh -> dz    its backward scan
 
-Where rows differ in length, `rows` is int64 and says how: the kernels take a padded x (T, B, I) and the
+Where rows differ in length, `counts` is int64 and says how: the kernels take a padded x (T, B, I) and the
 rows' lengths (B,), eager a packed x (N, I) and its sizes (T,), see packing.py; otherwise it is None.
 
 Only the scans depend on the kernel. What is left of the backward pass is products over the whole
@@ -38,24 +38,24 @@ def layer(
     w_ih: Tensor,
     w_hh: Tensor,
     bias: Tensor | None,
-    rows: Tensor | None,
+    counts: Tensor | None,
     nonlinearity: str,
     kernel: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """output (T, B, D * H), or packed, and h_n (D, B, H) of one layer, arguments as `reference.layer`'s.
 
-    rows and kernel as above; precision, "ieee", "tf32" or "tf32x3", is that of a float32 product in Triton.
+    counts and kernel as above; precision, "ieee", "tf32" or "tf32x3", is that of a float32 product in Triton.
     """
-    arguments = (x, h0, w_ih, w_hh, bias, rows, nonlinearity, kernel, precision)
+    arguments = (x, h0, w_ih, w_hh, bias, counts, nonlinearity, kernel, precision)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.elman.layer(*arguments)
     if forward_ad._current_level >= 0:
         # The operator has no forward-mode derivative, and would drop a tangent without a word.
         if x.dim() == 3:
-            return reference.layer(x, h0, w_ih, w_hh, bias, rows, nonlinearity)
-        assert rows is not None
-        x, lengths, places = _padded(x, rows, h0.shape[1])
+            return reference.layer(x, h0, w_ih, w_hh, bias, counts, nonlinearity)
+        assert counts is not None
+        x, lengths, places = _pad(x, counts, h0.shape[1])
         output, h_n = reference.layer(x, h0, w_ih, w_hh, bias, lengths, nonlinearity)
         return packing.pack(output, places), h_n
     if torch._C._are_functorch_transforms_active():
@@ -71,19 +71,19 @@ def _layer(
     w_ih: Tensor,
     w_hh: Tensor,
     bias: Tensor | None,
-    rows: Tensor | None,
+    counts: Tensor | None,
     nonlinearity: str,
     kernel: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     if kernel == "eager":
-        output = eager.forward(x, h0, w_ih, w_hh, bias, rows, nonlinearity)
+        output = eager.forward(x, h0, w_ih, w_hh, bias, counts, nonlinearity)
     else:
-        output = _scan(x, h0, w_ih, w_hh, bias, rows, nonlinearity, kernel, precision)
-    D, H, _ = w_hh.shape
-    first, last = _ends(h0.shape[1], rows, output)
-    # A copy even of one: an output may be written into.
-    return output, torch.cat([output[last][None, :, :H], output[first][None, :, H:]][:D])
+        output = _scan(x, h0, w_ih, w_hh, bias, counts, nonlinearity, kernel, precision)
+    B, (D, H, _) = h0.shape[1], w_hh.shape
+    # Reversed, the last step is the first; a copy even of one, as h_n may be written into.
+    ends = [_last(B, counts, output), *_starts(B, counts, output, 1)][:D]
+    return output, torch.cat([output[end][None, :, d * H : (d + 1) * H] for d, end in enumerate(ends)])
 
 
 def _scan(
@@ -119,20 +119,20 @@ def _layer_dz(
     g_hn: Tensor | None,
     output: Tensor,
     w_hh: Tensor,
-    rows: Tensor | None,
+    counts: Tensor | None,
     nonlinearity: str,
     kernel: str,
     precision: str,
 ) -> Tensor:
     if kernel == "eager":
-        return eager.backward(g_out, g_hn, output, w_hh, rows, nonlinearity)
+        return eager.backward(g_out, g_hn, output, w_hh, counts, nonlinearity)
     from . import choice
 
     dz = torch.empty_like(output)
-    problem = _problem(output, w_hh, rows, precision, backward=True)
+    problem = _problem(output, w_hh, counts, precision, backward=True)
     name, problem = choice.plan(kernel, problem, output.device, len(output))
     config = choice.config(name, problem, output.device)
-    _module(name).scan_backward(g_out, g_hn, output, w_hh, dz, rows, nonlinearity, precision, config)
+    _module(name).scan_backward(g_out, g_hn, output, w_hh, dz, counts, nonlinearity, precision, config)
     return dz
 
 
@@ -152,47 +152,52 @@ def _module(kernel: str) -> ModuleType:
     return importlib.import_module(f"elman.kernels.{kernel}")
 
 
-def _padded(x: Tensor, sizes: Tensor, B: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pad(x: Tensor, sizes: Tensor, B: int) -> tuple[Tensor, Tensor, Tensor]:
     """A packed x (N, K) padded, its rows' lengths, and the places of what was packed."""
     places = packing.places(sizes, B).to(x.device)
     return packing.pad(x, places, len(sizes), B), packing.lengths(sizes, B).to(x.device), places
 
 
-def _ends(B: int, rows: Tensor | None, sequence: Tensor) -> tuple[Any, Any]:
-    """What picks the rows' first steps and their last ones, (B, K), out of a sequence, padded or packed."""
-    if rows is None:
-        return 0, -1
+def _last(B: int, counts: Tensor | None, sequence: Tensor) -> Any:
+    """What picks the rows' last steps, (B, K), out of a sequence, padded or packed."""
+    if counts is None:
+        return -1
     if sequence.dim() == 2:
-        return slice(B), packing.last(rows, B).to(sequence.device)
-    return 0, (rows - 1, torch.arange(B, device=rows.device))
+        return packing.last(counts, B).to(sequence.device)
+    return counts - 1, torch.arange(B, device=counts.device)
+
+
+def _starts(B: int, counts: Tensor | None, sequence: Tensor, D: int) -> list[Any]:
+    """For each direction what picks the rows' first steps, (B, K), out of a sequence, padded or packed."""
+    first = slice(B) if sequence.dim() == 2 else 0
+    return [first, _last(B, counts, sequence)] if D == 2 else [first]
 
 
 def _neighbours(
-    B: int, rows: Tensor | None, sequence: Tensor, ends: tuple[Any, Any]
-) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]:
-    """For each direction, what picks the steps that follow another, the ones they follow, and the rest.
+    B: int, counts: Tensor | None, sequence: Tensor, starts: list[Any]
+) -> list[tuple[Any, Any, Any]]:
+    """For each direction, what picks the steps that follow another, those that they follow, and the rest.
 
     In a padded batch steps past a row's length count: of a product with them either factor is zero.
     """
     later: Any = slice(1, None)
     earlier: Any = slice(None, -1)
-    first, last = ends
-    if sequence.dim() == 3:
-        last = -1
-    else:
-        assert rows is not None
-        later, earlier = slice(B, None), packing.before(rows, len(sequence), B).to(sequence.device)
-    return (later, earlier, first), (earlier, later, last)
+    rest = [0, -1]
+    if sequence.dim() == 2:
+        assert counts is not None
+        later, earlier = slice(B, None), packing.before(counts, len(sequence), B).to(sequence.device)
+        rest = starts
+    return [(later, earlier, rest[0]), (earlier, later, rest[-1])][: len(starts)]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, h0, w_ih, w_hh, bias, rows, ctx.nonlinearity, ctx.kernel, ctx.precision = inputs
+    x, h0, w_ih, w_hh, bias, counts, ctx.nonlinearity, ctx.kernel, ctx.precision = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, w_ih, w_hh, bias, rows, output[0])
+    ctx.save_for_backward(x, h0, w_ih, w_hh, bias, counts, output[0])
 
 
 def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, h0, w_ih, w_hh, bias, rows, output = ctx.saved_tensors
+    x, h0, w_ih, w_hh, bias, counts, output = ctx.saved_tensors
     needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = ctx.needs_input_grad[:5]
     none: tuple[Tensor | None, ...] = (None,) * 9
     if g_out is None and g_hn is None:
@@ -206,20 +211,20 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
         b = None if bias is None else bias.to(compute)
         g_out, g_hn = (None if g is None else g.to(compute) for g in (g_out, g_hn))
         if x.dim() == 2:
-            g_out = None if g_out is None else _padded(g_out, rows, h0.shape[1])[0]
-            x, rows, places = _padded(x, rows, h0.shape[1])
-        output, _ = reference.layer(x, h0, w_ih, w_hh, b, rows, ctx.nonlinearity)
-        dz = reference.layer_dz(g_out, g_hn, output, w_hh, rows, ctx.nonlinearity)
+            g_out = None if g_out is None else _pad(g_out, counts, h0.shape[1])[0]
+            x, counts, places = _pad(x, counts, h0.shape[1])
+        output, _ = reference.layer(x, h0, w_ih, w_hh, b, counts, ctx.nonlinearity)
+        dz = reference.layer_dz(g_out, g_hn, output, w_hh, counts, ctx.nonlinearity)
     else:
         dz = torch.ops.elman.layer_dz(
-            g_out, g_hn, output, w_hh, rows, ctx.nonlinearity, ctx.kernel, ctx.precision
+            g_out, g_hn, output, w_hh, counts, ctx.nonlinearity, ctx.kernel, ctx.precision
         )
     compute = dz.dtype
     D, H, I = w_ih.shape
     x, h0, w_ih, w_hh, output = (t.to(compute) for t in (x, h0, w_ih, w_hh, output))
     flat, B = dz.reshape(-1, D * H), h0.shape[1]
-    ends = _ends(B, rows, dz)
-    first = [dz[end][:, d * H : (d + 1) * H] for d, end in enumerate(ends[:D])]
+    starts = _starts(B, counts, dz, D)
+    first = [dz[start][:, d * H : (d + 1) * H] for d, start in enumerate(starts)]
     dx = dh0 = dw_ih = dw_hh = db = None
     if needs_x:
         dx = eager.product(flat, w_ih.flatten(0, 1).t()).view(x.shape).to(dtype)
@@ -233,14 +238,14 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
         dw_ih = eager.sums_of_products(dz, [x])[0].view(D, H, I).to(dtype)
     if needs_w_hh or together:
         sums = []
-        for d, (rest, before, start) in enumerate(_neighbours(B, rows, dz, ends)[:D]):
+        for d, (following, before, rest) in enumerate(_neighbours(B, counts, dz, starts)):
             # h0, and the input where the direction begins, are added.
             columns = slice(d * H, (d + 1) * H)
             g = dz[..., columns]
-            others = [x[rest]] * together + [output[before][..., columns]] * needs_w_hh
-            found = eager.sums_of_products(g[rest], others)
+            others = [x[following]] * together + [output[..., columns][before]] * needs_w_hh
+            found = eager.sums_of_products(g[following], others)
             if together:
-                found[0] = torch.addmm(found[0], g[start].t(), x[start])
+                found[0] = torch.addmm(found[0], g[rest].t(), x[rest])
             if needs_w_hh:
                 found[-1] = torch.addmm(found[-1], first[d].t(), h0[d])
             sums.append(found)
@@ -273,23 +278,23 @@ class _Layer(torch.autograd.Function):
 def _register() -> torch.library.Library:
     library = torch.library.Library("elman", "DEF")
     library.define(
-        "layer(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? rows, "
+        "layer(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? counts, "
         "str nonlinearity, str kernel, str precision) -> (Tensor, Tensor)"
     )
     library.define(
-        "layer_dz(Tensor? g_out, Tensor? g_hn, Tensor output, Tensor w_hh, Tensor? rows, "
+        "layer_dz(Tensor? g_out, Tensor? g_hn, Tensor output, Tensor w_hh, Tensor? counts, "
         "str nonlinearity, str kernel, str precision) -> Tensor"
     )
     library.impl("layer", _layer, "CompositeExplicitAutograd")
     library.impl("layer_dz", _layer_dz, "CompositeExplicitAutograd")
 
     @torch.library.register_fake("elman::layer", lib=library)
-    def _(x, h0, w_ih, w_hh, bias, rows, nonlinearity, kernel, precision):
+    def _(x, h0, w_ih, w_hh, bias, counts, nonlinearity, kernel, precision):
         D, H, _ = w_hh.shape
         return x.new_empty(*x.shape[:-1], D * H), x.new_empty(h0.shape)
 
     @torch.library.register_fake("elman::layer_dz", lib=library)
-    def _(g_out, g_hn, output, w_hh, rows, nonlinearity, kernel, precision):
+    def _(g_out, g_hn, output, w_hh, counts, nonlinearity, kernel, precision):
         compute = reference.COMPUTE.get(output.dtype, output.dtype) if kernel == "eager" else output.dtype
         return output.new_empty(output.shape, dtype=compute)
 

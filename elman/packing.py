@@ -17,8 +17,8 @@ def from_padded(x: Tensor, lengths: Tensor) -> tuple[PackedSequence, Tensor]:
     ordered, order = lengths.sort(descending=True, stable=True)
     there = torch.arange(T, device=x.device)[:, None] < ordered
     places = (torch.arange(0, T * B, B, device=x.device)[:, None] + order)[there]
-    sizes = there.sum(1)[: int(ordered[0])].cpu()
-    return PackedSequence(pack(x, places), sizes, order, order.argsort()), places
+    sizes = there.sum(1).cpu()
+    return PackedSequence(pack(x, places), sizes[sizes > 0], order, order.argsort()), places
 
 
 def places(sizes: Tensor, B: int) -> Tensor:

@@ -138,6 +138,24 @@ LAYER = [
     Bad("packed size", lambda m: m(packed(I=6)), ("input", "6", "5")),
     Bad("packed float64", lambda m: m(packed(F64)), ("torch.float64", "torch.float32", ".to(")),
     Bad("packed rank", lambda m: m(BROKEN), ("PackedSequence", "3 dimensions", "expected 2")),
+    *(
+        Bad(
+            f"packed {what}",
+            lambda m, fields=fields: m(PackedSequence(*fields)),
+            ("PackedSequence", *words, "pack_sequence"),
+        )
+        for what, fields, words in (
+            ("sizes that grow", (rand(5, I), torch.tensor([2, 3])), ("run from 2 to 3", "none above")),
+            ("sizes that return", (rand(5, I), torch.tensor([2, 1, 2])), ("run from 2 to 2", "none above")),
+            ("sizes int32", (rand(2, I), torch.tensor([2], dtype=torch.int32)), ("int32", "torch.int64")),
+            ("data too short", (rand(4, I), torch.tensor([3, 2])), ("5 together", "4 together")),
+            (
+                "order too long",
+                (rand(5, I), torch.tensor([3, 2]), torch.arange(4), torch.arange(4)),
+                ("sorted_indices", "(4,)", "(3,)"),
+            ),
+        )
+    ),
     Bad("packed hx rank", lambda m: m(packed(), rand(2, H)), ("hx", "(2, 7)", "expected (1, 2, 7)")),
     Bad("packed hx batch", lambda m: m(packed(), rand(1, 3, H)), ("hx", "(1, 3, 7)", "expected (1, 2, 7)")),
     Bad("packed hx hidden", lambda m: m(packed(), rand(1, 2, 8)), ("hx", "(1, 2, 8)", "expected (1, 2, 7)")),
@@ -195,6 +213,20 @@ CELL = [
 @each(CELL)
 def test_cell(bad):
     same_mistake(bad, ElmanCell(I, H, **bad.options), nn.RNNCell(I, H, **bad.options))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes", "words"),
+    [
+        (6, [3, 2], "5 together.*6 together"),
+        (2, [2, 0], "from 2 to 0.*at least 1"),
+        (0, [], r"\(0,\).*T at least 1"),
+    ],
+)
+def test_a_packed_sequence_that_does_not_add_up(rows, sizes, words):
+    # nn.RNN leaves the rest of the data out, and stumbles over no sizes.
+    with pytest.raises(RuntimeError, match=words):
+        Elman(I, H)(PackedSequence(rand(rows, I), torch.tensor(sizes, dtype=I64)))
 
 
 # Under autocast the floating dtypes below float64 are one; nothing else may be mixed.

@@ -815,6 +815,30 @@ def test_compiled_code_follows_use_backend():
     assert_close(compiled(x)[0], expected)
 
 
+def pack(*lengths: int) -> PackedSequence:
+    return pack_sequence([torch.randn(n, 3, dtype=F64) for n in lengths], enforce_sorted=False)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=name)
+def test_compiles_with_a_packed_sequence(options):
+    ours, theirs = pair(**options)
+    compiled = torch.compile(ours, backend="aot_eager")
+    for lengths in ((3, 1, 5), (2, 4)):
+        packed = pack(*lengths)
+        (output, h_n), (expected, expected_h_n) = compiled(packed), theirs(packed)
+        assert_close(tuple(output), tuple(expected))  # all four of its fields
+        assert_close(h_n, expected_h_n)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_network_compiles_with_a_packed_sequence():
+    network, packed = ElmanNetwork(3, 4, 2, dtype=F64), pack(3, 1, 5)
+    compiled = torch.compile(network, backend="aot_eager")
+    assert_close(tuple(compiled(packed)[0]), tuple(network(packed)[0]))
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_dropout_still_drops():
     layer = revealing(Elman)
@@ -849,6 +873,25 @@ def test_traces_as_one_operator():
         traced = torch.jit.trace(ours, sequence())
         longer = torch.randn(9, *sequence().shape[1:], dtype=F64)
         assert_close(traced(longer), theirs(longer))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_a_trace_takes_other_lengths():
+    weights = [p.detach() for p in Elman(3, 4, dtype=F64).parameters()]
+
+    def packed(data, sizes):
+        return elman.elman(PackedSequence(data, sizes), None, weights)[1]
+
+    def padded(x, lengths):
+        return elman.elman(x, None, weights, lengths=lengths)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(packed, (torch.randn(4, 3, dtype=F64), torch.tensor([2, 1, 1])))
+        other = torch.randn(9, 3, dtype=F64), torch.tensor([4, 3, 2])
+        assert_close(traced(*other), packed(*other))
+        x = torch.randn(5, 3, 3, dtype=F64)
+        traced = torch.jit.trace(padded, (x, torch.tensor([3, 1, 2])))
+        assert_close(traced(x, torch.tensor([1, 5, 2])), padded(x, torch.tensor([1, 5, 2])))
 
 
 def test_functorch_derivatives():
