@@ -156,12 +156,12 @@ def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """a w^T + bias, for a (N, K) and w (M, K)."""
     if not _onednn_pays(a.numel() * len(w), a, w):
         return F.linear(a, w, bias)
-    parts = _parts(a.shape[1], LONGEST // 2)
+    parts = _parts(a.shape[1], LONGEST)
     weights = [w[:, part].contiguous() for part in parts]
     if len(parts) == 1:
         return _LINEAR(a, weights[0], bias, "none", [], "")
     out = a.new_empty(len(a), len(w))
-    for rows, into in zip(a.split(ROWS), out.split(ROWS), strict=True):  # the sums stay in cache
+    for rows, into in zip(a.split(512), out.split(512), strict=True):  # the sums stay in cache
         total = _LINEAR(rows[:, parts[0]], weights[0], bias, "none", [], "")
         for part, weight in zip(parts[1:], weights[1:], strict=True):
             total = _LINEAR_ADD(rows[:, part], total, weight, None, "add")
@@ -169,31 +169,40 @@ def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def sums_of_products(a: Tensor, others: list[Tensor]) -> list[Tensor]:
-    """a^T b for each b of others: a (..., P), b (..., Q), summed over all but P and Q.
+def sums_of_products(a: Tensor, others: list[Tensor], T: int) -> list[Tensor]:
+    """a^T b for each b of others: a (..., P), b (..., Q), summed over all but P and Q, T steps in all.
 
     On the CPU as partial sums: one long sum in float32 rounds half as much again as nn.RNN does, which
-    adds the steps' products one by one. From 128 columns on oneDNN is quicker in spite of its copy.
+    adds the steps' products one by one, and so rounds the more the more steps there are.
     """
     a, others = a.reshape(-1, a.shape[-1]), [b.reshape(-1, b.shape[-1]) for b in others]
     N, P = a.shape
     if a.device.type != "cpu" or N < 8:
         return [a.t() @ b for b in others]
-    if P < 128 or not _onednn_pays(N * P * P, a, *others):
+    long = T >= 192 and N >= 3072
+    if N * P * P < 2**24 or (P < 128 and not long) or not _onednn_pays(N * P * P, a, *others):
         n = N // 8
         blocks = a[: 8 * n].unflatten(0, (8, n)).transpose(1, 2)
         return [
             torch.bmm(blocks, b[: 8 * n].unflatten(0, (8, n))).sum(0) + a[8 * n :].t() @ b[8 * n :]
             for b in others
         ]
-    # oneDNN wants a^T row by row: it is copied so once for all the products, while it is in cache. Weights
-    # that are neither dense nor the transpose of dense ones it would reorder for seconds.
     sums = [a.new_zeros(P, b.shape[1]) for b in others]
-    for part, *parts in zip(a.split(LONGEST), *(b.split(LONGEST) for b in others), strict=True):
-        columns = part.t().contiguous()
-        sums = [
-            _LINEAR_ADD(columns, s, b.contiguous().t(), None, "add") for s, b in zip(sums, parts, strict=True)
-        ]
+    for part in _parts(N, 2048 if long else LONGEST_GRADIENT):  # few enough to stay in cache
+        rows = [b[part] for b in others]
+        if long:
+            # Its own operator for weights is the quickest, but adds some 500 products in one sum.
+            g = a[part].to_mkldnn()
+            for s, r in zip(sums, rows, strict=True):
+                s += _WEIGHTS(g, r.to_mkldnn(), s, False)[0]
+        else:
+            # It wants a^T row by row: it is copied so once for all the products. Weights that are neither
+            # dense nor the transpose of dense ones it would reorder for seconds.
+            columns = a[part].t().contiguous()
+            sums = [
+                _LINEAR_ADD(columns, s, r.contiguous().t(), None, "add")
+                for s, r in zip(sums, rows, strict=True)
+            ]
     return sums
 
 
@@ -204,11 +213,12 @@ def _parts(K: int, longest: int) -> list[slice]:
     return [slice(k, min(k + size, K)) for k in range(0, K, size)]
 
 
-# oneDNN adds up to 512 products and more one after another, which rounds up to twice as much as nn.RNN does;
-# this many in one sum keep it within the 1.5 times that a backend may have. The input product, where it
-# costs little, takes half as many.
+# oneDNN adds up to 512 products and more one after another, which rounds up to twice as much as nn.RNN does.
+# So many in one sum keep it within the 1.5 times that a backend may have: of W_ih's product, of W_hh's,
+# and of a weight's gradient over few steps.
 LONGEST = 288
-ROWS = 512  # of a product in parts: its sums are then 2 MB at H = 1024
+LONGEST_STEP = 384
+LONGEST_GRADIENT = 224
 
 
 def _onednn_pays(work: int, *tensors: Tensor) -> bool:
@@ -291,7 +301,7 @@ def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tens
             return lambda z, h: z.addmm_(h, columns)
     # A product of few rows packs the weights anew at every call, which from here on costs more
     # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
-    parts = _parts(H, LONGEST)
+    parts = _parts(H, LONGEST_STEP)
     packed = [torch.ops.mkldnn._reorder_linear_weight(m[part].t().contiguous(), B) for part in parts]
     if len(parts) == 1 and not changing:
         return lambda z, h: _LINEAR_ADD(h, z, packed[0], None, "add")
@@ -307,10 +317,14 @@ def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tens
 
 
 def _adds_apart(m: Tensor, B: int) -> bool:
-    """Whether the sum of `_adder` for float32 m (..., H, H) is oneDNN's, in memory of its own."""
-    work, H = B * m.shape[-1] ** 2, m.shape[-1]
-    large = B > 1 and H >= 256 and work >= (2**19 if H >= 384 else 2**21)
-    return large and ONEDNN and m.device.type == "cpu" and m.dtype == torch.float32
+    """Whether the sum of `_adder` for float32 m (..., H, H) is oneDNN's, in memory of its own.
+
+    Each of its calls costs as much as it gains on a million multiply-adds, and it takes one for every part
+    of H; MKL in turn is slow where W_hh is large. Measured on two cores.
+    """
+    H = m.shape[-1]
+    least = 2**22 if H <= 336 else 2**19 if H <= LONGEST_STEP else 2**23 if H < 576 else 2**20
+    return ONEDNN and B > 1 and B * H**2 >= least and m.device.type == "cpu" and m.dtype == torch.float32
 
 
 BLOCKS = 8  # for a vector's product; 4 and 16 are as fast on two cores
@@ -321,7 +335,9 @@ ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    and hasattr(torch.ops.aten, "mkldnn_linear_backward_weights")
 )
 if ONEDNN:
     _LINEAR = torch.ops.mkldnn._linear_pointwise.default
     _LINEAR_ADD = torch.ops.mkldnn._linear_pointwise.binary
+    _WEIGHTS = torch.ops.aten.mkldnn_linear_backward_weights.default

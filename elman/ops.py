@@ -222,7 +222,7 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
     compute = dz.dtype
     D, H, I = w_ih.shape
     x, h0, w_ih, w_hh, output = (t.to(compute) for t in (x, h0, w_ih, w_hh, output))
-    flat, B = dz.reshape(-1, D * H), h0.shape[1]
+    flat, T, B = dz.reshape(-1, D * H), len(dz if dz.dim() == 3 else counts), h0.shape[1]
     starts = _starts(B, counts, dz, D)
     first = [dz[start][:, d * H : (d + 1) * H] for d, start in enumerate(starts)]
     dx = dh0 = dw_ih = dw_hh = db = None
@@ -235,7 +235,7 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
     # is one product, for speed and for float16, which rounds every partial sum.
     together = needs_w_ih and dz.device.type == "cpu" and dtype == torch.float32
     if needs_w_ih and not together:
-        dw_ih = eager.sums_of_products(dz, [x])[0].view(D, H, I).to(dtype)
+        dw_ih = eager.sums_of_products(dz, [x], T)[0].view(D, H, I).to(dtype)
     if needs_w_hh or together:
         sums = []
         for d, (following, before, rest) in enumerate(_neighbours(B, counts, dz, starts)):
@@ -243,7 +243,7 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
             columns = slice(d * H, (d + 1) * H)
             g = dz[..., columns]
             others = [x[following]] * together + [output[..., columns][before]] * needs_w_hh
-            found = eager.sums_of_products(g[following], others)
+            found = eager.sums_of_products(g[following], others, T)
             if together:
                 found[0] = torch.addmm(found[0], g[rest].t(), x[rest])
             if needs_w_hh:
