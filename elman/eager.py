@@ -103,7 +103,8 @@ def backward(
             if g_hn is not None and sizes is not None:
                 last = packing.last(sizes, B) if d == 0 else torch.arange(B)
                 dz[:, d * H : (d + 1) * H].index_add_(0, last.to(dz.device), g_hn[d].to(compute))
-            h, g, out = (_rows(sequence, d, H, counts) for sequence in (output, g_out, dz))
+            h, out = (_rows(sequence, d, H, counts) for sequence in (output, dz))
+            g = out if g_out is dz else _rows(g_out, d, H, counts)
             add_product = _adder(w_hh[d].to(compute), B, counts is not None)
             later = None
             for t in range(T - 1, -1, -1) if d == 0 else range(T):
@@ -188,7 +189,7 @@ def sums_of_products(a: Tensor, others: list[Tensor], T: int) -> list[Tensor]:
             for b in others
         ]
     sums = [a.new_zeros(P, b.shape[1]) for b in others]
-    for part in _parts(N, 2048 if long else LONGEST_GRADIENT):  # few enough to stay in cache
+    for part in _parts(N, max(1024, 2**19 // P) if long else LONGEST_GRADIENT):  # 2 MB stay in cache
         rows = [b[part] for b in others]
         if long:
             # Its own operator for weights is the quickest, but adds some 500 products in one sum.

@@ -1132,22 +1132,25 @@ def test_network_passes_its_options_on():
         (16, 384, {"num_layers": 2, "bidirectional": True}),
         (16, 384, {"nonlinearity": "relu", "bias": False, "batch_first": True}),
         (16, 384, {"packed": True, "bidirectional": True}),
-        (32, 256, {"packed": True}),
+        (32, 768, {"packed": True}),
+        (32, 512, {}),
         (128, 256, {"bidirectional": True}),
+        (16, 128, {"bidirectional": True, "steps": 200}),
+        (40, 128, {"packed": True, "steps": 200}),
         (128, 256, {"nonlinearity": "relu", "bias": False, "batch_first": True}),
     ],
     ids=str,
 )
 def test_agrees_with_nn_rnn_where_onednn_multiplies(batch, hidden, options):
     options = dict(options)
-    packed, steps = options.pop("packed", False), 9
+    packed, steps = options.pop("packed", False), options.pop("steps", 9)
     torch.manual_seed(0)
     theirs = nn.RNN(hidden, hidden, **options).double()
     ours = Elman(hidden, hidden, backend="eager", **options)
     theirs.load_state_dict(ours.state_dict())
     shape = (batch, steps) if options.get("batch_first") else (steps, batch)
     x = torch.randn(*shape, hidden)
-    lengths = torch.arange(batch) % steps + 1
+    lengths = steps - torch.arange(batch) % steps
     groups = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
     h0 = torch.randn(groups, batch, hidden)
     results = []
@@ -1166,4 +1169,4 @@ def test_agrees_with_nn_rnn_where_onednn_multiplies(batch, hidden, options):
         again = again.data if packed else again
         results.append([output, h_n, again, *(leaf.grad for leaf in (*leaves, *layer.parameters()))])
     for own, expected in zip(*results, strict=True):
-        assert (own - expected).abs().max() <= 3e-6 * (1 + expected.abs().max())
+        assert (own - expected).abs().max() <= 1e-6 * steps**0.5 * (1 + expected.abs().max())
