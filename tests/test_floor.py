@@ -258,6 +258,20 @@ def test_products_are_of_their_own_arithmetic(before, monkeypatch):
     ]
 
 
+@pytest.mark.skipif(not eager.ONEDNN, reason="torch has no oneDNN here")
+@pytest.mark.parametrize("seconds", [(2.0, 1.0), (1.0, 2.0)])
+def test_a_cpus_rate_is_that_of_the_quicker_library(seconds, monkeypatch):
+    taken = list(seconds)
+
+    def shortest(way, device, span):
+        way()
+        return taken.pop(0)
+
+    monkeypatch.setattr(floor, "_shortest", shortest)
+    assert floor._matrix(CPU, ["float32"], (4,), 0.0) == {"float32": 2 * 4**3 / 1.0}
+    assert not taken
+
+
 @pytest.mark.parametrize(("tf32", "float32"), [(300.0, 100.0), (90.0, 60.0)])
 def test_float32_is_at_least_a_third_of_tf32(tf32, float32, monkeypatch):
     """That is how the kernels make it where the chip has tensor cores, also in a run without tf32 rows."""
