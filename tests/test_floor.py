@@ -16,6 +16,7 @@ import torch
 
 from bench import floor, machine
 from bench.workloads import PASSES, SWEEPS, Workload
+from elman import eager
 from tests.helpers import DEVICE, error
 from tests.machines import simulate_gpu
 from tests.tolerances import tolerance
