@@ -293,7 +293,7 @@ def test_products_grow_while_there_is_time(monkeypatch):
         return side**3 * 1e-9
 
     monkeypatch.setattr(floor, "_shortest", product)
-    assert floor._flops_a_second(CPU, "float32", (64, 32, 16), 1e-4) == pytest.approx(2e9)
+    assert floor._flops_a_second(CPU, "float64", (64, 32, 16), 1e-4) == pytest.approx(2e9)
     assert sides == [16, 32]  # 64 would take 262 microseconds
 
 
