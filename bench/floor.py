@@ -201,11 +201,19 @@ def _bytes_a_second(size: int, device: torch.device, seconds: float) -> float:
 def _matrix(
     device: torch.device, dtypes: Sequence[str], sides: Sequence[int], seconds: float
 ) -> dict[str, float]:
-    """Flop a second by dtype. On CUDA a third of tf32's will do for float32: tf32x3 is three of these."""
+    """Flop a second by dtype.
+
+    On CUDA a third of tf32's will do for float32: tf32x3 is three of these. On a CPU 16 bits can also be
+    multiplied in float32, as eager does.
+    """
     found = {dtype: _flops_a_second(device, dtype, sides, seconds) for dtype in dtypes}
     if device.type == "cuda" and "float32" in found:
         tf32 = found.get("tf32") or _flops_a_second(device, "tf32", sides, seconds)
         found["float32"] = max(found["float32"], tf32 / 3)
+    if device.type == "cpu" and ("float16" in found or "bfloat16" in found):
+        float32 = found.get("float32") or _flops_a_second(device, "float32", sides, seconds)
+        for dtype in found.keys() & {"float16", "bfloat16"}:
+            found[dtype] = max(found[dtype], float32)
     return found
 
 
@@ -222,7 +230,7 @@ def _flops_a_second(device: torch.device, dtype: str, sides: Sequence[int], seco
         a, b, out = torch.rand(3, side, side, device=device).to(_storage(dtype))
         ways: list[Callable[[], object]] = [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]  # type: ignore[misc]
         if device.type == "cpu" and dtype == "float32" and eager.ONEDNN:
-            ways.append(lambda a=a, b=b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))  # type: ignore[misc]
+            ways.append(lambda a=a, b=b: eager.LINEAR(a, b, None, "none", [], ""))  # type: ignore[misc]
         with _tf32(dtype == "tf32"):
             taken = min(_shortest(way, device, seconds) for way in ways)
         best = max(best, 2 * side**3 / taken)

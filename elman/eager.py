@@ -155,15 +155,15 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
 
 def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """a w^T + bias, for a (N, K) and w (M, K)."""
-    if not _onednn_pays(a.numel() * len(w), a, w):
+    if not _is_onednns(a, w) or a.numel() * len(w) < 2**21:
         return F.linear(a, w, bias)
     parts = _parts(a.shape[1], LONGEST)
     weights = [w[:, part].contiguous() for part in parts]
     if len(parts) == 1:
-        return _LINEAR(a, weights[0], bias, "none", [], "")
+        return LINEAR(a, weights[0], bias, "none", [], "")
     out = a.new_empty(len(a), len(w))
     for rows, into in zip(a.split(512), out.split(512), strict=True):  # the sums stay in cache
-        total = _LINEAR(rows[:, parts[0]], weights[0], bias, "none", [], "")
+        total = LINEAR(rows[:, parts[0]], weights[0], bias, "none", [], "")
         for part, weight in zip(parts[1:], weights[1:], strict=True):
             total = _LINEAR_ADD(rows[:, part], total, weight, None, "add")
         into.copy_(total)
@@ -171,70 +171,81 @@ def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def sums_of_products(a: Tensor, others: list[Tensor], T: int) -> list[Tensor]:
-    """a^T b for each b of others: a (..., P), b (..., Q), summed over all but P and Q, T steps in all.
+    """a^T b for each b of others: a (..., P), b (..., Q), summed over all but P and Q.
 
-    On the CPU as partial sums: one long sum in float32 rounds half as much again as nn.RNN does, which
-    adds the steps' products one by one, and so rounds the more the more steps there are.
+    On the CPU as partial sums: one long sum in float32 rounds half as much again as nn.RNN does. That adds
+    the products of its T steps one by one, and is the less exact the more steps there are.
     """
     a, others = a.reshape(-1, a.shape[-1]), [b.reshape(-1, b.shape[-1]) for b in others]
     N, P = a.shape
     if a.device.type != "cpu" or N < 8:
         return [a.t() @ b for b in others]
-    long = T >= 192 and N >= 3072
-    if N * P * P < 2**24 or (P < 128 and not long) or not _onednn_pays(N * P * P, a, *others):
-        n = N // 8
-        blocks = a[: 8 * n].unflatten(0, (8, n)).transpose(1, 2)
-        return [
-            torch.bmm(blocks, b[: 8 * n].unflatten(0, (8, n))).sum(0) + a[8 * n :].t() @ b[8 * n :]
-            for b in others
-        ]
+    if _is_onednns(a, *others) and N * P * min(b.shape[1] for b in others) >= 2**24:
+        if T >= 192 and N >= 3072:
+            return _sums_by_its_operator(a, others)
+        if P >= 128:
+            return _sums_by_linear_layers(a, others)
+    n = N // 8
+    blocks = a[: 8 * n].unflatten(0, (8, n)).transpose(1, 2)
+    return [
+        torch.bmm(blocks, b[: 8 * n].unflatten(0, (8, n))).sum(0) + a[8 * n :].t() @ b[8 * n :]
+        for b in others
+    ]
+
+
+def _sums_by_its_operator(a: Tensor, others: list[Tensor]) -> list[Tensor]:
+    """By oneDNN's operator for a layer's weights, the quickest; but it adds some 500 products in one sum."""
+    P = a.shape[1]
     sums = [a.new_zeros(P, b.shape[1]) for b in others]
-    for part in _parts(N, max(1024, 2**19 // P) if long else LONGEST_GRADIENT):  # 2 MB stay in cache
-        rows = [b[part] for b in others]
-        if long:
-            # Its own operator for weights is the quickest, but adds some 500 products in one sum.
-            g = a[part].to_mkldnn()
-            for s, r in zip(sums, rows, strict=True):
-                s += _WEIGHTS(g, r.to_mkldnn(), s, False)[0]
-        else:
-            # It wants a^T row by row: it is copied so once for all the products. Weights that are neither
-            # dense nor the transpose of dense ones it would reorder for seconds.
-            columns = a[part].t().contiguous()
-            sums = [
-                _LINEAR_ADD(columns, s, r.contiguous().t(), None, "add")
-                for s, r in zip(sums, rows, strict=True)
-            ]
+    for part in _parts(len(a), max(1024, 2**19 // P)):  # 2 MB of a: with as much of b it stays in cache
+        g = a[part].to_mkldnn()
+        for s, b in zip(sums, others, strict=True):
+            s += _WEIGHTS(g, b[part].to_mkldnn(), s, False)[0]
+    return sums
+
+
+def _sums_by_linear_layers(a: Tensor, others: list[Tensor]) -> list[Tensor]:
+    """By oneDNN's linear layers, in sums that are short enough for few steps.
+
+    They want a^T row by row: it is copied so once for all the products. Weights that are neither dense nor
+    the transpose of dense ones they would reorder for seconds.
+    """
+    sums = [a.new_zeros(a.shape[1], b.shape[1]) for b in others]
+    for part in _parts(len(a), LONGEST_GRADIENT):
+        columns = a[part].t().contiguous()
+        sums = [
+            _LINEAR_ADD(columns, s, b[part].contiguous().t(), None, "add")
+            for s, b in zip(sums, others, strict=True)
+        ]
     return sums
 
 
 def _parts(K: int, longest: int) -> list[slice]:
-    """K summands in as few parts of at most `longest` as there can be, alike but for the last one."""
+    """K summands in as few parts of about `longest` as there can be, multiples of 16 but for the last."""
     count = -(-K // longest)
     size = -(-K // (16 * count)) * 16
     return [slice(k, min(k + size, K)) for k in range(0, K, size)]
 
 
 # oneDNN adds up to 512 products and more one after another, which rounds up to twice as much as nn.RNN does.
-# So many in one sum keep it within the 1.5 times that a backend may have: of W_ih's product, of W_hh's,
+# So many in one sum keep it within the 1.5 times that a backend may have: of W_ih's products, of W_hh's,
 # and of a weight's gradient over few steps.
 LONGEST = 288
 LONGEST_STEP = 384
 LONGEST_GRADIENT = 224
 
 
-def _onednn_pays(work: int, *tensors: Tensor) -> bool:
-    """Whether a product of `work` multiply-adds is to be oneDNN's, whose operators have no derivatives.
+def _is_onednns(*tensors: Tensor) -> bool:
+    """Whether oneDNN's operators, which have no derivatives, can be given these; type first, sizes never.
 
-    It has AVX-512 kernels for every maker's processor, where MKL on AMD's stays at half that speed; but
-    it takes longer to start.
+    They have AVX-512 kernels for every maker's processor, where MKL on AMD's stays at half that speed, but
+    take longer to start. A graph that is traced, and a batch under vmap, have tensors that stand for others.
     """
     return (
         ONEDNN
-        and work >= 2**21
+        and all(type(t) is Tensor and t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
         and not torch._C._are_functorch_transforms_active()
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-        and type(tensors[0]) is Tensor  # not one of those that stand for others while a graph is traced
     )
 
 
@@ -293,35 +304,42 @@ def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tens
         return add
     if m.device.type != "cpu":
         return lambda z, h: z.addmm_(h, m)
-    apart = _adds_apart(m, B)
-    if changing or not apart:
-        # As dot products here too: the other way round, what is left of four rows rounds twice as much. Their
-        # pitch is no power of two: 4096 bytes apart, their elements would fall into the same cache sets.
-        columns = m.new_empty(H, H + 16)[:, :H].copy_(m.t()).t()
-        if not apart:
-            return lambda z, h: z.addmm_(h, columns)
+    if not _adds_apart(m, B):
+        columns = _columns(m)
+        return lambda z, h: z.addmm_(h, columns)
     # A product of few rows packs the weights anew at every call, which from here on costs more
     # than the product; oneDNN takes them packed. Below, its call costs more than is gained.
     parts = _parts(H, LONGEST_STEP)
     packed = [torch.ops.mkldnn._reorder_linear_weight(m[part].t().contiguous(), B) for part in parts]
-    if len(parts) == 1 and not changing:
-        return lambda z, h: _LINEAR_ADD(h, z, packed[0], None, "add")
 
     def add_parts(z: Tensor, h: Tensor) -> Tensor:
-        if changing and len(h) == 1:  # where all others have ended; nothing is packed for one row
-            return z.addmm_(h, columns)
         for part, weights in zip(parts, packed, strict=True):
             z = _LINEAR_ADD(h[:, part], z, weights, None, "add")
         return z
 
+    if changing:
+        columns = _columns(m)  # for one row, where all others have ended: there is nothing to pack for it
+        return lambda z, h: z.addmm_(h, columns) if len(h) == 1 else add_parts(z, h)
+    if len(parts) == 1:
+        return lambda z, h: _LINEAR_ADD(h, z, packed[0], None, "add")
     return add_parts
+
+
+def _columns(m: Tensor) -> Tensor:
+    """m laid out for MKL, each sum a dot product: otherwise what is left of four rows rounds twice as much.
+
+    The pitch is no power of two: 4096 bytes apart, its elements would fall into the same few cache sets.
+    """
+    H = m.shape[0]
+    return m.new_empty(H, H + 16)[:, :H].copy_(m.t()).t()
 
 
 def _adds_apart(m: Tensor, B: int) -> bool:
     """Whether the sum of `_adder` for float32 m (..., H, H) is oneDNN's, in memory of its own.
 
-    Each of its calls costs as much as it gains on a million multiply-adds, and it takes one for every part
-    of H; MKL in turn is slow where W_hh is large. Measured on two cores.
+    The limits were measured on two cores, H from 192 to 1024 and B from 2 to 128, and are not smooth: each
+    call costs 11 us, MKL gets slower where W_hh leaves a cache (from 337, and again from 576), and above
+    LONGEST_STEP there are two calls.
     """
     H = m.shape[-1]
     least = 2**22 if H <= 336 else 2**19 if H <= LONGEST_STEP else 2**23 if H < 576 else 2**20
@@ -330,7 +348,8 @@ def _adds_apart(m: Tensor, B: int) -> bool:
 
 BLOCKS = 8  # for a vector's product; 4 and 16 are as fast on two cores
 
-# The operators that torch.compile itself uses for linear layers on x86; elsewhere they are not measured.
+# The operators that torch.compile itself uses for linear layers on x86, and the one behind the derivative of
+# torch's own mkldnn_linear; elsewhere they are not measured.
 ONEDNN = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()
@@ -339,6 +358,6 @@ ONEDNN = (
     and hasattr(torch.ops.aten, "mkldnn_linear_backward_weights")
 )
 if ONEDNN:
-    _LINEAR = torch.ops.mkldnn._linear_pointwise.default
+    LINEAR = torch.ops.mkldnn._linear_pointwise.default
     _LINEAR_ADD = torch.ops.mkldnn._linear_pointwise.binary
     _WEIGHTS = torch.ops.aten.mkldnn_linear_backward_weights.default

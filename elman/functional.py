@@ -49,7 +49,8 @@ def elman(
 
     Raises, before anything runs: TypeError or ValueError for a wrong kind, rank, dtype or option,
     RuntimeError for sizes or devices that don't fit each other, as nn.RNN does; and
-    BackendUnavailableError for a backend that can't run.
+    BackendUnavailableError for a backend that can't run. While torch.compile or torch.jit.trace looks on, a
+    PackedSequence's numbers are not checked.
     """
     D = 2 if bidirectional else 1
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))

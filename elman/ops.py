@@ -82,7 +82,7 @@ def _layer(
         output = _scan(x, h0, w_ih, w_hh, bias, counts, nonlinearity, kernel, precision)
     B, (D, H, _) = h0.shape[1], w_hh.shape
     # Reversed, the last step is the first; a copy even of one, as h_n may be written into.
-    ends = [_last(B, counts, output), *_starts(B, counts, output, 1)][:D]
+    ends = [_last(B, counts, output), _first(B, output)][:D]
     return output, torch.cat([output[end][None, :, d * H : (d + 1) * H] for d, end in enumerate(ends)])
 
 
@@ -167,10 +167,9 @@ def _last(B: int, counts: Tensor | None, sequence: Tensor) -> Any:
     return counts - 1, torch.arange(B, device=counts.device)
 
 
-def _starts(B: int, counts: Tensor | None, sequence: Tensor, D: int) -> list[Any]:
-    """For each direction what picks the rows' first steps, (B, K), out of a sequence, padded or packed."""
-    first = slice(B) if sequence.dim() == 2 else 0
-    return [first, _last(B, counts, sequence)] if D == 2 else [first]
+def _first(B: int, sequence: Tensor) -> Any:
+    """What picks the rows' first steps, (B, K), out of a sequence, padded or packed."""
+    return slice(B) if sequence.dim() == 2 else 0
 
 
 def _neighbours(
@@ -185,7 +184,7 @@ def _neighbours(
     rest = [0, -1]
     if sequence.dim() == 2:
         assert counts is not None
-        later, earlier = slice(B, None), packing.before(counts, len(sequence), B).to(sequence.device)
+        later, earlier = slice(B, None), packing.before(counts, sequence.shape[0], B).to(sequence.device)
         rest = starts
     return [(later, earlier, rest[0]), (earlier, later, rest[-1])][: len(starts)]
 
@@ -222,8 +221,8 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
     compute = dz.dtype
     D, H, I = w_ih.shape
     x, h0, w_ih, w_hh, output = (t.to(compute) for t in (x, h0, w_ih, w_hh, output))
-    flat, T, B = dz.reshape(-1, D * H), len(dz if dz.dim() == 3 else counts), h0.shape[1]
-    starts = _starts(B, counts, dz, D)
+    flat, T, B = dz.reshape(-1, D * H), (dz if dz.dim() == 3 else counts).shape[0], h0.shape[1]
+    starts = [_first(B, dz), *([_last(B, counts, dz)] if D == 2 else [])]
     first = [dz[start][:, d * H : (d + 1) * H] for d, start in enumerate(starts)]
     dx = dh0 = dw_ih = dw_hh = db = None
     if needs_x:

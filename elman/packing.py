@@ -39,7 +39,7 @@ def pad(data: Tensor, places: Tensor, T: int, B: int) -> Tensor:
 
 def lengths(sizes: Tensor, B: int) -> Tensor:
     """The rows' lengths (B,)."""
-    return len(sizes) - torch.searchsorted(sizes.flip(0), torch.arange(B), right=True)
+    return sizes.shape[0] - torch.searchsorted(sizes.flip(0), torch.arange(B), right=True)
 
 
 def last(sizes: Tensor, B: int) -> Tensor:

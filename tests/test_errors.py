@@ -224,7 +224,7 @@ def test_cell(bad):
     ],
 )
 def test_a_packed_sequence_that_does_not_add_up(rows, sizes, words):
-    # nn.RNN leaves the rest of the data out, and stumbles over no sizes.
+    # nn.RNN leaves the rest of the data out; without sizes it has an IndexError.
     with pytest.raises(RuntimeError, match=words):
         Elman(I, H)(PackedSequence(rand(rows, I), torch.tensor(sizes, dtype=I64)))
 

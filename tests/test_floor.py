@@ -259,7 +259,7 @@ def test_products_are_of_their_own_arithmetic(before, monkeypatch):
     ]
 
 
-@pytest.mark.skipif(not eager.ONEDNN, reason="torch has no oneDNN here")
+@pytest.mark.skipif(not eager.ONEDNN, reason="oneDNN's operators are not used here")
 @pytest.mark.parametrize("seconds", [(2.0, 1.0), (1.0, 2.0)])
 def test_a_cpus_rate_is_that_of_the_quicker_library(seconds, monkeypatch):
     taken = list(seconds)
@@ -271,6 +271,15 @@ def test_a_cpus_rate_is_that_of_the_quicker_library(seconds, monkeypatch):
     monkeypatch.setattr(floor, "_shortest", shortest)
     assert floor._matrix(CPU, ["float32"], (4,), 0.0) == {"float32": 2 * 4**3 / 1.0}
     assert not taken
+
+
+@pytest.mark.parametrize(("own", "expected"), [(10.0, 60.0), (90.0, 90.0)])
+def test_16_bits_are_at_least_as_fast_as_float32_on_a_cpu(own, expected, monkeypatch):
+    rates = {"float32": 60.0, "bfloat16": own, "float16": own}
+    monkeypatch.setattr(floor, "_flops_a_second", lambda device, dtype, sides, seconds: rates[dtype])
+    both = floor._matrix(CPU, ["bfloat16", "float32"], (4,), 0.0)
+    assert both == {"bfloat16": expected, "float32": 60.0}
+    assert floor._matrix(CPU, ["float16"], (4,), 0.0) == {"float16": expected}
 
 
 @pytest.mark.parametrize(("tf32", "float32"), [(300.0, 100.0), (90.0, 60.0)])

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.testing import assert_close
 
 import elman
-from elman import Elman, ElmanCell, ElmanNetwork
+from elman import Elman, ElmanCell, ElmanNetwork, eager
 
 F64 = torch.float64
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -1136,6 +1136,8 @@ def test_network_passes_its_options_on():
         (32, 512, {}),
         (128, 256, {"bidirectional": True}),
         (16, 128, {"bidirectional": True, "steps": 200}),
+        (16, 128, {"inputs": 70, "steps": 200}),
+        (32, 64, {"steps": 200}),
         (40, 128, {"packed": True, "steps": 200}),
         (128, 256, {"nonlinearity": "relu", "bias": False, "batch_first": True}),
     ],
@@ -1144,12 +1146,13 @@ def test_network_passes_its_options_on():
 def test_agrees_with_nn_rnn_where_onednn_multiplies(batch, hidden, options):
     options = dict(options)
     packed, steps = options.pop("packed", False), options.pop("steps", 9)
+    inputs = options.pop("inputs", hidden)
     torch.manual_seed(0)
-    theirs = nn.RNN(hidden, hidden, **options).double()
-    ours = Elman(hidden, hidden, backend="eager", **options)
+    theirs = nn.RNN(inputs, hidden, **options).double()
+    ours = Elman(inputs, hidden, backend="eager", **options)
     theirs.load_state_dict(ours.state_dict())
     shape = (batch, steps) if options.get("batch_first") else (steps, batch)
-    x = torch.randn(*shape, hidden)
+    x = torch.randn(*shape, inputs)
     lengths = steps - torch.arange(batch) % steps
     groups = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
     h0 = torch.randn(groups, batch, hidden)
@@ -1170,3 +1173,32 @@ def test_agrees_with_nn_rnn_where_onednn_multiplies(batch, hidden, options):
         results.append([output, h_n, again, *(leaf.grad for leaf in (*leaves, *layer.parameters()))])
     for own, expected in zip(*results, strict=True):
         assert (own - expected).abs().max() <= 1e-6 * steps**0.5 * (1 + expected.abs().max())
+
+
+@pytest.mark.skipif(not eager.ONEDNN, reason="oneDNN's operators are not used here")
+@pytest.mark.parametrize(
+    ("shape", "used"),
+    [
+        ((9, 16, 384), {"LINEAR", "_LINEAR_ADD"}),
+        ((50, 16, 256), {"LINEAR", "_LINEAR_ADD"}),  # the gradients alone
+        ((200, 16, 128), {"LINEAR", "_WEIGHTS"}),
+        ((20, 4, 32), set()),
+    ],
+)
+def test_where_onednn_multiplies(shape, used, monkeypatch):
+    seen = set()
+
+    def spy(name):
+        operator = getattr(eager, name)
+
+        def called(*arguments):
+            seen.add(name)
+            return operator(*arguments)
+
+        return called
+
+    for name in ("LINEAR", "_LINEAR_ADD", "_WEIGHTS"):
+        monkeypatch.setattr(eager, name, spy(name))
+    T, B, H = shape
+    Elman(H, H, backend="eager")(torch.randn(T, B, H))[0].sum().backward()
+    assert seen == used

@@ -337,7 +337,7 @@ def test_the_page_of_a_gpu():
     )
 
 
-def test_the_page_says_how_the_peers_that_were_timed_differ():
+def test_the_page_says_how_the_peers_that_took_part_differ():
     first, second = PEERS[0], PEERS[1]
     rows = timed(Workload(2, 5, 3, 4), "forward", {BASELINE: 2.0, first.name: 1.0})
     rows.append(Row(rows[0].workload, "forward", second.name, UNAVAILABLE, "It is not installed."))
