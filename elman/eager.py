@@ -56,7 +56,7 @@ def forward(
             rows = _rows(output, d, H, counts)
             h = start = h0[d, 0] if B == 1 and counts is None else h0[d]
             h = h.to(compute)
-            add_product = _adder(w_hh[d].to(compute).t(), B, counts is not None)
+            add_product = _adder(w_hh[d].to(compute).t(), B, T, counts is not None)
             for t in range(T) if d == 0 else range(T - 1, -1, -1):
                 z = rows[t]
                 if counts is not None and counts[t] != len(h):
@@ -92,7 +92,7 @@ def backward(
     compute = COMPUTE.get(output.dtype, output.dtype)
     tanh = nonlinearity == "tanh"
     output = output.to(compute)
-    if g_out is None or sizes is not None or not _adds_apart(w_hh, B):
+    if g_out is None or sizes is not None or not _adds_apart(w_hh, B, T):
         # The products are added to a copy of g_out, in place; in a packed batch rows end at any step.
         dz = torch.zeros_like(output) if g_out is None else torch.empty_like(output).copy_(g_out)
         g_out = dz
@@ -105,7 +105,8 @@ def backward(
                 dz[:, d * H : (d + 1) * H].index_add_(0, last.to(dz.device), g_hn[d].to(compute))
             h, out = (_rows(sequence, d, H, counts) for sequence in (output, dz))
             g = out if g_out is dz else _rows(g_out, d, H, counts)
-            add_product = _adder(w_hh[d].to(compute), B, counts is not None)
+            if T > 1:
+                add_product = _adder(w_hh[d].to(compute), B, T, counts is not None)
             later = None
             for t in range(T - 1, -1, -1) if d == 0 else range(T):
                 total, dz_t, h_t = g[t], out[t], h[t]
@@ -155,7 +156,7 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
 
 def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """a w^T + bias, for a (N, K) and w (M, K)."""
-    if not _is_onednns(a, w) or a.numel() * len(w) < 2**21:
+    if not _is_onednns(a, w) or a.numel() * len(w) < 2**21 or len(a) < 128:  # fewer don't repay w's copies
         return F.linear(a, w, bias)
     parts = _parts(a.shape[1], LONGEST)
     weights = [w[:, part].contiguous() for part in parts]
@@ -281,11 +282,11 @@ def _rows(sequence: Tensor, d: int, H: int, counts: list[int] | None) -> tuple[T
     return (columns.squeeze(1) if columns.shape[1] == 1 else columns).unbind(0)
 
 
-def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def _adder(m: Tensor, B: int, T: int, changing: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """A function add(z, h) that returns z + h m, in z's memory or not, for m (H, H) and B rows of h.
 
-    The weights are laid out once for T steps. changing: B is the most rows that a step has; otherwise B = 1
-    stands for vectors.
+    The weights are laid out once for T steps, unless these are too few. changing: B is the most rows that a
+    step has; otherwise B = 1 stands for vectors.
     """
     H = m.shape[0]
     if B == 1 and not changing:
@@ -302,9 +303,9 @@ def _adder(m: Tensor, B: int, changing: bool) -> Callable[[Tensor, Tensor], Tens
             return z
 
         return add
-    if m.device.type != "cpu":
+    if m.device.type != "cpu" or T < FEW:
         return lambda z, h: z.addmm_(h, m)
-    if not _adds_apart(m, B):
+    if not _adds_apart(m, B, T):
         columns = _columns(m)
         return lambda z, h: z.addmm_(h, columns)
     # A product of few rows packs the weights anew at every call, which from here on costs more
@@ -334,7 +335,7 @@ def _columns(m: Tensor) -> Tensor:
     return m.new_empty(H, H + 16)[:, :H].copy_(m.t()).t()
 
 
-def _adds_apart(m: Tensor, B: int) -> bool:
+def _adds_apart(m: Tensor, B: int, T: int) -> bool:
     """Whether the sum of `_adder` for float32 m (..., H, H) is oneDNN's, in memory of its own.
 
     The limits were measured on two cores, H from 192 to 1024 and B from 2 to 128, and are not smooth: each
@@ -343,10 +344,12 @@ def _adds_apart(m: Tensor, B: int) -> bool:
     """
     H = m.shape[-1]
     least = 2**22 if H <= 336 else 2**19 if H <= LONGEST_STEP else 2**23 if H < 576 else 2**20
-    return ONEDNN and B > 1 and B * H**2 >= least and m.device.type == "cpu" and m.dtype == torch.float32
+    pays = T >= FEW and B > 1 and B * H**2 >= least
+    return ONEDNN and pays and m.device.type == "cpu" and m.dtype == torch.float32
 
 
 BLOCKS = 8  # for a vector's product; 4 and 16 are as fast on two cores
+FEW = 8  # steps of several rows that do not repay a copy of W_hh
 
 # The operators that torch.compile itself uses for linear layers on x86, and the one behind the derivative of
 # torch's own mkldnn_linear; elsewhere they are not measured.

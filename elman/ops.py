@@ -238,16 +238,16 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
     if needs_w_hh or together:
         sums = []
         for d, (following, before, rest) in enumerate(_neighbours(B, counts, dz, starts)):
-            # h0, and the input where the direction begins, are added.
             columns = slice(d * H, (d + 1) * H)
             g = dz[..., columns]
             others = [x[following]] * together + [output[..., columns][before]] * needs_w_hh
+            # h0, and the input where the direction begins, are added.
+            begins = [(g[rest], x[rest])] * together + [(first[d], h0[d])] * needs_w_hh
+            if T == 1:
+                sums.append([a.t() @ b for a, b in begins])
+                continue
             found = eager.sums_of_products(g[following], others, T)
-            if together:
-                found[0] = torch.addmm(found[0], g[rest].t(), x[rest])
-            if needs_w_hh:
-                found[-1] = torch.addmm(found[-1], first[d].t(), h0[d])
-            sums.append(found)
+            sums.append([torch.addmm(f, a.t(), b) for f, (a, b) in zip(found, begins, strict=True)])
         if together:
             dw_ih = _stack([found[0] for found in sums])
         if needs_w_hh:
