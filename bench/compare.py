@@ -10,8 +10,8 @@ units of nn.RNN's of the same cell and run, whose code has not changed:
 with a 95% bootstrap interval: rounds are resampled within each run, own and nn.RNN's samples together, the
 two runs independently. Beyond the noise means that 1 is outside. The noise is that within the runs: what
 slows one contender alone through a whole run (another tenant of the caches, say) looks like a change, so
-measure again before believing one. nn.RNN's own change is that of its plain time; it is told, and judged by
-nobody.
+measure again before believing one. How far that goes shows in the naive loop, none of whose code is elman's.
+nn.RNN's own change is that of its plain time; it is told, and judged by nobody.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from bench import machine, measure
 from bench import rows as records
+from bench.contenders import NAIVE
 from bench.rows import BASELINE, FAILURES, TIMED, UNAVAILABLE, Key, Row, Run
 from bench.tables import digits
 from bench.workloads import PASSES
@@ -233,6 +234,12 @@ def report(old: tuple[Run, list[Row]], new: tuple[Run, list[Row]], percent: floa
         parts.append(
             f"nn.RNN takes {measure.quantile(times, 0.5):.2f} times as long as before ({min(times):.2f} to "
             f"{max(times):.2f} over {len(times)} shapes and passes). All else is judged relative to it."
+        )
+    controls = [abs(c.ratio - 1) for c in judged if c.new.contender == NAIVE]
+    if controls:
+        parts.append(
+            f"The naive loop, none of whose code is elman's, moved by up to {max(controls):.1%} against it: "
+            "a change of that size may be the machine's."
         )
     if listed:
         headers = ["shape", "pass", "contender", "ms before", "ms now", "relative to nn.RNN", "nn.RNN"]
