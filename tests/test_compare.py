@@ -207,7 +207,8 @@ def test_the_report_says_how_far_the_naive_loop_moved():
     old, new = cell(times, seed=1), cell({**times, "eager": 9e-3, "naive loop": 0.9e-2}, seed=2)
     (moved,) = (abs(c.ratio - 1) for c in compare.changes(old, new) if c.new.contender == "naive loop")
     assert 0.05 < moved < 0.15
-    assert f"none of whose code is elman's, moved by up to {moved:.1%}" in compare.report((RUN, old), (RUN, new))
+    text = compare.report((RUN, old), (RUN, new))
+    assert f"none of whose code is elman's, moved by up to {moved:.1%}" in text
     without = [[row for row in rows if row.contender != "naive loop"] for rows in (old, new)]
     assert "moved" not in compare.report((RUN, without[0]), (RUN, without[1]))
 
