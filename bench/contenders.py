@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,43 +68,18 @@ class Problem:
 
     def module(self, device: torch.device | str) -> nn.RNN | nn.RNNCell:
         """nn.RNN, or nn.RNNCell, of this problem's sizes."""
-        w = self.workload
-        if w.cell:
-            return nn.RNNCell(
-                w.input_size, w.hidden_size, nonlinearity=w.nonlinearity, device=device, dtype=self.dtype
-            )
-        return nn.RNN(
-            w.input_size,
-            w.hidden_size,
-            w.layers,
-            w.nonlinearity,
-            bidirectional=w.bidirectional,
-            device=device,
-            dtype=self.dtype,
-        )
+        return self._made(nn.RNN, nn.RNNCell, device=device)
 
     def ours(self, backend: str) -> Elman | ElmanCell:
         """The layer that stands in for it."""
+        return self._made(Elman, ElmanCell, device=self.device, backend=backend)
+
+    def _made(self, layer: Callable[..., Any], cell: Callable[..., Any], **options: Any) -> Any:
         w = self.workload
+        options = {**options, "nonlinearity": w.nonlinearity, "dtype": self.dtype}
         if w.cell:
-            return ElmanCell(
-                w.input_size,
-                w.hidden_size,
-                nonlinearity=w.nonlinearity,
-                device=self.device,
-                dtype=self.dtype,
-                backend=backend,
-            )
-        return Elman(
-            w.input_size,
-            w.hidden_size,
-            w.layers,
-            w.nonlinearity,
-            bidirectional=w.bidirectional,
-            device=self.device,
-            dtype=self.dtype,
-            backend=backend,
-        )
+            return cell(w.input_size, w.hidden_size, **options)
+        return layer(w.input_size, w.hidden_size, w.layers, bidirectional=w.bidirectional, **options)
 
     def as_packed(self, layer: Callable[..., tuple[PackedSequence, Tensor]]) -> Layer:
         """A layer of PackedSequences as one of their data, whose gradient is x's."""

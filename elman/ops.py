@@ -240,12 +240,12 @@ def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tens
         for d, (following, before, rest) in enumerate(_neighbours(B, counts, dz, starts)):
             columns = slice(d * H, (d + 1) * H)
             g = dz[..., columns]
-            others = [x[following]] * together + [output[..., columns][before]] * needs_w_hh
             # h0, and the input where the direction begins, are added.
             begins = [(g[rest], x[rest])] * together + [(first[d], h0[d])] * needs_w_hh
-            if T == 1:
+            if T == 1:  # there is nothing else, and zeros of the weights' size would cost as much
                 sums.append([a.t() @ b for a, b in begins])
                 continue
+            others = [x[following]] * together + [output[..., columns][before]] * needs_w_hh
             found = eager.sums_of_products(g[following], others, T)
             sums.append([torch.addmm(f, a.t(), b) for f, (a, b) in zip(found, begins, strict=True)])
         if together:

@@ -627,12 +627,23 @@ def test_a_spent_budget_leaves_rows_out_and_says_so(started):
     assert started(budget=1.0).to_measure == 2
 
 
-def test_a_spent_budget_takes_no_row_away(started, spoil, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(contenders, "build", contenders.build)
-        spoil(lambda x, h0, output, h_n: (output + 1, h_n))
-        first = started()
-        measure_all(first)
+@pytest.fixture
+def spoilt_run(started, spoil, monkeypatch):
+    """Makes a run whose Elman layers are wrong; afterwards they are right again."""
+
+    def measured():
+        with monkeypatch.context() as patch:
+            patch.setattr(contenders, "build", contenders.build)
+            spoil(lambda x, h0, output, h_n: (output + 1, h_n))
+            run = started()
+            measure_all(run)
+        return run
+
+    return measured
+
+
+def test_a_spent_budget_takes_no_row_away(started, spoilt_run):
+    first = spoilt_run()
     second = started(budget=1.0)
     second.deadline = time.monotonic()
     measure_all(second)
@@ -640,12 +651,8 @@ def test_a_spent_budget_takes_no_row_away(started, spoil, monkeypatch):
     assert second.ordered()[0].samples == first.ordered()[0].samples
 
 
-def test_a_cell_that_is_measured_again_is_so_as_a_whole(started, spoil, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(contenders, "build", contenders.build)
-        spoil(lambda x, h0, output, h_n: (output + 1, h_n))
-        first = started()
-        measure_all(first)
+def test_a_cell_that_is_measured_again_is_so_as_a_whole(started, spoilt_run):
+    first = spoilt_run()
     second = started()
     second.selected = {cell: ["eager"] for cell in second.selected}
     second.row(*second.plan.keys[1])
