@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from bench.measure import Target
 from bench.peers import PEERS
 from bench.rows import BASELINE, LEFT_OUT, UNAVAILABLE
-from bench.workloads import COMPILED_MAX_STEPS, CPU_MAX_FLOPS, NAIVE_MAX_FLOPS, Workload
+from bench.workloads import COMPILED_MAX_STEPS, CPU_MAX_FLOPS, DTYPES, NAIVE_MAX_FLOPS, Workload
 from elman import Elman, ElmanCell, available_backends, explain, reference
 
 AUTO = "auto"
@@ -32,6 +32,13 @@ GUESTS = (COMPILED, NAIVE, *PEERS_BY_NAME)
 Layer = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
+def storage(dtype: str) -> torch.dtype:
+    """What numbers of one of a Workload's dtypes are kept in: "tf32" is arithmetic, on float32."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    return torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+
+
 class Problem:
     """The numbers of one workload, drawn on the CPU from a fixed seed: the same on every machine.
 
@@ -43,7 +50,7 @@ class Problem:
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         self.workload, self.device = workload, device
-        self.dtype = torch.float32 if workload.dtype == "tf32" else getattr(torch, workload.dtype)
+        self.dtype = storage(workload.dtype)
         T, B, I, H = workload.steps, workload.batch, workload.input_size, workload.hidden_size
         D = 1 + workload.bidirectional
         generator = torch.Generator().manual_seed(0)

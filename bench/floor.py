@@ -13,14 +13,16 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench.workloads import DTYPES, PASSES, Workload
+from bench.contenders import arithmetic, storage
+from bench.measure import cuda_seconds, wall_seconds
+from bench.workloads import PASSES, Workload
 from elman import eager, timing
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -119,13 +121,7 @@ def _bytes(w: Workload, part: str, kept: bool) -> int:
 
 
 def _itemsize(dtype: str) -> int:
-    return _storage(dtype).itemsize
-
-
-def _storage(dtype: str) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    return torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    return storage(dtype).itemsize
 
 
 def _bandwidth(moved: int, measured: Sequence[Sequence[float]]) -> float:
@@ -227,25 +223,14 @@ def _flops_a_second(device: torch.device, dtype: str, sides: Sequence[int], seco
     for side in sorted(sides):
         if best and taken * 8 > seconds:
             break
-        a, b, out = torch.rand(3, side, side, device=device).to(_storage(dtype))
+        a, b, out = torch.rand(3, side, side, device=device).to(storage(dtype))
         ways: list[Callable[[], object]] = [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]  # type: ignore[misc]
         if device.type == "cpu" and dtype == "float32" and eager.ONEDNN:
             ways.append(lambda a=a, b=b: eager.LINEAR(a, b, None, "none", [], ""))  # type: ignore[misc]
-        with _tf32(dtype == "tf32"):
+        with arithmetic(dtype):
             taken = min(_shortest(way, device, seconds) for way in ways)
         best = max(best, 2 * side**3 / taken)
     return best
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """PyTorch's switch for matrix products, and afterwards as it was."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _empty_call(seconds: float) -> float:
@@ -315,7 +300,7 @@ def _shortest(call: Callable[[], object], device: torch.device, seconds: float) 
     keeps the machine busy threads wait long for one another. On CUDA the calls follow one another in a graph.
     """
     cuda = device.type == "cuda"
-    clock, span = (_cuda_clock, CUDA_SPAN) if cuda else (_cpu_clock, CPU_SPAN)
+    clock, span = (cuda_seconds, CUDA_SPAN) if cuda else (wall_seconds, CPU_SPAN)
     threads = torch.get_num_threads()
     call()  # the first one allocates
     calls = max(1, min(MOST_CALLS, int(span / min(clock(call) for _ in range(3)))))
@@ -344,14 +329,3 @@ def _in_a_row(call: Callable[[], object], calls: int, device: torch.device) -> C
     with torch.cuda.graph(graph):
         block()
     return graph.replay
-
-
-def _cpu_clock(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _cuda_clock(call: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    return timing.clock(call) / 1e6

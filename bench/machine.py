@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from elman import routing
-
 #: What is asked of nvidia-smi, by our names: its field's name, and the one that older drivers have for it.
 STATE_FIELDS = {
     "sm_mhz": ("clocks.sm",),
@@ -184,15 +182,6 @@ def software(device: torch.device) -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found
-
-
-def float32_state(device: torch.device) -> str:
-    """How float32 products are made here, which on CUDA is a switch."""
-    if device.type != "cuda":
-        return "IEEE float32 (CPU)"
-    rnn = routing.float32_precision(device).upper()
-    plain = "TF32" if torch.backends.cuda.matmul.allow_tf32 else "IEEE"
-    return f"RNNs {rnn} (torch.backends.cudnn.allow_tf32), other products {plain}"
 
 
 def commit(root: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from elman import timing
+
 Stopwatch = Callable[[Callable[[], object]], float]
 
 MIN_ROUNDS = 6  # the fewest samples whose range holds the median with 95% probability
@@ -36,14 +38,8 @@ def wall_seconds(call: Callable[[], object]) -> float:
 
 def cuda_seconds(call: Callable[[], object]) -> float:
     """Seconds of one call between two CUDA events on the current stream."""
-    start = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    return timing.clock(call) / 1e6
 
 
 @dataclass

@@ -45,11 +45,6 @@ def _ratio(ratio: float, low: float, high: float) -> str:
     return f"tie {interval}" if judge(low, high) == "tie" else f"{times(ratio)} {interval}"
 
 
-def _against(other: Row, row: Row) -> str:
-    """How many times as fast as another row of the same cell."""
-    return _ratio(*measure.speedup(other.samples, row.samples))
-
-
 def _speedup(row: Row) -> str:
     if row.status != TIMED:
         return ""
