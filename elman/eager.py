@@ -38,11 +38,12 @@ def forward(
     w_hh: Tensor,
     bias: Tensor | None,
     sizes: Tensor | None,
+    resets: Tensor | None,
     nonlinearity: str,
 ) -> Tensor:
     """output (T, B, D * H) of one layer; arguments as `reference.layer`'s.
 
-    With sizes, those of a packed batch, x is (N, I) and the output (N, D * H).
+    With sizes, those of a packed batch, x is (N, I), resets (N,) and the output (N, D * H).
     """
     T, B = len(x) if sizes is None else len(sizes), h0.shape[1]
     D, H, _ = w_hh.shape
@@ -51,6 +52,7 @@ def forward(
     b = None if bias is None else bias.to(compute)
     output = project(x.to(compute), w_ih.to(compute), b)
     counts = None if sizes is None else sizes.tolist()
+    cuts = _cuts(resets, sizes, B)
     with _threads_for(output, B * H * H):
         for d in range(D):
             rows = _rows(output, d, H, counts)
@@ -63,6 +65,8 @@ def forward(
                     # Forward, rows leave as t grows; reversed, rows of t + 1 steps begin here with h0.
                     n, had = counts[t], len(h)
                     h = h[:n] if had > n else torch.cat([h, start[had:n].to(compute)])
+                if t + d in cuts:
+                    h = h.masked_fill(cuts[t + d][: len(h)], 0)
                 total = add_product(z, h)
                 if total is z:
                     act_(z)
@@ -80,17 +84,19 @@ def backward(
     output: Tensor,
     w_hh: Tensor,
     sizes: Tensor | None,
+    resets: Tensor | None,
     nonlinearity: str,
 ) -> Tensor:
     """dz (T, B, D * H) of one layer, in the compute dtype; arguments as `reference.layer_dz`'s.
 
-    With sizes, those of a packed batch, (N, D * H), as the output and its gradient are.
+    With sizes, those of a packed batch, (N, D * H), as the output and its gradient are; resets then is (N,).
     """
     counts = None if sizes is None else sizes.tolist()
     T, B = output.shape[:2] if counts is None else (len(counts), counts[0])
     D, H, _ = w_hh.shape
     compute = COMPUTE.get(output.dtype, output.dtype)
     tanh = nonlinearity == "tanh"
+    cuts = _cuts(resets, sizes, B)
     output = output.to(compute)
     if g_out is None or sizes is not None or not _adds_apart(w_hh, B, T):
         # The products are added to a copy of g_out, in place; in a packed batch rows end at any step.
@@ -110,6 +116,8 @@ def backward(
             later = None
             for t in range(T - 1, -1, -1) if d == 0 else range(T):
                 total, dz_t, h_t = g[t], out[t], h[t]
+                if later is not None and t + 1 - d in cuts:
+                    later = later.masked_fill(cuts[t + 1 - d][: len(later)], 0)
                 if later is None:
                     if g_hn is not None and counts is None:
                         total = total + g_hn[d].view_as(total)
@@ -280,6 +288,18 @@ def _rows(sequence: Tensor, d: int, H: int, counts: list[int] | None) -> tuple[T
     if counts is not None:
         return columns.split(counts)
     return (columns.squeeze(1) if columns.shape[1] == 1 else columns).unbind(0)
+
+
+def _cuts(resets: Tensor | None, sizes: Tensor | None, B: int) -> dict[int, Tensor]:
+    """At which steps t rows begin anew, and which: (B, 1), or (1,) where `_rows` has vectors."""
+    if resets is None:
+        return {}
+    if sizes is not None:
+        resets = packing.pad(resets, packing.places(sizes, B).to(resets.device), len(sizes), B)[..., None]
+    elif B > 1:
+        resets = resets[..., None]
+    steps = resets.flatten(1).any(1).nonzero().flatten().tolist()
+    return {t: resets[t] for t in steps}
 
 
 def _adder(m: Tensor, B: int, T: int, changing: bool) -> Callable[[Tensor, Tensor], Tensor]:

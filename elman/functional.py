@@ -31,6 +31,7 @@ def elman(
     bidirectional: bool = False,
     batch_first: bool = False,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Input, Tensor]:
     """The Elman recurrence over a whole sequence, h_t = act(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
@@ -41,8 +42,12 @@ def elman(
     (H, H) and, with bias, bias_ih (H,) and bias_hh (H,). nonlinearity "tanh" or "relu". dropout acts
     between layers while training.
     lengths: int64 (B,), 1 <= length <= T in any order, or None. A row stops at its length: output is
-    zero past it, input past it is not read, the reversed direction begins there. backend: one of
-    elman.routing.NAMES, None for "auto".
+    zero past it, input past it is not read, the reversed direction begins there.
+    resets: bool, shaped as the input without its last dimension (of a PackedSequence: as it would be
+    padded), or None. Where it is True a row begins anew at that step: the state before it, hx too, is
+    taken as zero, and no gradient passes. Reversed, likewise, nothing passes from that step to the one
+    before it: the segments between resets are sequences of their own. All in the same launch.
+    backend: one of elman.routing.NAMES, None for "auto"; cudnn has no resets.
 
     dtypes: float64, float32, float16, bfloat16, all tensors alike; under autocast its dtype.
     Returns output (T, B, D * H), of the input's kind and layout, and h_n, shaped as hx.
@@ -76,21 +81,23 @@ def elman(
     H = weights[1].shape[0]
     if lengths is not None:
         lengths = _check_lengths(lengths, len(x), B, x.device)
+    if resets is not None:
+        resets = _check_resets(resets, x, batched, batch_first, packed)
     if hx is None:
         # Of a packed batch by its tensor: torch.jit.trace would keep a number for good.
         rows: Any = B if packed is None else packed.batch_sizes[0]
         hx = x.new_zeros(num_layers * D, rows, H)
-    ragged = packed is not None or lengths is not None
-    route = routing.route(backend, x.device, x.dtype, H, B, D, ragged=ragged)
+    ragged, cut = packed is not None or lengths is not None, resets is not None
+    route = routing.route(backend, x.device, x.dtype, H, B, D, ragged=ragged, resets=cut)
     options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)
     with plain:
         if packed is not None:
-            data, h_n = _run_packed(PackedSequence(x, *packed[1:]), hx, weights, route, options)
+            data, h_n = _run_packed(PackedSequence(x, *packed[1:]), hx, weights, resets, route, options)
             return PackedSequence(data, *packed[1:]), h_n  # not _replace, which torch.compile gets wrong
         if lengths is None or B == 0:
-            x, h_n = _run(x, hx, weights, None, route, options)
+            x, h_n = _run(x, hx, weights, None, resets, route, options)
         else:
-            x, h_n = _run_padded(x, hx, weights, lengths, route, options)
+            x, h_n = _run_padded(x, hx, weights, lengths, resets, route, options)
     if not batched:
         return x.squeeze(1), h_n.squeeze(1)
     return x.transpose(0, 1) if batch_first else x, h_n
@@ -100,6 +107,7 @@ def _run_packed(
     batch: PackedSequence,
     hx: Tensor,
     weights: list[Tensor],
+    resets: Tensor | None,
     route: routing.Route,
     options: cudnn.Options,
 ) -> tuple[Tensor, Tensor]:
@@ -107,11 +115,16 @@ def _run_packed(
     x, sizes, order, back = batch
     if order is not None:
         hx = hx.index_select(1, order)
+        resets = None if resets is None else resets.index_select(1, order)
     if route.backend == "eager":
-        output, h_n = _run(x, hx, weights, sizes, route, options)
+        if resets is not None:
+            resets = packing.pack(resets, packing.places(sizes, resets.shape[1]).to(x.device))
+        output, h_n = _run(x, hx, weights, sizes, resets, route, options)
     else:
         padded, lengths = pad_packed_sequence(PackedSequence(x, sizes))
-        output, h_n = _run(padded, hx, weights, lengths.to(x.device), route, options)
+        if resets is not None:
+            resets = resets & (torch.arange(len(padded), device=x.device)[:, None] < lengths.to(x.device))
+        output, h_n = _run(padded, hx, weights, lengths.to(x.device), resets, route, options)
         output = pack_padded_sequence(output, lengths).data
     return output, h_n if back is None else h_n.index_select(1, back)
 
@@ -121,6 +134,7 @@ def _run_padded(
     hx: Tensor,
     weights: list[Tensor],
     lengths: Tensor,
+    resets: Tensor | None,
     route: routing.Route,
     options: cudnn.Options,
 ) -> tuple[Tensor, Tensor]:
@@ -128,10 +142,12 @@ def _run_padded(
     T, B, _ = x.shape
     if route.backend == "eager":
         batch, places = packing.from_padded(x, lengths)
-        output, h_n = _run_packed(batch, hx, weights, route, options)
+        resets = None if resets is None else resets[: len(batch.batch_sizes)]
+        output, h_n = _run_packed(batch, hx, weights, resets, route, options)
         return packing.pad(output, places, T, B), h_n
-    ended = torch.arange(T, device=x.device)[:, None] >= lengths
-    return _run(x.masked_fill(ended[..., None], 0), hx, weights, lengths, route, options)
+    there = torch.arange(T, device=x.device)[:, None] < lengths
+    resets = None if resets is None else resets & there
+    return _run(x.masked_fill(~there[..., None], 0), hx, weights, lengths, resets, route, options)
 
 
 def _run(
@@ -139,10 +155,11 @@ def _run(
     hx: Tensor,
     weights: list[Tensor],
     counts: Tensor | None,
+    resets: Tensor | None,
     route: routing.Route,
     options: cudnn.Options,
 ) -> tuple[Tensor, Tensor]:
-    """The layers' output and h_n, for x and counts as `ops.layer` takes them."""
+    """The layers' output and h_n, for x, counts and resets as `ops.layer` takes them."""
     if route.backend == "cudnn":
         return cudnn.elman(x, hx, weights, counts, options)
     num_layers, D = options.num_layers, 1 + options.bidirectional
@@ -152,7 +169,7 @@ def _run(
     for n, (h0, (w_ih, w_hh, b)) in enumerate(zip(h0s, layers, strict=True)):
         if n and options.dropout:
             x = F.dropout(x, options.dropout, options.training)
-        x, h = ops.layer(x, h0, w_ih, w_hh, b, counts, options.nonlinearity, route.kernel, precision)
+        x, h = ops.layer(x, h0, w_ih, w_hh, b, counts, resets, options.nonlinearity, route.kernel, precision)
         states.append(h)
     return x, states[0] if num_layers == 1 else torch.cat(states)
 
@@ -195,7 +212,10 @@ def elman_step(
         else:
             ((w1, w2, b),) = stacked_weights(weights, 1, 1, len(weights) == 4)
             precision = routing.float32_precision(x.device)
-            new = ops.layer(x[None], h[None], w1, w2, b, None, nonlinearity, route.kernel, precision)[0][0]
+            sequence = ops.layer(
+                x[None], h[None], w1, w2, b, None, None, nonlinearity, route.kernel, precision
+            )
+            new = sequence[0][0]
     return new if batched else new.squeeze(0)
 
 
@@ -350,6 +370,27 @@ def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Ten
             "sequence length: leave empty rows out"
         )
     return lengths.to(device)
+
+
+def _check_resets(
+    resets: Tensor, x: Tensor, batched: bool, batch_first: bool, packed: PackedSequence | None
+) -> Tensor:
+    """resets (T, B), for x as the layers take it."""
+    _check_tensor("resets", resets)
+    T, B = x.shape[:2] if packed is None else (len(packed.batch_sizes), packed.batch_sizes[0])
+    shape: tuple[Any, ...] = (T,) if not batched else (B, T) if batch_first else (T, B)
+    if resets.dtype != torch.bool or resets.dim() != len(shape) or resets.shape != shape:
+        raise ValueError(
+            f"resets is {resets.dtype} of shape {tuple(resets.shape)}; expected torch.bool of shape "
+            f"{tuple(map(int, shape))}, one for each step of each row"
+        )
+    if resets.device != x.device:
+        raise RuntimeError(
+            f"resets is on {resets.device} and the input on {x.device}; expected one: move with .to()"
+        )
+    if not batched:
+        return resets.unsqueeze(1)
+    return resets.transpose(0, 1) if batch_first else resets
 
 
 def _prepare(

@@ -73,11 +73,15 @@ class Elman(nn.RNNBase):
         self.nonlinearity = nonlinearity
         self.backend = backend
 
-    def forward(self, input: Input, hx: Tensor | None = None) -> tuple[Input, Tensor]:
+    def forward(
+        self, input: Input, hx: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Input, Tensor]:
         """input (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence of any order.
 
-        hx (L * D, B, H), (L * D, H) unbatched, or None for zeros. Returns output, of the input's kind
-        with D * H in place of I, and h_n, shaped as hx.
+        hx (L * D, B, H), (L * D, H) unbatched, or None for zeros. resets bool (T, B), (B, T) with
+        batch_first, (T,) unbatched, or None: where True, a row begins anew at that step, its state before
+        it zero; see `elman.elman`. Returns output, of the input's kind with D * H in place of I, and h_n,
+        shaped as hx.
         """
         # By name and at every call: a parametrization or functional_call puts other tensors there.
         weights = [getattr(self, name) for name in self._flat_weights_names]
@@ -92,6 +96,7 @@ class Elman(nn.RNNBase):
             training=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
+            resets=resets,
             backend=self.backend,
         )
 
@@ -184,23 +189,26 @@ class ElmanNetwork(nn.Module):
         self.readout = readout or "none"
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, resets: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """input as Elman's, or (I,) for one step; hx as Elman's, for one step also (H,) if L * D = 1.
+        """input and resets as Elman's, or (I,) and () for one step; hx as Elman's, for one step also (H,) if
+        L * D = 1.
 
         Returns y, of the input's kind with O in place of I, and h_n, shaped as hx: hand it to the next
         call to carry the state on. One step without hx gives h_n (H,), or (L * D, H) if L * D > 1.
         """
         if isinstance(input, PackedSequence):
-            h, h_n = self.rnn(input, hx)
+            h, h_n = self.rnn(input, hx, resets)
             return PackedSequence(self._read(h.data), *h[1:]), h_n
         if not isinstance(input, Tensor) or input.dim() != 1:
-            h, h_n = self.rnn(input, hx)
+            h, h_n = self.rnn(input, hx, resets)
             return self._read(h), h_n
         flat = self.rnn.num_layers * (2 if self.rnn.bidirectional else 1) == 1 and (
             hx is None or (isinstance(hx, Tensor) and hx.dim() == 1)
         )
-        h, h_n = self.rnn(input.unsqueeze(0), hx.unsqueeze(0) if flat and hx is not None else hx)
+        if isinstance(resets, Tensor) and resets.dim() == 0:
+            resets = resets.unsqueeze(0)
+        h, h_n = self.rnn(input.unsqueeze(0), hx.unsqueeze(0) if flat and hx is not None else hx, resets)
         return self._read(h[0]), h_n[0] if flat else h_n
 
     def _read(self, h: Tensor) -> Tensor:

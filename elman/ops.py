@@ -1,14 +1,17 @@
-"""The layer as two torch.library operators, with their fake implementations and their derivatives.
+"""The layer as torch.library operators, with their fake implementations, derivatives and batching rules.
 
-    elman::layer      x, h0, weights -> output, h_n      one layer, all its directions, any kernel
-    elman::layer_dz   g_out, g_hn, output, w_hh -> dz    its backward scan
+    elman::layer            x, h0, weights -> output, h_n      one layer, all its directions, any kernel
+    elman::layer_dz         g_out, g_hn, output, w_hh -> dz    its backward scan
+    elman::layer_products   dz, x, h0, ... -> the gradients    what is left of the backward pass
 
 Where rows differ in length, `counts` is int64 and says how: the kernels take a padded x (T, B, I) and the
 rows' lengths (B,), eager a packed x (N, I) and its sizes (T,), see packing.py; otherwise it is None.
+`resets`, bool, of x's shape without its last dimension, or None: where rows begin anew, see reference.layer;
+none lies past a row's length.
 
 Only the scans depend on the kernel. What is left of the backward pass is products over the whole
-sequence, the vendor's library's work. Saved for it are the input, the weights and the output, nothing
-else: act' follows from the output.
+sequence, the vendor's library's work; they are an operator in graphs alone, which so need not be made anew
+for each T. Saved are the input, the weights and the output, nothing else: act' follows from the output.
 
 `kernel` is "eager", the name of a module of elman.kernels ("resident", "cooperative", "step"), "triton": the
 quickest of these for each pass, or "cell": the step kernel with the input product in the same launch,
@@ -39,24 +42,26 @@ def layer(
     w_hh: Tensor,
     bias: Tensor | None,
     counts: Tensor | None,
+    resets: Tensor | None,
     nonlinearity: str,
     kernel: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """output (T, B, D * H), or packed, and h_n (D, B, H) of one layer, arguments as `reference.layer`'s.
 
-    counts and kernel as above; precision, "ieee", "tf32" or "tf32x3", is that of a float32 product in Triton.
+    counts, resets and kernel as above; precision, "ieee", "tf32" or "tf32x3", is that of a float32 product in
+    Triton.
     """
-    arguments = (x, h0, w_ih, w_hh, bias, counts, nonlinearity, kernel, precision)
+    arguments = (x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.elman.layer(*arguments)
     if forward_ad._current_level >= 0:
         # The operator has no forward-mode derivative, and would drop a tangent without a word.
         if x.dim() == 3:
-            return reference.layer(x, h0, w_ih, w_hh, bias, counts, nonlinearity)
+            return reference.layer(x, h0, w_ih, w_hh, bias, counts, nonlinearity, resets)
         assert counts is not None
-        x, lengths, places = _pad(x, counts, h0.shape[1])
-        output, h_n = reference.layer(x, h0, w_ih, w_hh, bias, lengths, nonlinearity)
+        (x, resets), lengths, places = _padded(counts, h0.shape[1], x, resets)
+        output, h_n = reference.layer(x, h0, w_ih, w_hh, bias, lengths, nonlinearity, resets)
         return packing.pack(output, places), h_n
     if torch._C._are_functorch_transforms_active():
         return _Layer.apply(*arguments)
@@ -72,14 +77,15 @@ def _layer(
     w_hh: Tensor,
     bias: Tensor | None,
     counts: Tensor | None,
+    resets: Tensor | None,
     nonlinearity: str,
     kernel: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     if kernel == "eager":
-        output = eager.forward(x, h0, w_ih, w_hh, bias, counts, nonlinearity)
+        output = eager.forward(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity)
     else:
-        output = _scan(x, h0, w_ih, w_hh, bias, counts, nonlinearity, kernel, precision)
+        output = _scan(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision)
     B, (D, H, _) = h0.shape[1], w_hh.shape
     # Reversed, the last step is the first; a copy even of one, as h_n may be written into.
     ends = [_last(B, counts, output), _first(B, output)][:D]
@@ -93,6 +99,7 @@ def _scan(
     w_hh: Tensor,
     bias: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     nonlinearity: str,
     kernel: str,
     precision: str,
@@ -101,17 +108,19 @@ def _scan(
     from . import choice  # not above: importing elman must not import Triton
 
     T, _, I = x.shape
-    name, problem = choice.plan(kernel, _problem(x, w_hh, lengths, precision), x.device, T, I)
+    ragged = lengths is not None or resets is not None
+    name, problem = choice.plan(kernel, _problem(x, w_hh, ragged, precision), x.device, T, I)
     config = choice.config(name, problem, x.device)
     if name == "cell":
         output, b = x.new_empty(1, x.shape[1], w_hh.shape[1]), None if bias is None else bias[0]
-        _module("step").cell(x[0], h0[0], w_ih[0], w_hh[0], b, output[0], nonlinearity, precision, config)
+        h = h0[0] if resets is None else h0[0].masked_fill(resets[0, :, None], 0)
+        _module("step").cell(x[0], h, w_ih[0], w_hh[0], b, output[0], nonlinearity, precision, config)
         return output
     module = _module(name)
     if problem.inputs:
-        return module.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, precision, config)
+        return module.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, precision, config, resets)
     z = eager.project(x, w_ih, bias)
-    return module.scan(z, h0, w_hh, lengths, nonlinearity, precision, config)
+    return module.scan(z, h0, w_hh, lengths, nonlinearity, precision, config, resets)
 
 
 def _layer_dz(
@@ -120,31 +129,34 @@ def _layer_dz(
     output: Tensor,
     w_hh: Tensor,
     counts: Tensor | None,
+    resets: Tensor | None,
     nonlinearity: str,
     kernel: str,
     precision: str,
 ) -> Tensor:
+    """dz, of the output's shape, by the backward scan of any kernel."""
     if kernel == "eager":
-        return eager.backward(g_out, g_hn, output, w_hh, counts, nonlinearity)
+        return eager.backward(g_out, g_hn, output, w_hh, counts, resets, nonlinearity)
     from . import choice
 
     dz = torch.empty_like(output)
-    problem = _problem(output, w_hh, counts, precision, backward=True)
+    ragged = counts is not None or resets is not None
+    problem = _problem(output, w_hh, ragged, precision, backward=True)
     name, problem = choice.plan(kernel, problem, output.device, len(output))
     config = choice.config(name, problem, output.device)
-    _module(name).scan_backward(g_out, g_hn, output, w_hh, dz, counts, nonlinearity, precision, config)
+    _module(name).scan_backward(
+        g_out, g_hn, output, w_hh, dz, counts, nonlinearity, precision, config, resets
+    )
     return dz
 
 
-def _problem(
-    sequence: Tensor, w_hh: Tensor, lengths: Tensor | None, precision: str, **more: Any
-) -> configs.Problem:
+def _problem(sequence: Tensor, w_hh: Tensor, ragged: bool, precision: str, **more: Any) -> configs.Problem:
     """What a scan over (T, B, ...) with w_hh (D, H, H) chooses its kernel and config for."""
     from .kernels.configs import Problem
 
     D, H, _ = w_hh.shape
     precision = precision if sequence.dtype == torch.float32 else "ieee"
-    return Problem(sequence.shape[1], H, D, sequence.dtype, precision, ragged=lengths is not None, **more)
+    return Problem(sequence.shape[1], H, D, sequence.dtype, precision, ragged=ragged, **more)
 
 
 def _module(kernel: str) -> ModuleType:
@@ -152,10 +164,11 @@ def _module(kernel: str) -> ModuleType:
     return importlib.import_module(f"elman.kernels.{kernel}")
 
 
-def _pad(x: Tensor, sizes: Tensor, B: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A packed x (N, K) padded, its rows' lengths, and the places of what was packed."""
-    places = packing.places(sizes, B).to(x.device)
-    return packing.pad(x, places, len(sizes), B), packing.lengths(sizes, B).to(x.device), places
+def _padded(sizes: Tensor, B: int, packed: Tensor, *more: Tensor | None) -> tuple[list[Any], Tensor, Tensor]:
+    """The packed tensors (N, ...) padded, their rows' lengths, and the places of what was packed."""
+    places = packing.places(sizes, B).to(packed.device)
+    padded = [None if t is None else packing.pad(t, places, len(sizes), B) for t in (packed, *more)]
+    return padded, packing.lengths(sizes, B).to(packed.device), places
 
 
 def _last(B: int, counts: Tensor | None, sequence: Tensor) -> Any:
@@ -172,6 +185,11 @@ def _first(B: int, sequence: Tensor) -> Any:
     return slice(B) if sequence.dim() == 2 else 0
 
 
+def _later(B: int, sequence: Tensor) -> Any:
+    """What picks the steps that have one before them, out of a sequence, padded or packed."""
+    return slice(B if sequence.dim() == 2 else 1, None)
+
+
 def _neighbours(
     B: int, counts: Tensor | None, sequence: Tensor, starts: list[Any]
 ) -> list[tuple[Any, Any, Any]]:
@@ -179,125 +197,271 @@ def _neighbours(
 
     In a padded batch steps past a row's length count: of a product with them either factor is zero.
     """
-    later: Any = slice(1, None)
+    later, rest = _later(B, sequence), [0, -1]
     earlier: Any = slice(None, -1)
-    rest = [0, -1]
     if sequence.dim() == 2:
         assert counts is not None
-        later, earlier = slice(B, None), packing.before(counts, sequence.shape[0], B).to(sequence.device)
+        earlier = packing.before(counts, sequence.shape[0], B).to(sequence.device)
         rest = starts
     return [(later, earlier, rest[0]), (earlier, later, rest[-1])][: len(starts)]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, h0, w_ih, w_hh, bias, counts, ctx.nonlinearity, ctx.kernel, ctx.precision = inputs
+def _layer_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, h0, w_ih, w_hh, _, counts, resets, ctx.nonlinearity, ctx.kernel, ctx.precision = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, w_ih, w_hh, bias, counts, output[0])
+    ctx.save_for_backward(x, h0, w_ih, w_hh, counts, resets, output[0])
 
 
-def _backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, h0, w_ih, w_hh, bias, counts, output = ctx.saved_tensors
-    needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = ctx.needs_input_grad[:5]
-    none: tuple[Tensor | None, ...] = (None,) * 9
+def _layer_gradients(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, h0, w_ih, w_hh, counts, resets, output = ctx.saved_tensors
+    needs, none = list(ctx.needs_input_grad[:5]), (None,) * 10
     if g_out is None and g_hn is None:
         return none
-    dtype, places = x.dtype, None
-    if torch.is_grad_enabled():
-        # A second derivative is wanted, and it flows through the state too: redo both scans in
-        # differentiable torch, in the precision that the kernels accumulate in.
-        compute = reference.COMPUTE.get(x.dtype, x.dtype)
-        x, h0, w_ih, w_hh = (t.to(compute) for t in (x, h0, w_ih, w_hh))
-        b = None if bias is None else bias.to(compute)
-        g_out, g_hn = (None if g is None else g.to(compute) for g in (g_out, g_hn))
-        if x.dim() == 2:
-            g_out = None if g_out is None else _pad(g_out, counts, h0.shape[1])[0]
-            x, counts, places = _pad(x, counts, h0.shape[1])
-        output, _ = reference.layer(x, h0, w_ih, w_hh, b, counts, ctx.nonlinearity)
-        dz = reference.layer_dz(g_out, g_hn, output, w_hh, counts, ctx.nonlinearity)
+    arguments = (g_out, g_hn, output, w_hh, counts, resets, ctx.nonlinearity, ctx.kernel, ctx.precision)
+    in_transform = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0:
+        dz = _differentiable_dz(*arguments[:7])
     else:
-        dz = torch.ops.elman.layer_dz(
-            g_out, g_hn, output, w_hh, counts, ctx.nonlinearity, ctx.kernel, ctx.precision
-        )
-    compute = dz.dtype
+        dz = _Dz.apply(*arguments) if in_transform else torch.ops.elman.layer_dz(*arguments)
+    # In a graph one operator; elsewhere torch's own, which have derivatives and batching rules.
+    in_graph = type(dz) is not Tensor and not in_transform
+    products = torch.ops.elman.layer_products if in_graph else _layer_products
+    found = iter(products(dz, x, h0, w_ih, w_hh, output, counts, resets, needs))
+    return *(next(found) if needed else None for needed in needs), *none[5:]
+
+
+def _dz_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.nonlinearity, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _dz_gradients(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, counts, resets = ctx.saved_tensors
+    rest: Any = (counts, resets, ctx.nonlinearity)
+    there = [t for t in tensors if t is not None]
+
+    def dz(*given: Tensor) -> Tensor:
+        each = iter(given)
+        arguments: list[Any] = [t if t is None else next(each) for t in tensors]
+        return _differentiable_dz(*arguments, *rest)
+
+    # vjp, not autograd.grad: torch.func's transforms go through it.
+    result, gradients, *_ = torch.func.vjp(dz, *there)
+    found = iter(gradients(v.to(result.dtype)))
+    return *(None if t is None else next(found) for t in tensors), *(None,) * 5
+
+
+def _differentiable_dz(
+    g_out: Tensor | None,
+    g_hn: Tensor | None,
+    output: Tensor,
+    w_hh: Tensor,
+    counts: Tensor | None,
+    resets: Tensor | None,
+    nonlinearity: str,
+) -> Tensor:
+    """What `_layer_dz` returns, in torch's own operators and the precision that the kernels accumulate in."""
+    compute = reference.COMPUTE.get(output.dtype, output.dtype)
+    output, w_hh = output.to(compute), w_hh.to(compute)
+    g_out, g_hn = (None if g is None else g.to(compute) for g in (g_out, g_hn))
+    if output.dim() == 3:
+        return reference.layer_dz(g_out, g_hn, output, w_hh, counts, nonlinearity, resets)
+    assert counts is not None
+    (output, g_out, resets), lengths, places = _padded(counts, int(counts[0]), output, g_out, resets)
+    return packing.pack(reference.layer_dz(g_out, g_hn, output, w_hh, lengths, nonlinearity, resets), places)
+
+
+def _layer_products(
+    dz: Tensor,
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    output: Tensor,
+    counts: Tensor | None,
+    resets: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that `needs` names, from dz: products over the whole sequence, in x's dtype."""
+    dtype, compute = x.dtype, dz.dtype
+    needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = needs
     D, H, I = w_ih.shape
     x, h0, w_ih, w_hh, output = (t.to(compute) for t in (x, h0, w_ih, w_hh, output))
-    flat, T, B = dz.reshape(-1, D * H), (dz if dz.dim() == 3 else counts).shape[0], h0.shape[1]
+    flat, T, B = dz.reshape(-1, D * H), len(dz if counts is None or dz.dim() == 3 else counts), h0.shape[1]
     starts = [_first(B, dz), *([_last(B, counts, dz)] if D == 2 else [])]
     first = [dz[start][:, d * H : (d + 1) * H] for d, start in enumerate(starts)]
-    dx = dh0 = dw_ih = dw_hh = db = None
+    heard = first  # of h0; reversed, none begins anew after its last step
+    if resets is not None:
+        heard = [first[0].masked_fill(resets[starts[0]][:, None], 0), *first[1:]]
+    gradients = []
     if needs_x:
-        dx = eager.product(flat, w_ih.flatten(0, 1).t()).view(x.shape).to(dtype)
-        dx = dx if places is None else packing.pack(dx, places)
+        gradients.append(eager.product(flat, w_ih.flatten(0, 1).t()).view(x.shape).to(dtype))
     if needs_h0:
-        dh0 = _stack([f @ w for f, w in zip(first, w_hh, strict=True)]).to(dtype)
+        gradients.append(_stack([f @ w for f, w in zip(heard, w_hh, strict=True)]).to(dtype))
     # On the CPU both weights' products share what is prepared of dz, a direction at a time. Elsewhere W_ih's
     # is one product, for speed and for float16, which rounds every partial sum.
     together = needs_w_ih and dz.device.type == "cpu" and dtype == torch.float32
     if needs_w_ih and not together:
-        dw_ih = eager.sums_of_products(dz, [x], T)[0].view(D, H, I).to(dtype)
+        gradients.append(eager.sums_of_products(dz, [x], T)[0].view(D, H, I).to(dtype))
     if needs_w_hh or together:
         sums = []
         for d, (following, before, rest) in enumerate(_neighbours(B, counts, dz, starts)):
             columns = slice(d * H, (d + 1) * H)
             g = dz[..., columns]
             # h0, and the input where the direction begins, are added.
-            begins = [(g[rest], x[rest])] * together + [(first[d], h0[d])] * needs_w_hh
+            begins = [(g[rest], x[rest])] * together + [(heard[d], h0[d])] * needs_w_hh
             if T == 1:  # there is nothing else, and zeros of the weights' size would cost as much
                 sums.append([a.t() @ b for a, b in begins])
                 continue
-            others = [x[following]] * together + [output[..., columns][before]] * needs_w_hh
+            others = [x[following]] * together
+            if needs_w_hh:
+                h = output[..., columns][before]
+                if resets is not None:
+                    h = h.masked_fill(resets[_later(B, dz)][..., None], 0)
+                others.append(h)
             found = eager.sums_of_products(g[following], others, T)
             sums.append([torch.addmm(f, a.t(), b) for f, (a, b) in zip(found, begins, strict=True)])
         if together:
-            dw_ih = _stack([found[0] for found in sums])
+            gradients.append(_stack([found[0] for found in sums]))
         if needs_w_hh:
-            dw_hh = _stack([found[-1] for found in sums]).to(dtype)
+            gradients.append(_stack([found[-1] for found in sums]).to(dtype))
     if needs_bias:
-        db = flat.sum(0).view(D, H).to(dtype)
-    return dx, dh0, dw_ih, dw_hh, db, *none[5:]
+        gradients.append(flat.sum(0).view(D, H).to(dtype))
+    return gradients
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
-class _Layer(torch.autograd.Function):
-    """The operator for torch.func's transforms, which take a Function of this form alone.
+class _Form(torch.autograd.Function):
+    """An operator for torch.func's transforms, which take a Function of this form alone.
 
     Elsewhere the operator itself is called: this form's way through Python costs more than a short
     sequence.
     """
 
-    forward = staticmethod(lambda *arguments: torch.ops.elman.layer(*arguments))
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
     generate_vmap_rule = True
+
+
+class _Layer(_Form):
+    forward = staticmethod(lambda *arguments: torch.ops.elman.layer(*arguments))
+    setup_context = staticmethod(_layer_setup)
+    backward = staticmethod(_layer_gradients)
+
+
+class _Dz(_Form):
+    forward = staticmethod(lambda *arguments: torch.ops.elman.layer_dz(*arguments))
+    setup_context = staticmethod(_dz_setup)
+    backward = staticmethod(_dz_gradients)
+
+
+def _batched_layer(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
+    """torch.vmap of elman::layer: more rows in one call, or, where the weights differ, a call for each."""
+    rule = _Rule(torch.ops.elman.layer, info.batch_size, in_dims, arguments)
+    x, h0, *weights, counts, resets = range(7)
+    if rule.is_batched(*weights) or (rule.is_packed(x) and rule.is_batched(counts)):
+        return rule.one_by_one()
+    return rule.as_rows((x, h0), counts, resets, packed=rule.is_packed(x))
+
+
+def _batched_dz(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
+    """torch.vmap of elman::layer_dz, as of elman::layer."""
+    rule = _Rule(torch.ops.elman.layer_dz, info.batch_size, in_dims, arguments)
+    g_out, g_hn, output, w_hh, counts, resets = range(6)
+    if rule.is_batched(w_hh) or (rule.is_packed(output) and rule.is_batched(counts)):
+        return rule.one_by_one()
+    return rule.as_rows((g_out, g_hn, output), counts, resets, packed=rule.is_packed(output))
+
+
+class _Rule:
+    """How a batch of V calls of an operator becomes one, or V."""
+
+    def __init__(self, operator: Any, V: int, in_dims: tuple, arguments: tuple) -> None:
+        self.operator, self.V, self.in_dims, self.arguments = operator, V, in_dims, arguments
+
+    def is_batched(self, *positions: int) -> bool:
+        return any(self.in_dims[i] is not None for i in positions)
+
+    def is_packed(self, i: int) -> bool:
+        """Whether a sequence, padded (T, B, K) or packed (N, K), is packed."""
+        return self.arguments[i].dim() - self.is_batched(i) == 2
+
+    def one_by_one(self) -> tuple[Any, Any]:
+        results = [self.operator(*self._call(v)) for v in range(self.V)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    def _call(self, v: int) -> list[Any]:
+        pairs = zip(self.arguments, self.in_dims, strict=True)
+        return [a if dim is None else a.select(dim, v) for a, dim in pairs]
+
+    def as_rows(self, rows: tuple[int, ...], counts: int, resets: int, packed: bool) -> tuple[Any, Any]:
+        """Each row becomes V rows side by side, so that rows that are sorted by length stay so."""
+        arguments = list(self.arguments)
+        for i in rows:
+            arguments[i] = self._beside(i, -2)
+        arguments[resets] = self._beside(resets, -1)
+        if packed:
+            arguments[counts] = self.arguments[counts] * self.V
+        else:
+            arguments[counts] = self._beside(counts, -1)
+        results = self.operator(*arguments)
+        if isinstance(results, Tensor):
+            return results.unflatten(-2, (-1, self.V)), results.dim() - 1
+        apart = tuple(r.unflatten(-2, (-1, self.V)) for r in results)
+        return apart, tuple(r.dim() - 1 for r in results)
+
+    def _beside(self, i: int, at: int) -> Tensor | None:
+        """An argument whose dimension before `at` is the rows: V of each, next to one another."""
+        tensor, dim = self.arguments[i], self.in_dims[i]
+        if tensor is None:
+            return None
+        if dim is None:
+            shape = list(tensor.unsqueeze(at).shape)
+            shape[at] = self.V
+            tensor = tensor.unsqueeze(at).expand(shape)
+        else:
+            tensor = tensor.movedim(dim, at)
+        return tensor.flatten(at - 1, at)
 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("elman", "DEF")
+    rest = "Tensor? counts, Tensor? resets, str nonlinearity, str kernel, str precision"
     library.define(
-        "layer(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? counts, "
-        "str nonlinearity, str kernel, str precision) -> (Tensor, Tensor)"
+        f"layer(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? bias, {rest}) -> (Tensor, Tensor)"
     )
+    library.define(f"layer_dz(Tensor? g_out, Tensor? g_hn, Tensor output, Tensor w_hh, {rest}) -> Tensor")
     library.define(
-        "layer_dz(Tensor? g_out, Tensor? g_hn, Tensor output, Tensor w_hh, Tensor? counts, "
-        "str nonlinearity, str kernel, str precision) -> Tensor"
+        "layer_products(Tensor dz, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor output, "
+        "Tensor? counts, Tensor? resets, bool[] needs) -> Tensor[]"
     )
-    library.impl("layer", _layer, "CompositeExplicitAutograd")
-    library.impl("layer_dz", _layer_dz, "CompositeExplicitAutograd")
+    for function in (_layer, _layer_dz, _layer_products):
+        library.impl(function.__name__[1:], function, "CompositeExplicitAutograd")
 
     @torch.library.register_fake("elman::layer", lib=library)
-    def _(x, h0, w_ih, w_hh, bias, counts, nonlinearity, kernel, precision):
+    def _(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision):
         D, H, _ = w_hh.shape
         return x.new_empty(*x.shape[:-1], D * H), x.new_empty(h0.shape)
 
     @torch.library.register_fake("elman::layer_dz", lib=library)
-    def _(g_out, g_hn, output, w_hh, counts, nonlinearity, kernel, precision):
+    def _(g_out, g_hn, output, w_hh, counts, resets, nonlinearity, kernel, precision):
         compute = reference.COMPUTE.get(output.dtype, output.dtype) if kernel == "eager" else output.dtype
         return output.new_empty(output.shape, dtype=compute)
 
-    torch.library.register_autograd("elman::layer", _backward, setup_context=_setup_context, lib=library)
+    @torch.library.register_fake("elman::layer_products", lib=library)
+    def _(dz, x, h0, w_ih, w_hh, output, counts, resets, needs):
+        shapes = (x.shape, h0.shape, w_ih.shape, w_hh.shape, w_hh.shape[:2])
+        return [x.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+
+    for name, backward, setup, batched in (
+        ("elman::layer", _layer_gradients, _layer_setup, _batched_layer),
+        ("elman::layer_dz", _dz_gradients, _dz_setup, _batched_dz),
+    ):
+        torch.library.register_autograd(name, backward, setup_context=setup, lib=library)
+        torch.library.register_vmap(name, batched, lib=library)
     return library
 
 

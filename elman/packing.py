@@ -33,7 +33,7 @@ def pack(x: Tensor, places: Tensor) -> Tensor:
 
 def pad(data: Tensor, places: Tensor, T: int, B: int) -> Tensor:
     """The opposite of `pack`, with zeros elsewhere."""
-    zeros = data.new_zeros(T * B, data.shape[1])
+    zeros = data.new_zeros(T * B, *data.shape[1:])
     return zeros.index_copy_(0, places, data).unflatten(0, (T, B))
 
 

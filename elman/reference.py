@@ -32,20 +32,27 @@ def layer(
     bias: Tensor | None = None,
     lengths: Tensor | None = None,
     nonlinearity: str = "tanh",
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One layer, all its directions.
 
     x (T, B, I), h0 (D, B, H), w_ih (D, H, I), w_hh (D, H, H), bias (D, H) or None, lengths int64 (B,)
-    or None. Returns output (T, B, D * H), zero past a row's length, and h_n (D, B, H), each row's
-    state at its own last step (for the reversed direction that is t = 0).
+    or None, resets bool (T, B) or None. Returns output (T, B, D * H), zero past a row's length, and
+    h_n (D, B, H), each row's state at its own last step (for the reversed direction that is t = 0).
+
+    Where resets[t, b], row b begins anew at step t: no state passes between it and step t - 1. Forward
+    the state before step t is zero (h0 too, at t = 0), reversed the one before step t - 1.
     """
     act = ACTIVATIONS[nonlinearity]
+    cuts = _cuts(resets, lengths, len(x))
     # unbind, not x[t]: the gradient of an index is a whole sequence of zeros, once a step.
     steps, outputs, states = x.unbind(0), [], []
     for d in range(w_hh.shape[0]):
         h, rows = h0[d], []
         for t in _order(d, len(steps)):
             b = None if bias is None else bias[d]
+            if cuts is not None:
+                h = torch.where(cuts[t + d], 0.0, h)
             new = act(F.linear(steps[t], w_ih[d], b) + F.linear(h, w_hh[d]))
             if lengths is None:
                 h = new
@@ -66,6 +73,7 @@ def layer_dz(
     w_hh: Tensor,
     lengths: Tensor | None = None,
     nonlinearity: str = "tanh",
+    resets: Tensor | None = None,
 ) -> Tensor:
     """The backward scan of `layer`: dz (T, B, D * H), the gradient before the activation.
 
@@ -78,6 +86,7 @@ def layer_dz(
     D, H, _ = w_hh.shape
     steps = torch.arange(T, device=output.device)[:, None]
     last = torch.full((B,), T - 1, device=output.device) if lengths is None else lengths - 1
+    cuts = _cuts(resets, lengths, T)
     columns = []
     for d in range(D):
         h = output[..., d * H : (d + 1) * H]
@@ -89,6 +98,8 @@ def layer_dz(
         dz, rows = torch.zeros_like(h[0]), []
         g_steps, act_steps = g.unbind(0), act_grad.unbind(0)
         for t in reversed(_order(d, T)):
+            if cuts is not None:
+                dz = torch.where(cuts[t + 1 - d], 0.0, dz)
             dz = act_steps[t] * (g_steps[t] + dz @ w_hh[d])
             rows.append(dz)
         columns.append(torch.stack(rows[::-1] if d == 0 else rows))
@@ -106,16 +117,19 @@ def elman(
     bidirectional: bool = False,
     batch_first: bool = False,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The whole stack without dropout, arguments and results as `elman.elman`'s."""
     D = 2 if bidirectional else 1
     x = input.transpose(0, 1) if batch_first else input
+    if resets is not None and batch_first:
+        resets = resets.transpose(0, 1)
     layers = stacked_weights(weights, num_layers, D, bias)
     if hx is None:
         hx = x.new_zeros(num_layers * D, x.shape[1], layers[0][1].shape[-1])
     states = []
     for n, (w_ih, w_hh, b) in enumerate(layers):
-        x, h_n = layer(x, hx[n * D : (n + 1) * D], w_ih, w_hh, b, lengths, nonlinearity)
+        x, h_n = layer(x, hx[n * D : (n + 1) * D], w_ih, w_hh, b, lengths, nonlinearity, resets)
         states.append(h_n)
     return x.transpose(0, 1) if batch_first else x, torch.cat(states)
 
@@ -138,6 +152,15 @@ def stacked_weights(
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _cuts(resets: Tensor | None, lengths: Tensor | None, T: int) -> tuple[Tensor, ...] | None:
+    """For t from 0 to T, (B, 1): whether no state passes between the steps t - 1 and t of a row."""
+    if resets is None:
+        return None
+    if lengths is not None:
+        resets = resets & (torch.arange(T, device=resets.device)[:, None] < lengths)
+    return (*resets[..., None].unbind(0), torch.zeros_like(resets[0, :, None]))
 
 
 def _order(d: int, T: int) -> range:

@@ -103,11 +103,13 @@ def route(
     directions: int = 1,
     one_step: bool = False,
     ragged: bool = False,
+    resets: bool = False,
 ) -> Route:
     """The Route of a call on tensors of this device and dtype; hidden is H, batch B, directions D.
 
     one_step: the call is `elman_step`, for which "auto" takes nn.RNNCell's own operator everywhere, and
-    Triton has one kernel, whatever is forced for sequences. ragged: rows have lengths of their own.
+    Triton has one kernel, whatever is forced for sequences. ragged: rows have lengths of their own. resets:
+    they begin anew on the way.
     Raises BackendUnavailableError where a backend was asked for by name and can't run, for the
     backward pass too where gradients are enabled.
     """
@@ -125,11 +127,11 @@ def route(
             f"auto: the loop on plain torch is the only backend for tensors on {device.type!r}",
         )
     elif name == "auto":
-        name, reason = _automatic(device, dtype, (hidden, batch, directions, ragged))
+        name, reason = _automatic(device, dtype, (hidden, batch, directions, ragged or resets), resets)
     else:
         reason = "asked for by name"
         backend = name.partition(":")[0]
-        why_not = unavailable(backend, device, dtype)
+        why_not = unavailable(backend, device, dtype, resets)
         if why_not:
             raise BackendUnavailableError(f"backend {backend!r} was asked for and can't run: {why_not}")
     if name == "eager":
@@ -140,7 +142,7 @@ def route(
         return Route("triton", "cell", reason)
     kernel = name.partition(":")[2]
     if kernel and not _is_traced():
-        _expect_runs(kernel, _passes(device, dtype, (hidden, batch, directions, ragged)), device)
+        _expect_runs(kernel, _passes(device, dtype, (hidden, batch, directions, ragged or resets)), device)
     return Route("triton", kernel or "triton", reason)
 
 
@@ -173,11 +175,13 @@ def _expect_runs(kernel: str, passes: tuple[Problem, ...], device: torch.device)
             )
 
 
-def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(backend: str, device: torch.device, dtype: torch.dtype, resets: bool = False) -> str | None:
     """None if `backend` can run on tensors of this device and dtype, else why not and what to do."""
     if backend == "eager":
         return None
     if backend == "cudnn":
+        if resets:
+            return "it has no resets; use 'auto', 'triton' or 'eager'"
         return _cudnn_unavailable(device, dtype)
     if not TRITON_IS_INSTALLED:
         return "Triton is not installed; install the triton package, or use backend 'eager'"
@@ -216,10 +220,10 @@ def _cudnn_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _automatic(
-    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, bool]
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, bool], resets: bool
 ) -> tuple[str, str]:
     """The backend that "auto" takes for a sequence on CUDA, and why."""
-    no_triton, no_cudnn = (unavailable(backend, device, dtype) for backend in ("triton", "cudnn"))
+    no_triton, no_cudnn = (unavailable(backend, device, dtype, resets) for backend in ("triton", "cudnn"))
     if no_triton and no_cudnn:
         return "eager", f"auto: not cudnn, because {no_cudnn}; not triton, because {no_triton}"
     if no_triton:

@@ -59,6 +59,13 @@ def row_lengths(lengths, rb, T, B, HAS_LENGTHS: tl.constexpr):
 
 
 @triton.jit
+def is_cut(resets, t, rb, T, B):
+    """Whether the rows rb begin anew at step t, so that no state passes between it and the step before."""
+    t = t.to(tl.int64)
+    return tl.load(resets + t * B + rb, mask=(rb < B) & (t >= 0) & (t < T), other=0) != 0
+
+
+@triton.jit
 def add_product(
     acc,
     rows,
@@ -181,6 +188,7 @@ def backward_arguments(
     lengths: torch.Tensor | None,
     nonlinearity: str,
     precision: str,
+    resets: torch.Tensor | None,
     *,
     transposed: bool = False,
 ) -> tuple[configs.Problem, tuple[torch.Tensor, ...], tuple[int, ...], dict]:
@@ -199,14 +207,36 @@ def backward_arguments(
         "HAS_G_OUT": g_out is not None,
         "HAS_G_HN": g_hn is not None,
         "HAS_LENGTHS": lengths is not None,
+        "HAS_RESETS": resets is not None,
     }
-    problem = problem_of(dz, B, H, D, precision, backward=True, ragged=lengths is not None)
+    ragged = lengths is not None or resets is not None
+    problem = problem_of(dz, B, H, D, precision, backward=True, ragged=ragged)
     g_out = g_out if g_out is not None else dz
     g_hn = g_hn.contiguous() if g_hn is not None else dz
     w_hh = (w_hh.mT if transposed else w_hh).contiguous()
-    lengths = lengths.contiguous() if lengths is not None else dz
+    rows = row_arguments(lengths, resets, dz)
     strides = (*g_out.stride(), *output.stride()[:2], *dz.stride()[:2])
-    return problem, (g_out, g_hn, output, w_hh, dz, lengths), strides, options
+    return problem, (g_out, g_hn, output, w_hh, dz, *rows), strides, options
+
+
+def row_arguments(
+    lengths: torch.Tensor | None, resets: torch.Tensor | None, sequence: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernels' lengths and resets, the sequence standing in for what there is none of.
+
+    Raises unless resets is bool (T, B), on the device of the sequence (T, B, ...).
+    """
+    lengths = lengths.contiguous() if lengths is not None else sequence
+    if resets is None:
+        return lengths, sequence
+    shape = sequence.shape[:2]
+    if resets.shape != shape or resets.dtype != torch.bool:
+        raise ValueError(
+            f"resets is {resets.dtype} {tuple(resets.shape)}; expected torch.bool {tuple(shape)}."
+        )
+    if resets.device != sequence.device:
+        raise ValueError(f"resets is on {resets.device}; expected {sequence.device}, where the sequence is.")
+    return lengths, resets.contiguous().view(torch.uint8)
 
 
 def problem_of(

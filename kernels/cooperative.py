@@ -35,10 +35,12 @@ from .common import (
     dot,
     expect,
     expect_sequence,
+    is_cut,
     launch_options,
     on_device,
     problem_of,
     rounded,
+    row_arguments,
     row_lengths,
 )
 from .errors import DeviceHangError
@@ -231,6 +233,7 @@ def forward_kernel(
     h0,
     w_hh,
     lengths,
+    resets,
     count,
     status,
     T,
@@ -244,6 +247,7 @@ def forward_kernel(
     H: tl.constexpr,
     RELU: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
     ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
     BITS: tl.constexpr,
@@ -280,12 +284,15 @@ def forward_kernel(
         for _ in range(steps):
             live = t < length
             first = d * (length - 1) == t
+            heard = live
+            if HAS_RESETS:
+                heard &= is_cut(resets, t + d, rb, T, B) == 0
             t64 = t.to(tl.int64)
             # On its way while the others are waited for: to convert it here would wait for it first.
             z_now = tl.load(z_tile + t64 * z_t, mask=live[None, :] & (rn[:, None] < H), other=0.0)
             before = tl.where(first, begin, rows + (t + 2 * d - 1).to(tl.int64) * out_t)
             product, patience = meet_and_multiply(
-                before, live, live & (first == 0), ws, w, rn, count + job, target, status, patience,
+                before, heard, heard & (first == 0), ws, w, rn, count + job, target, status, patience,
                 dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
             )  # fmt: skip
             h = tl.where(live[None, :], activate(z_now.to(ACC) + product, RELU), 0.0)
@@ -307,6 +314,7 @@ def backward_kernel(
     w_hh,
     dz,
     lengths,
+    resets,
     count,
     status,
     T,
@@ -325,6 +333,7 @@ def backward_kernel(
     HAS_G_HN: tl.constexpr,
     RELU: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
     ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
     BITS: tl.constexpr,
@@ -365,6 +374,8 @@ def backward_kernel(
             live = t < length
             last = (1 - d) * (length - 1) == t
             later = live & (last == 0)  # rows at their last step have no next one to hear from
+            if HAS_RESETS:
+                later &= is_cut(resets, t + 1 - d, rb, T, B) == 0
             t64 = t.to(tl.int64)
             here = live[None, :] & (rn[:, None] < H)
             # On their way while the others are waited for: to convert them here would wait for them first.
@@ -399,20 +410,25 @@ def scan(
     nonlinearity: str,
     precision: str,
     config: configs.CooperativeConfig | None = None,
+    resets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The output for the input products z (T, B, D * H): z itself, written over, or with flags a new tensor.
 
     h0 (D, B, H), w_hh (D, H, H), all of one dtype (not float64) and device; lengths None or int64 (B,),
     1 <= length <= T. z has unit stride in its last dimension and any other strides. Rows past their length
     become zero. precision, of float32 products: "tf32", "ieee" (IEEE class: the config says how) or "tf32x3".
+    resets None or bool (T, B), none of them past a row's length: where rows begin anew, so that no state
+    passes, in either direction, between the step and the one before it.
     Raises ValueError where shapes, dtypes or devices disagree, Triton's RuntimeError where the programs don't
     all fit on the chip at once, and DeviceHangError where they waited in vain for one another (found out by
     waiting for the launch to end; inside a CUDA graph capture not: there the output is NaN).
     """
     T, B, D, H = expect_sequence(z, "z", w_hh, lengths)
     expect(h0, "h0", (D, B, H), z)
-    problem = problem_of(z, B, H, D, precision, ragged=lengths is not None)
-    options = {**constants(z, nonlinearity), "H": H, "HAS_LENGTHS": lengths is not None}
+    problem = problem_of(z, B, H, D, precision, ragged=lengths is not None or resets is not None)
+    rows = row_arguments(lengths, resets, z)
+    options = {"H": H, "HAS_LENGTHS": lengths is not None, "HAS_RESETS": resets is not None}
+    options |= constants(z, nonlinearity)
     config, options = _options(z, problem, options, config)
     if 0 in (T, B, D, H):
         return z
@@ -420,7 +436,7 @@ def scan(
     _launch(
         forward_kernel,
         out,
-        (z, out, h0.contiguous(), w_hh.contiguous(), lengths.contiguous() if lengths is not None else z),
+        (z, out, h0.contiguous(), w_hh.contiguous(), *rows),
         (*z.stride()[:2], *out.stride()[:2]),
         problem,
         config,
@@ -439,6 +455,7 @@ def scan_backward(
     nonlinearity: str,
     precision: str,
     config: configs.CooperativeConfig | None = None,
+    resets: torch.Tensor | None = None,
 ) -> None:
     """Fills dz (T, B, D * H), the gradient of the pre-activations, from those of the output and of h_n.
 
@@ -447,7 +464,7 @@ def scan_backward(
     dz is zero past a row's length. The rest is as in scan.
     """
     problem, tensors, strides, options = backward_arguments(
-        g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision, transposed=True
+        g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision, resets, transposed=True
     )
     config, options = _options(dz, problem, options, config)
     if dz.numel() == 0:

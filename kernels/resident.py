@@ -31,10 +31,12 @@ from .common import (
     dot,
     expect,
     expect_sequence,
+    is_cut,
     launch_options,
     on_device,
     problem_of,
     rounded,
+    row_arguments,
     row_lengths,
 )
 
@@ -179,6 +181,15 @@ def zeros(H: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
+def without(hs, cut):
+    """A state with zeros in the columns that are cut."""
+    tiles = ()
+    for n in tl.static_range(len(hs)):
+        tiles += (tl.where(cut[None, :], 0.0, hs[n]).to(hs[n].dtype),)
+    return tiles
+
+
+@triton.jit
 def within(t, steps):
     """The step t, or the nearest one that there is, as a 64-bit factor of a stride."""
     return tl.minimum(tl.maximum(t, 0), steps - 1).to(tl.int64)
@@ -202,6 +213,7 @@ def forward_kernel(
     w_hh,
     output,
     lengths,
+    resets,
     T,
     B,
     x_t,
@@ -214,6 +226,7 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -257,10 +270,15 @@ def forward_kernel(
         x_columns = x + d * H + rb * x_b
         for i in tl.static_range(AHEAD):
             queue += load_state(x_columns + within(t + i * sign, steps) * x_t, 1, H, C, INTERPRET)
+    if HAS_RESETS:
+        hs = without(hs, is_cut(resets, t + d, rb, T, B))
+        cut = is_cut(resets, t + sign + d, rb, T, B)
     for _ in range(tl.minimum(steps, 1)):  # once; outside a loop it would read all the tiles before it starts
         accs = add_product(accs, ws, hs, SPLIT, PRECISION, INTERPRET)
     for _ in range(steps):
         live = t < length
+        if HAS_RESETS:
+            cut_later = is_cut(resets, t + 2 * sign + d, rb, T, B)
         if I > 0:
             t_next = t + (AHEAD + 1) * sign
             inside = (t_next >= 0) & (t_next < length)
@@ -281,6 +299,9 @@ def forward_kernel(
             store_tile(out_columns + t.to(tl.int64) * out_t, out, ok, n * C, H, INTERPRET)
             new += (h,)
         hs = new
+        if HAS_RESETS:
+            hs = without(new, cut)
+            cut = cut_later
         accs = start
         if I > 0:
             accs = add_product(start, us, queue[:1], False, PRECISION, INTERPRET)
@@ -299,6 +320,7 @@ def backward_kernel(
     w_hh,
     dz,
     lengths,
+    resets,
     T,
     B,
     g_t,
@@ -313,6 +335,7 @@ def backward_kernel(
     HAS_G_HN: tl.constexpr,
     RELU: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -347,12 +370,16 @@ def backward_kernel(
         queue += load_state(out_columns + t_next * out_t, 1, H, C, INTERPRET)
         if HAS_G_OUT:
             g_queue += load_state(g_columns + t_next * g_t, g_h, H, C, INTERPRET)
+    if HAS_RESETS:
+        cut = is_cut(resets, t + d, rb, T, B)
     if HAS_G_HN:
         ends = load_state(g_hn + (d64 * B + rb) * H, 1, H, C, INTERPRET)
     for _ in range(steps):
         live = t < length
         t_next = within(t + AHEAD * sign, steps)
         later = load_state(out_columns + t_next * out_t, 1, H, C, INTERPRET)
+        if HAS_RESETS:
+            cut_later = is_cut(resets, t + sign + d, rb, T, B)
         if HAS_G_OUT:
             g_later = load_state(g_columns + t_next * g_t, g_h, H, C, INTERPRET)
         new = ()
@@ -368,6 +395,9 @@ def backward_kernel(
                 g = tl.where(live[None, :], g, 0.0)
             store_tile(dz_columns + t.to(tl.int64) * dz_t, g, ok, n * C, H, INTERPRET)
             new += (g,)
+        if HAS_RESETS:
+            new = without(new, cut)
+            cut = cut_later
         accs = add_product(start, ws, new, SPLIT, PRECISION, INTERPRET)
         queue = moved_up(queue, later)
         if HAS_G_OUT:
@@ -393,17 +423,20 @@ def scan(
     nonlinearity: str,
     precision: str,
     config: configs.ResidentConfig | None = None,
+    resets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turns the input products z (T, B, D * H) into the output, in place, and returns it.
 
     h0 (D, B, H), w_hh (D, H, H), all of one dtype and device; lengths None or int64 (B,), 1 <= length <= T.
     z has unit stride in its last dimension and any other strides. Rows past their length become zero.
+    resets None or bool (T, B), none of them past a row's length: where rows begin anew, so that no state
+    passes, in either direction, between the step and the one before it.
     precision, of float32 products: "tf32", "ieee" (IEEE class: the config says how) or "tf32x3".
     Raises ValueError where shapes, dtypes or devices disagree, or where no config fits on the chip.
     """
     _, B, D, H = expect_sequence(z, "z", w_hh, lengths)
-    problem = problem_of(z, B, H, D, precision, ragged=lengths is not None)
-    return _forward(z, None, None, h0, w_hh, z, lengths, nonlinearity, problem, config)
+    problem = problem_of(z, B, H, D, precision, ragged=lengths is not None or resets is not None)
+    return _forward(z, None, None, h0, w_hh, z, lengths, nonlinearity, problem, config, resets)
 
 
 def scan_fused(
@@ -416,6 +449,7 @@ def scan_fused(
     nonlinearity: str,
     precision: str,
     config: configs.ResidentConfig | None = None,
+    resets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The output (T, B, D * H) from the input x (T, B, I), 1 <= I <= MAX_INPUTS, with any strides.
 
@@ -428,9 +462,9 @@ def scan_fused(
     expect_sequence(output, "output", w_hh, lengths)
     expect(w_ih, "w_ih", (D, H, x.shape[2]), x)
     expect(bias, "bias", (D, H), x)
-    B, I, ragged = x.shape[1], x.shape[2], lengths is not None
+    B, I, ragged = x.shape[1], x.shape[2], lengths is not None or resets is not None
     problem = problem_of(x, B, H, D, precision, inputs=I, ragged=ragged)
-    return _forward(x, w_ih, bias, h0, w_hh, output, lengths, nonlinearity, problem, config)
+    return _forward(x, w_ih, bias, h0, w_hh, output, lengths, nonlinearity, problem, config, resets)
 
 
 def _forward(
@@ -444,10 +478,12 @@ def _forward(
     nonlinearity: str,
     problem: configs.Problem,
     config: configs.ResidentConfig | None,
+    resets: torch.Tensor | None,
 ) -> torch.Tensor:
     B, H, D = problem.B, problem.H, problem.D
     expect(h0, "h0", (D, B, H), x)
     options = constants(x, nonlinearity)
+    rows = row_arguments(lengths, resets, x)
     if output.numel() == 0:
         return output
     config = config or configs.choose("resident", problem, chip(x.device))
@@ -459,7 +495,7 @@ def _forward(
             h0.contiguous(),
             w_hh.contiguous(),
             output,
-            lengths.contiguous() if lengths is not None else x,
+            *rows,
             len(x),
             B,
             *x.stride(),
@@ -468,6 +504,7 @@ def _forward(
             I=problem.inputs,
             HAS_BIAS=bias is not None,
             HAS_LENGTHS=lengths is not None,
+            HAS_RESETS=resets is not None,
             **options,
             **vars(config),
             **launch_options(),
@@ -485,6 +522,7 @@ def scan_backward(
     nonlinearity: str,
     precision: str,
     config: configs.ResidentConfig | None = None,
+    resets: torch.Tensor | None = None,
 ) -> None:
     """Fills dz (T, B, D * H), the gradient of the pre-activations, from those of the output and of h_n.
 
@@ -493,7 +531,7 @@ def scan_backward(
     dz is zero past a row's length. The rest is as in scan.
     """
     problem, tensors, strides, options = backward_arguments(
-        g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision
+        g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision, resets
     )
     if dz.numel() == 0:
         return

@@ -22,10 +22,12 @@ from .common import (
     constants,
     expect,
     expect_sequence,
+    is_cut,
     launch_options,
     on_device,
     problem_of,
     rounded,
+    row_arguments,
     row_lengths,
 )
 
@@ -36,6 +38,7 @@ def forward_kernel(
     h0,
     w_hh,
     lengths,
+    resets,
     s,
     T,
     B,
@@ -44,6 +47,7 @@ def forward_kernel(
     H: tl.constexpr,
     RELU: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -58,6 +62,9 @@ def forward_kernel(
     t = tl.where(d == 0, s, T - 1 - s)
     live = t < length
     first = d * (length - 1) == t
+    heard = live
+    if HAS_RESETS:
+        heard &= is_cut(resets, t + d, rb, T, B) == 0
 
     rows = z + d * H + rb.to(tl.int64) * z_b
     t_prev = (t + 2 * d - 1).to(tl.int64)
@@ -65,7 +72,9 @@ def forward_kernel(
     pointers = rows[:, None] + t.to(tl.int64) * z_t + rn[None, :]
     acc = tl.load(pointers, mask=live[:, None] & (rn[None, :] < H), other=0.0).to(ACC)
     w = w_hh + d.to(tl.int64) * H * H
-    acc = add_product(acc, h_prev, live, begin, first, w, 1, H, rn, H, H, BLOCK_K, PRECISION, True, INTERPRET)
+    acc = add_product(
+        acc, h_prev, heard, begin, first, w, 1, H, rn, H, H, BLOCK_K, PRECISION, True, INTERPRET
+    )
     # Past the lengths the sum is 0, unless the weight holds NaN or infinity.
     h = rounded(tl.where(live[:, None], activate(acc, RELU), 0.0), z.dtype.element_ty, INTERPRET)
     tl.store(pointers, h, mask=(rb[:, None] < B) & (rn[None, :] < H))
@@ -79,6 +88,7 @@ def backward_kernel(
     w_hh,
     dz,
     lengths,
+    resets,
     s,
     T,
     B,
@@ -94,6 +104,7 @@ def backward_kernel(
     HAS_G_HN: tl.constexpr,
     RELU: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -123,6 +134,8 @@ def backward_kernel(
     t_next = (t + 1 - 2 * d).to(tl.int64)
     w = w_hh + d.to(tl.int64) * H * H
     later = live & (last == 0)  # rows at their last step have no next one to hear from
+    if HAS_RESETS:
+        later &= is_cut(resets, t + 1 - d, rb, T, B) == 0
     after = rows + t_next * dz_t
     acc = add_product(
         acc, after, later, after, later, w, H, 1, rn, H, H, BLOCK_K, PRECISION, False, INTERPRET
@@ -182,28 +195,32 @@ def scan(
     nonlinearity: str,
     precision: str,
     config: configs.StepConfig | None = None,
+    resets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turns the input products z (T, B, D * H) into the output, in place, one launch a step; returns z.
 
     h0 (D, B, H), w_hh (D, H, H), all of one dtype and device; lengths None or int64 (B,), 1 <= length <= T.
     z has unit stride in its last dimension and any other strides. Rows past their length become zero.
+    resets None or bool (T, B), none of them past a row's length: where rows begin anew, so that no state
+    passes, in either direction, between the step and the one before it.
     precision, of float32 products: "tf32", "ieee" (IEEE class: the config says how) or "tf32x3".
     Raises ValueError where shapes, dtypes or devices disagree.
     """
     T, B, D, H = expect_sequence(z, "z", w_hh, lengths)
     expect(h0, "h0", (D, B, H), z)
     options = constants(z, nonlinearity)
-    problem = problem_of(z, B, H, D, precision, ragged=lengths is not None)
+    problem = problem_of(z, B, H, D, precision, ragged=lengths is not None or resets is not None)
+    rows = row_arguments(lengths, resets, z)
     if 0 in (T, B, D, H):
         return z
     config = config or configs.choose("step", problem, chip(z.device))
-    options |= {"H": H, "HAS_LENGTHS": lengths is not None, **vars(config), **launch_options()}
+    options |= {"H": H, "HAS_LENGTHS": lengths is not None, "HAS_RESETS": resets is not None}
+    options |= {**vars(config), **launch_options()}
     h0, w_hh = h0.contiguous(), w_hh.contiguous()
-    lengths = lengths.contiguous() if lengths is not None else z
     launch = forward_kernel[triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N), D]
     with on_device(z):
         for s in range(T):
-            launch(z, h0, w_hh, lengths, s, T, B, *z.stride()[:2], **options)
+            launch(z, h0, w_hh, *rows, s, T, B, *z.stride()[:2], **options)
     return z
 
 
@@ -217,6 +234,7 @@ def scan_backward(
     nonlinearity: str,
     precision: str,
     config: configs.StepConfig | None = None,
+    resets: torch.Tensor | None = None,
 ) -> None:
     """Fills dz (T, B, D * H), the gradient of the pre-activations, from those of the output and of h_n.
 
@@ -225,7 +243,7 @@ def scan_backward(
     dz is zero past a row's length. The rest is as in scan.
     """
     problem, tensors, strides, options = backward_arguments(
-        g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision
+        g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, precision, resets
     )
     if dz.numel() == 0:
         return

@@ -35,13 +35,28 @@ def problem(
     return z, h0, w_hh, lengths, g_out, g_hn
 
 
+def some_resets(T: int, B: int, lengths: Tensor | None) -> Tensor:
+    """Rows that begin anew now and then, before every step, and never; none past a row's length."""
+    resets = torch.rand(T, B) < 0.4
+    resets[:, 1::4], resets[:, 3::4] = True, False
+    return resets.to(DEVICE) & (
+        True if lengths is None else torch.arange(T, device=DEVICE)[:, None] < lengths
+    )
+
+
 def truth(
-    z: Tensor, h0: Tensor, w_hh: Tensor, lengths: Tensor | None, nonlinearity: str
+    z: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference's output in float64, as a function of z: each direction's W_ih picks its columns of z."""
     D, H = w_hh.shape[:2]
     pick = torch.eye(D * H, dtype=torch.float64, device=z.device).view(D, H, D * H)
-    return elman.reference.layer(z.double(), h0.double(), pick, w_hh.double(), None, lengths, nonlinearity)
+    wide = (z.double(), h0.double(), pick, w_hh.double())
+    return elman.reference.layer(*wide, None, lengths, nonlinearity, resets)
 
 
 def clean(t: Tensor, lengths: Tensor | None) -> Tensor:
@@ -66,16 +81,18 @@ class Cooperative:
         blocks = {"BLOCK_B": 16, "BLOCK_N": width, "BLOCK_K": 64, "CHUNKS": 1, "num_warps": 4, **self._blocks}
         return configs.CooperativeConfig(**blocks)
 
-    def scan(self, z: Tensor, h0: Tensor, w_hh: Tensor, *more: Any) -> Tensor:
+    def scan(self, z: Tensor, h0: Tensor, w_hh: Tensor, *more: Any, **options: Any) -> Tensor:
         from elman.kernels import cooperative
 
-        return cooperative.scan(z, h0, w_hh, *more, self.config(w_hh.shape[-1]))
+        return cooperative.scan(z, h0, w_hh, *more, self.config(w_hh.shape[-1]), **options)
 
-    def scan_backward(self, g_out: Any, g_hn: Any, output: Tensor, w_hh: Tensor, *more: Any) -> None:
+    def scan_backward(
+        self, g_out: Any, g_hn: Any, output: Tensor, w_hh: Tensor, *more: Any, **options: Any
+    ) -> None:
         from elman.kernels import cooperative
 
         config = self.config(w_hh.shape[-1])
-        cooperative.scan_backward(g_out, g_hn, output, w_hh, *more, config)
+        cooperative.scan_backward(g_out, g_hn, output, w_hh, *more, config, **options)
 
 
 def check(
@@ -87,18 +104,20 @@ def check(
     g_out: Tensor | None,
     g_hn: Tensor | None,
     nonlinearity: str,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of one kernel against the reference; returns both results."""
     dtype, bound = z.dtype, tolerance(z.dtype)
-    expected, _ = truth(clean(z, lengths), h0, w_hh, lengths, nonlinearity)
-    output = kernel.scan(z.clone(), h0, w_hh, lengths, nonlinearity, "ieee")
+    expected, _ = truth(clean(z, lengths), h0, w_hh, lengths, nonlinearity, resets)
+    output = kernel.scan(z.clone(), h0, w_hh, lengths, nonlinearity, "ieee", resets=resets)
     assert error(output, expected) <= bound
     dz = torch.full_like(output, float("nan"))
-    kernel.scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, "ieee")
+    kernel.scan_backward(g_out, g_hn, output, w_hh, dz, lengths, nonlinearity, "ieee", resets=resets)
     # From the kernel's own output: where rounding has moved a relu across zero, the derivative jumps.
     g_o = None if g_out is None else clean(g_out, lengths).double()
     g_h = None if g_hn is None else g_hn.double()
-    expected = elman.reference.layer_dz(g_o, g_h, output.double(), w_hh.double(), lengths, nonlinearity)
+    wide = (g_o, g_h, output.double(), w_hh.double())
+    expected = elman.reference.layer_dz(*wide, lengths, nonlinearity, resets)
     assert error(dz, expected) <= bound
     if lengths is not None:
         past = torch.arange(z.shape[0], device=z.device)[:, None] >= lengths

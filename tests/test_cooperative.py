@@ -14,7 +14,7 @@ from elman import reference
 from tests import concurrent_programs
 from tests.concurrent_programs import Late, LaunchError, Programs
 from tests.helpers import dtype_name, error
-from tests.scans import Cooperative, check, problem
+from tests.scans import Cooperative, check, problem, some_resets
 from tests.tolerances import tolerance
 
 pytest.importorskip("triton")
@@ -73,6 +73,7 @@ CASES = {
     "chunks all at once": (4, (5, 9, 63, 1, FP32, False), "relu", {"BLOCK_K": 16, "CHUNKS": 4}),
     "values over 2": (2, (5, 3, 17, 1, FP32, False, 50.0), "relu", {}),
     "40 steps": (3, (40, 8, 40, 1, FP32, False), "tanh", {}),
+    "resets": (4, (9, 9, 40, 2, FP32, True), "tanh", {"resets": True}),
 }
 
 
@@ -82,9 +83,10 @@ def test_several_programs_are_one(programs, case, flag):
     processors, sizes, nonlinearity, blocks = case
     blocks = {"FLAG": flag, "BLOCK_B": 8, **blocks}
     p = problem(*sizes)
+    resets = some_resets(*sizes[:2], p[3]) if blocks.pop("resets", False) else None
     with programs.at_once(processors):
-        several = check(Cooperative(BLOCK_N=16, **blocks), *p, nonlinearity)
-    assert_same_bits(several, check(Cooperative(**blocks), *p, nonlinearity))
+        several = check(Cooperative(BLOCK_N=16, **blocks), *p, nonlinearity, resets)
+    assert_same_bits(several, check(Cooperative(**blocks), *p, nonlinearity, resets))
 
 
 @BOTH_WAYS

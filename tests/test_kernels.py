@@ -7,7 +7,7 @@ import torch
 
 import elman.reference
 from tests.helpers import DEVICE, DTYPES, dtype_name, error
-from tests.scans import Cooperative, check, clean, problem, truth
+from tests.scans import Cooperative, check, clean, problem, some_resets, truth
 from tests.tolerances import tolerance
 
 pytest.importorskip("triton")
@@ -44,6 +44,57 @@ EACH_KERNEL_AND_DTYPE = pytest.mark.parametrize(
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 def test_options(kernel, dtype, nonlinearity, ragged):
     check(kernel, *problem(3, 3, 17, 2, dtype, ragged), nonlinearity)
+
+
+@EACH_KERNEL_AND_DTYPE
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+def test_resets(kernel, dtype, ragged, directions):
+    p = problem(5, 9, 17, directions, dtype, ragged)
+    check(kernel, *p, "tanh" if ragged else "relu", some_resets(5, 9, p[3]))
+
+
+@EACH_KERNEL
+def test_nothing_passes_a_reset(kernel):
+    """Neither NaN nor infinity, of the state or of a gradient: zero times these would be NaN."""
+    z, h0, w_hh, _, g_out, _ = problem(4, 3, 17, 2, torch.float32, ragged=False)
+    resets = torch.zeros(4, 3, dtype=torch.bool, device=DEVICE)
+    resets[2] = True
+    expected = kernel.scan(z.clone(), h0, w_hh, None, "tanh", "ieee", resets=resets)
+    for t, direction, kept in [(1, 0, slice(2, 4)), (2, 1, slice(0, 2))]:
+        columns = slice(17 * direction, 17 * direction + 17)
+        bad = z.clone()
+        bad[t, :, columns] = float("nan")
+        output = kernel.scan(bad, h0, w_hh, None, "tanh", "ieee", resets=resets)
+        assert output[t, :, columns].isnan().all()
+        assert torch.equal(output[kept, :, columns], expected[kept, :, columns])
+    dz, spoilt = torch.empty_like(expected), torch.empty_like(expected)
+    kernel.scan_backward(g_out, None, expected, w_hh, dz, None, "tanh", "ieee", resets=resets)
+    g_out[2, :, :17] = g_out[1, :, 17:] = float("inf")
+    kernel.scan_backward(g_out, None, expected, w_hh, spoilt, None, "tanh", "ieee", resets=resets)
+    assert torch.equal(spoilt[:2, :, :17], dz[:2, :, :17])
+    assert torch.equal(spoilt[2:, :, 17:], dz[2:, :, 17:])
+    assert not spoilt[2, :, :17].isfinite().any()
+
+
+@EACH_KERNEL
+@pytest.mark.parametrize(
+    ("resets", "words"),
+    [
+        (torch.zeros(3, 4, dtype=torch.bool), r"resets is torch.bool \(3, 4\); expected torch.bool \(4, 3\)"),
+        (torch.zeros(4, 3), r"resets is torch.float32 \(4, 3\); expected torch.bool \(4, 3\)"),
+        (torch.zeros(4, 3, dtype=torch.bool, device="meta"), "resets is on meta; expected"),
+    ],
+    ids=["shape", "dtype", "device"],
+)
+def test_wrong_resets(kernel, resets, words):
+    z, h0, w_hh, _, g_out, g_hn = problem(4, 3, 17, 1, torch.float32, ragged=False)
+    if resets.device.type != "meta":
+        resets = resets.to(DEVICE)
+    with pytest.raises(ValueError, match=words):
+        kernel.scan(z, h0, w_hh, None, "tanh", "ieee", resets=resets)
+    with pytest.raises(ValueError, match=words):
+        kernel.scan_backward(g_out, g_hn, z, w_hh, z.clone(), None, "tanh", "ieee", resets=resets)
 
 
 @EACH_KERNEL

@@ -946,7 +946,7 @@ def threads_of_a_new_thread() -> int:
     return torch.get_num_threads()
 
 
-def operands(D: int, bias: bool, packed: bool, dtype=F64, T=3, B=2, I=3, H=4) -> list:
+def operands(D: int, bias: bool, packed: bool, resets: bool, dtype=F64, T=3, B=2, I=3, H=4) -> list:
     def leaf(*shape):
         return torch.randn(*shape, dtype=dtype).requires_grad_()
 
@@ -957,22 +957,34 @@ def operands(D: int, bias: bool, packed: bool, dtype=F64, T=3, B=2, I=3, H=4) ->
         leaf(D, H, H),
         leaf(D, H) if bias else None,
         torch.tensor([B, *[1] * (T - 1)]) if packed else None,
+        torch.rand((T + 1,) if packed else (T, B)) < 0.5 if resets else None,
     ]
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("D", "bias", "packed"), [(1, True, False), (2, False, True), (2, True, False)])
-def test_operators_pass_opcheck(D, bias, packed, dtype):
-    args = operands(D, bias, packed, dtype)
+@pytest.mark.parametrize(
+    ("D", "bias", "packed", "resets"),
+    [(1, True, False, False), (2, False, True, False), (2, True, False, True), (1, True, True, True)],
+)
+def test_operators_pass_opcheck(D, bias, packed, resets, dtype):
+    args = operands(D, bias, packed, resets, dtype)
     tail = ("tanh", "eager", "ieee")
     # Dynamic shapes specialize on the loop's length; fake, schema and autograd registration are what counts.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.elman.layer.default, (*args, *tail), test_utils=checks)
     output = torch.ops.elman.layer(*args, *tail)[0].detach()
+    # A graph of a packed batch's second derivative would need its sizes' numbers.
     for g_out, g_hn in ((output, None), (None, args[1].detach()), (output, args[1].detach())):
         torch.library.opcheck(
             torch.ops.elman.layer_dz.default,
-            (g_out, g_hn, output, args[3].detach(), args[5], *tail),
+            (g_out, g_hn, output.requires_grad_(not packed), args[3].detach(), *args[5:], *tail),
+            test_utils=checks,
+        )
+    x, h0, w_ih, w_hh = (t.detach() for t in args[:4])
+    for needs in ([True] * 5, [False, True, False, True, False], [True, False, True, False, True]):
+        torch.library.opcheck(
+            torch.ops.elman.layer_products.default,
+            (torch.randn_like(output), x, h0, w_ih, w_hh, output.detach(), *args[5:], needs),
             test_utils=checks,
         )
 

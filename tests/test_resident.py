@@ -9,7 +9,7 @@ import torch
 
 import elman.reference
 from tests.helpers import DEVICE, DTYPES, dtype_name, error
-from tests.scans import check, clean, problem
+from tests.scans import check, clean, problem, some_resets
 from tests.tolerances import tolerance
 
 pytest.importorskip("triton")
@@ -34,26 +34,26 @@ def fused_problem(T, B, I, H, D, dtype, ragged=False):
     return (*(t.to(DEVICE, dtype) for t in (x, w_ih, bias, h0, w_hh)), lengths)
 
 
-def fused_truth(x, w_ih, bias, h0, w_hh, lengths, nonlinearity):
+def fused_truth(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, resets=None):
     wide = [None if t is None else t.double() for t in (clean(x, lengths), h0, w_ih, w_hh, bias)]
-    return elman.reference.layer(*wide, lengths, nonlinearity)[0]
+    return elman.reference.layer(*wide, lengths, nonlinearity, resets)[0]
 
 
-def check_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, config=None):
-    output = resident.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, "ieee", config)
-    expected = fused_truth(x, w_ih, bias, h0, w_hh, lengths, nonlinearity)
+def check_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, config=None, resets=None):
+    output = resident.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, "ieee", config, resets)
+    expected = fused_truth(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, resets)
     assert output.dtype == x.dtype
     assert error(output, expected) <= tolerance(x.dtype)
     if lengths is not None:
         assert (output[torch.arange(len(x), device=DEVICE)[:, None] >= lengths] == 0).all()
 
 
-def check_with(config, *arguments):
+def check_with(config, *arguments, resets=None):
     kernel = SimpleNamespace(
         scan=partial(resident.scan, config=config),
         scan_backward=partial(resident.scan_backward, config=config),
     )
-    check(kernel, *arguments, "tanh")
+    check(kernel, *arguments, "tanh", resets)
 
 
 def variants(H, dtype):
@@ -91,6 +91,9 @@ def test_fetching_ahead_of_short_sequences():
         config = configs.ResidentConfig(8, 16, AHEAD=ahead)
         check_with(config, *problem(T, 3, 17, 2, torch.float64, ragged=True))
         check_fused(*fused_problem(T, 3, 5, 17, 2, torch.float64, ragged=True), "tanh", config)
+        resets = some_resets(T, 3, None)
+        check_with(config, *problem(T, 3, 17, 2, torch.float64, ragged=False), resets=resets)
+        check_fused(*fused_problem(T, 3, 5, 17, 2, torch.float64), "tanh", config, resets)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -649,12 +649,21 @@ def test_a_fused_scan_takes_the_config_that_was_chosen_for_it(inputs, monkeypatc
 
     monkeypatch.setattr(tuning, "config_for", config_for)
     for name in ("scan", "scan_fused"):
-        note = partial(lambda name, *arguments: launched.append((name, arguments[-1])) or OUTPUT, name)
+        note = partial(lambda name, *arguments: launched.append((name, arguments[-2])) or OUTPUT, name)
         monkeypatch.setattr(resident, name, note)
     w_ih, w_hh = torch.ones(1, 7, inputs), torch.ones(1, 7, 7)
     with torch.no_grad():
         ops.layer(
-            torch.ones(3, 2, inputs), torch.zeros(1, 2, 7), w_ih, w_hh, None, None, "tanh", "resident", "ieee"
+            torch.ones(3, 2, inputs),
+            torch.zeros(1, 2, 7),
+            w_ih,
+            w_hh,
+            None,
+            None,
+            None,
+            "tanh",
+            "resident",
+            "ieee",
         )
     assert asked == [("resident", problem)], "and nothing is tuned for another"
     assert launched == [("scan_fused" if problem.inputs else "scan", config)]
