@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import packing
-from .reference import COMPUTE
+from .reference import ACTIVATIONS, COMPUTE
 
 
 def forward(
@@ -150,6 +150,11 @@ def step(
 ) -> Tensor:
     """h (B, H) after one step, x (B, I), differentiable any number of times by torch itself."""
     compute = COMPUTE.get(x.dtype, x.dtype)
+    if torch._C._are_functorch_transforms_active():  # torch's cells have no batching rule
+        act = ACTIVATIONS[nonlinearity]
+        z = F.linear(x.to(compute), w_ih.to(compute), None if b_ih is None else b_ih.to(compute))
+        z = z + F.linear(h.to(compute), w_hh.to(compute), None if b_hh is None else b_hh.to(compute))
+        return act(z).to(x.dtype)
     cell = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
     biases = (None if b is None else b.to(compute) for b in (b_ih, b_hh))
     return cell(x.to(compute), h.to(compute), w_ih.to(compute), w_hh.to(compute), *biases).to(x.dtype)

@@ -22,6 +22,7 @@ operator's schema holds none.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,8 @@ def layer(
     Triton.
     """
     arguments = (x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    in_transform = torch._C._are_functorch_transforms_active()
+    if (torch.compiler.is_compiling() and not in_transform) or torch.jit.is_tracing():
         return torch.ops.elman.layer(*arguments)
     if forward_ad._current_level >= 0:
         # The operator has no forward-mode derivative, and would drop a tangent without a word.
@@ -63,8 +65,10 @@ def layer(
         (x, resets), lengths, places = _padded(counts, h0.shape[1], x, resets)
         output, h_n = reference.layer(x, h0, w_ih, w_hh, bias, lengths, nonlinearity, resets)
         return packing.pack(output, places), h_n
-    if torch._C._are_functorch_transforms_active():
-        return _Layer.apply(*arguments)
+    if in_transform:
+        if torch.compiler.is_compiling():
+            _hold_whole()
+        return _in_transform(*arguments)
     if torch.is_grad_enabled() or type(x) is not Tensor:
         return torch.ops.elman.layer.default(*arguments)
     return _layer(*arguments)  # with nothing to record, the dispatcher only costs time
@@ -215,40 +219,61 @@ def _layer_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None
 def _layer_gradients(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
     x, h0, w_ih, w_hh, counts, resets, output = ctx.saved_tensors
     needs, none = list(ctx.needs_input_grad[:5]), (None,) * 10
-    if g_out is None and g_hn is None:
+    g = g_hn if g_out is None else g_out
+    if g is None:
         return none
     arguments = (g_out, g_hn, output, w_hh, counts, resets, ctx.nonlinearity, ctx.kernel, ctx.precision)
     in_transform = torch._C._are_functorch_transforms_active()
+    opaque = not in_transform and _stands_for_another(g)
     if forward_ad._current_level >= 0:
-        dz = _differentiable_dz(*arguments[:7])
+        dz = _differentiable_dz(*arguments)
+    elif in_transform:
+        dz = _Dz.apply(*arguments)
     else:
-        dz = _Dz.apply(*arguments) if in_transform else torch.ops.elman.layer_dz(*arguments)
-    # In a graph one operator; elsewhere torch's own, which have derivatives and batching rules.
-    in_graph = type(dz) is not Tensor and not in_transform
-    products = torch.ops.elman.layer_products if in_graph else _layer_products
-    found = iter(products(dz, x, h0, w_ih, w_hh, output, counts, resets, needs))
-    return *(next(found) if needed else None for needed in needs), *none[5:]
+        operator = opaque or torch.is_grad_enabled()
+        dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
+    # torch's own have derivatives and batching rules, but make a graph's code depend on T.
+    products = torch.ops.elman.layer_products if opaque else _layer_products
+    found = products(dz, x, h0, w_ih, w_hh, output, counts, resets, needs)
+    return *(t if needed else None for t, needed in zip(found, needs, strict=True)), *none[5:]
 
 
-def _dz_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.nonlinearity, _, _ = inputs
-    ctx.save_for_backward(*tensors)
+def _stands_for_another(t: Tensor) -> bool:
+    """Whether t is in a graph that is traced, or a batch of torch.autograd.grad(is_grads_batched=True)."""
+    if torch.compiler.is_compiling() or type(t) is not Tensor:
+        return True
+    return torch._C._functorch.is_legacy_batchedtensor(t)
 
 
-def _dz_gradients(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, counts, resets = ctx.saved_tensors
-    rest: Any = (counts, resets, ctx.nonlinearity)
-    there = [t for t in tensors if t is not None]
+def _setup_vjp(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.places = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
+    ctx.others = [None if isinstance(a, Tensor) else a for a in inputs]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
 
-    def dz(*given: Tensor) -> Tensor:
-        each = iter(given)
-        arguments: list[Any] = [t if t is None else next(each) for t in tensors]
-        return _differentiable_dz(*arguments, *rest)
 
-    # vjp, not autograd.grad: torch.func's transforms go through it.
-    result, gradients, *_ = torch.func.vjp(dz, *there)
-    found = iter(gradients(v.to(result.dtype)))
-    return *(None if t is None else next(found) for t in tensors), *(None,) * 5
+def _vjp_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass of an operator whose results `function` has in torch's own, for second derivatives.
+
+    By torch.func.vjp, not autograd.grad: torch.func's transforms go through it.
+    """
+
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        arguments: list[Any] = list(ctx.others)
+        for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+            arguments[i] = tensor
+        wanted = [i for i in ctx.places if arguments[i].is_floating_point()]
+
+        def call(*tensors: Tensor) -> Any:
+            for i, tensor in zip(wanted, tensors, strict=True):
+                arguments[i] = tensor
+            return function(*arguments)
+
+        results, vjp, *_ = torch.func.vjp(call, *(arguments[i] for i in wanted))
+        one = isinstance(results, Tensor)
+        found = vjp(gradients[0].to(results.dtype) if one else gradients)
+        return tuple(dict(zip(wanted, found, strict=True)).get(i) for i in range(len(arguments)))
+
+    return backward
 
 
 def _differentiable_dz(
@@ -259,6 +284,7 @@ def _differentiable_dz(
     counts: Tensor | None,
     resets: Tensor | None,
     nonlinearity: str,
+    *_: str,
 ) -> Tensor:
     """What `_layer_dz` returns, in torch's own operators and the precision that the kernels accumulate in."""
     compute = reference.COMPUTE.get(output.dtype, output.dtype)
@@ -281,8 +307,11 @@ def _layer_products(
     counts: Tensor | None,
     resets: Tensor | None,
     needs: list[bool],
-) -> list[Tensor]:
-    """The gradients that `needs` names, from dz: products over the whole sequence, in x's dtype."""
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, h0, w_ih, w_hh and bias that `needs` names, in x's dtype; None for the others.
+
+    From dz (T, B, D * H), or packed: products over the whole sequence.
+    """
     dtype, compute = x.dtype, dz.dtype
     needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = needs
     D, H, I = w_ih.shape
@@ -293,16 +322,16 @@ def _layer_products(
     heard = first  # of h0; reversed, none begins anew after its last step
     if resets is not None:
         heard = [first[0].masked_fill(resets[starts[0]][:, None], 0), *first[1:]]
-    gradients = []
+    dx = dh0 = dw_ih = dw_hh = db = None
     if needs_x:
-        gradients.append(eager.product(flat, w_ih.flatten(0, 1).t()).view(x.shape).to(dtype))
+        dx = eager.product(flat, w_ih.flatten(0, 1).t()).view(x.shape).to(dtype)
     if needs_h0:
-        gradients.append(_stack([f @ w for f, w in zip(heard, w_hh, strict=True)]).to(dtype))
+        dh0 = _stack([f @ w for f, w in zip(heard, w_hh, strict=True)]).to(dtype)
     # On the CPU both weights' products share what is prepared of dz, a direction at a time. Elsewhere W_ih's
     # is one product, for speed and for float16, which rounds every partial sum.
     together = needs_w_ih and dz.device.type == "cpu" and dtype == torch.float32
     if needs_w_ih and not together:
-        gradients.append(eager.sums_of_products(dz, [x], T)[0].view(D, H, I).to(dtype))
+        dw_ih = eager.sums_of_products(dz, [x], T)[0].view(D, H, I).to(dtype)
     if needs_w_hh or together:
         sums = []
         for d, (following, before, rest) in enumerate(_neighbours(B, counts, dz, starts)):
@@ -322,12 +351,18 @@ def _layer_products(
             found = eager.sums_of_products(g[following], others, T)
             sums.append([torch.addmm(f, a.t(), b) for f, (a, b) in zip(found, begins, strict=True)])
         if together:
-            gradients.append(_stack([found[0] for found in sums]))
+            dw_ih = _stack([found[0] for found in sums])
         if needs_w_hh:
-            gradients.append(_stack([found[-1] for found in sums]).to(dtype))
+            dw_hh = _stack([found[-1] for found in sums]).to(dtype)
     if needs_bias:
-        gradients.append(flat.sum(0).view(D, H).to(dtype))
-    return gradients
+        db = flat.sum(0).view(D, H).to(dtype)
+    return dx, dh0, dw_ih, dw_hh, db
+
+
+def _all_products(*arguments: Any) -> tuple[Tensor, ...]:
+    """As `_layer_products`, with an empty tensor in place of None, which an operator can't return."""
+    dz = arguments[0]
+    return tuple(dz.new_empty(0) if t is None else t for t in _layer_products(*arguments))
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -350,10 +385,26 @@ class _Layer(_Form):
     backward = staticmethod(_layer_gradients)
 
 
+def _in_transform(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _Layer.apply(*arguments)
+
+
+def _hold_whole() -> None:
+    """Has torch.compile take `_in_transform` as it is: it can't trace the backward pass of such a Function.
+
+    It calls this while it traces, by the mark that torch.compiler.assume_constant_result makes. To say that,
+    or allow_in_graph, when this file is imported would import the compiler: seconds.
+    """
+    torch.compiler.allow_in_graph(_in_transform)
+
+
+_hold_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class _Dz(_Form):
     forward = staticmethod(lambda *arguments: torch.ops.elman.layer_dz(*arguments))
-    setup_context = staticmethod(_dz_setup)
-    backward = staticmethod(_dz_gradients)
+    setup_context = staticmethod(_setup_vjp)
+    backward = staticmethod(_vjp_of(_differentiable_dz))
 
 
 def _batched_layer(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
@@ -436,10 +487,10 @@ def _register() -> torch.library.Library:
     library.define(f"layer_dz(Tensor? g_out, Tensor? g_hn, Tensor output, Tensor w_hh, {rest}) -> Tensor")
     library.define(
         "layer_products(Tensor dz, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor output, "
-        "Tensor? counts, Tensor? resets, bool[] needs) -> Tensor[]"
+        "Tensor? counts, Tensor? resets, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
-    for function in (_layer, _layer_dz, _layer_products):
-        library.impl(function.__name__[1:], function, "CompositeExplicitAutograd")
+    for name, function in (("layer", _layer), ("layer_dz", _layer_dz), ("layer_products", _all_products)):
+        library.impl(name, function, "CompositeExplicitAutograd")
 
     @torch.library.register_fake("elman::layer", lib=library)
     def _(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision):
@@ -454,14 +505,19 @@ def _register() -> torch.library.Library:
     @torch.library.register_fake("elman::layer_products", lib=library)
     def _(dz, x, h0, w_ih, w_hh, output, counts, resets, needs):
         shapes = (x.shape, h0.shape, w_ih.shape, w_hh.shape, w_hh.shape[:2])
-        return [x.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+        return tuple(
+            x.new_empty(shape) if needed else dz.new_empty(0)
+            for shape, needed in zip(shapes, needs, strict=True)
+        )
 
-    for name, backward, setup, batched in (
-        ("elman::layer", _layer_gradients, _layer_setup, _batched_layer),
-        ("elman::layer_dz", _dz_gradients, _dz_setup, _batched_dz),
+    for name, setup, backward in (
+        ("elman::layer", _layer_setup, _layer_gradients),
+        ("elman::layer_dz", _setup_vjp, _vjp_of(_differentiable_dz)),
+        ("elman::layer_products", _setup_vjp, _vjp_of(_all_products)),
     ):
         torch.library.register_autograd(name, backward, setup_context=setup, lib=library)
-        torch.library.register_vmap(name, batched, lib=library)
+    torch.library.register_vmap("elman::layer", _batched_layer, lib=library)
+    torch.library.register_vmap("elman::layer_dz", _batched_dz, lib=library)
     return library
 
 
