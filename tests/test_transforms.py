@@ -117,9 +117,9 @@ def test_per_sample_gradients(backend, options):
 @each_backend_and_options
 def test_ensembles(backend, options):
     """Stacked weights, on the same input and on one of each's own, and their gradients."""
-    layers = [layer_of(backend, **options) for _ in range(3)]
+    layers = [layer_of(backend, **options) for _ in range(2)]
     weights, _ = stack_module_state(layers)
-    x = inputs(V=3)
+    x = inputs(V=2)
 
     def run(p, each):
         return functional_call(layers[0], p, (each,))
