@@ -9,6 +9,7 @@ from .functional import elman, elman_step
 from .kernels.errors import DeviceHangError
 from .layer import Elman, ElmanCell, ElmanNetwork
 from .routing import BackendUnavailableError, Route, available_backends, explain, use_backend
+from .stream import Stream
 
 __all__ = [
     "BackendUnavailableError",
@@ -17,6 +18,7 @@ __all__ = [
     "ElmanCell",
     "ElmanNetwork",
     "Route",
+    "Stream",
     "available_backends",
     "elman",
     "elman_step",
