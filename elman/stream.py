@@ -56,21 +56,28 @@ class Stream(nn.Module):
     >>> len(text)
     23
 
+    Rows that end within a window are `resets`'s matter, an option of Elman's call; it is handed on. Call
+    reset() before other text, of a validation for instance, or give that to `stream.layer`.
+
     `state` is shaped as hx: (L, B, H), or (L, H) without a batch; None before the first call and after
     reset(), for zeros. It may be set, to begin from given values; gradients flow into a tensor that was
     set. It shares its memory with the h_n that the call returned. It moves and is cast with the module, is
     copied and pickled with it, and is neither a parameter nor a buffer: no state_dict holds it, and
     DistributedDataParallel, which gives every process the buffers of the first, leaves it alone.
 
-    static: keep the state at one place in memory for good and write each new one there, as a CUDA graph
-    needs, which reads and writes the addresses that it was captured with. The first call makes the state,
-    so it comes before the capture; reset() and setting the state write there too. One copy more a call,
-    with gradients two. `state = None` gives the place up.
+    static: keep the state at one place in memory and write each new one there, as a CUDA graph needs, which
+    reads and writes the addresses that it was captured with. The first call makes the state, so it comes
+    before the capture; reset() and setting a state of that shape write there too, as copies. One more copy
+    a call, with gradients two. `state = None`, or one of another shape, gives the place up, and with it
+    the graphs that were captured.
 
     Rows of a PackedSequence keep the order they had before packing, and each row's state is that of its own
     last step. A row whose text is over can't be left out, as the state's rows are those of the batch: give
-    it one step of anything and reset it. Beware of what runs a call twice: torch.utils.checkpoint belongs
-    inside the layer, not around the stream.
+    it one step of anything and reset it.
+
+    torch.compile takes a stream whole, one graph for the first call and one for the others. Compiled, a
+    state of torch.inference_mode can't go on into training: use no_grad, or reset(). What runs a call twice,
+    such as torch.utils.checkpoint, belongs inside the layer, not around the stream.
     """
 
     _state: Tensor | None
@@ -141,7 +148,7 @@ class Stream(nn.Module):
         return result
 
     def reset(self, rows: Tensor | int | None = None) -> None:
-        """The rows' state becomes zero; None for all rows, after which the batch may have any size.
+        """The rows' state becomes zero; None for all rows: the next batch may have any size, unless static.
 
         rows: bool (B,), True for a row to reset; or int64 of any shape, their numbers; or one number.
         """
@@ -204,9 +211,9 @@ class Stream(nn.Module):
         )
 
     def _write(self, state: Tensor) -> None:
-        """Puts a state where the last one is, or where nothing of its shape is, in memory of its own."""
+        """Puts a state where the last one is, or, where none of its shape is, in memory of its own."""
         kept = self._state
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (state.shape, state.dtype, state.device):
+        if kept is None or (kept.shape, kept.device) != (state.shape, state.device):
             self._state = state.clone()
         elif _is_sealed(kept):
             with torch.inference_mode():  # who made it in inference mode can only write it there
@@ -238,7 +245,7 @@ class Stream(nn.Module):
 
     def _check(self, input: Tensor | PackedSequence, state: Tensor) -> None:
         """Raises unless the input goes with the state; a module that is not torch's or ours checks itself."""
-        if self._batch_at is None:
+        if self._batch_at is None or not isinstance(input, (Tensor, PackedSequence)):
             return
         data = input if isinstance(input, Tensor) else input.data
         rows = tuple(state.shape[1:-1])
@@ -280,7 +287,8 @@ _OUTSIDE = (
 
 
 def _is_capturing(input: Tensor | PackedSequence) -> bool:
-    return input.is_cuda and torch.cuda.is_current_stream_capturing()
+    # Only then: asking may make a context on a device that the process does not use.
+    return getattr(input, "is_cuda", False) and torch.cuda.is_current_stream_capturing()
 
 
 def _is_autocast(device: str) -> bool:

@@ -346,6 +346,11 @@ def test_what_can_not_be_streamed():
         Stream(layer(nn.RNNCell))(numbers(2, 3))
     with pytest.raises(TypeError, match=r"hx came with the call; expected none, .* set stream.state = hx"):
         Stream(layer())(numbers(2, 2, 3), hx=numbers(1, 2, 4))
+    stream = Stream(layer())
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"input is a list; expected a torch.Tensor"):
+            stream([numbers(2, 3)])
+        stream(numbers(2, 2, 3))
 
 
 @each_static
@@ -384,6 +389,13 @@ def test_autocast():
         stream(x)
     stream.float()
     stream(x)
+    static = Stream(stream.layer, static=True)
+    static(x)
+    place = static.state.data_ptr()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        _, h_n = static(x)
+    assert static.state.data_ptr() == place
+    assert_close(static.state, h_n.float(), rtol=0, atol=0)
 
 
 @pytest.fixture
