@@ -168,14 +168,12 @@ def test_reset_leaves_the_graphs_of_earlier_windows_alone(static):
     stream = Stream(layer(), static=static)
     x = numbers(6, 2, 3)
     _, hx = stream(x[:3])
-    output, _ = stream(x[3:])
+    losses = []
+    for output, h_n in (stream(x[3:]), stream.layer(x[3:], hx.detach())):
+        losses.append(output.sum() + h_n.square().sum())  # h_n is saved too
     stream.reset(1)
     stream.reset()
-    expected, _ = stream.layer(x[3:], hx.detach())
-    parameters = list(stream.parameters())
-    assert_close(
-        torch.autograd.grad(output.sum(), parameters), torch.autograd.grad(expected.sum(), parameters)
-    )
+    assert_close(*(torch.autograd.grad(loss, list(stream.parameters())) for loss in losses))
 
 
 def test_reset_says_what_is_wrong():
@@ -265,6 +263,19 @@ def test_options_and_other_inputs_are_handed_on():
     assert options == {"resets": resets}
     assert_close(hx, h_n.detach(), rtol=0, atol=0)
     assert no_options == {}
+
+
+@pytest.mark.parametrize("kind", [Elman, ElmanNetwork])
+def test_rows_that_end_within_a_window_and_between(kind):
+    stream = Stream(layer(kind, num_layers=2, batch_first=True))
+    x, resets = numbers(2, 9, 3), torch.zeros(2, 9, dtype=torch.bool, device=DEVICE)
+    resets[0, [2, 4]] = resets[1, 7] = True
+    first, _ = stream(x[:, :4], resets=resets[:, :4])
+    stream.reset(0)  # what resets[0, 4] says
+    second, _ = stream(x[:, 4:], resets=resets[:, 4:] & torch.tensor([[False], [True]], device=DEVICE))
+    for row, ends in enumerate(([2, 2, 5], [7, 2])):
+        whole = torch.cat([stream.layer(part)[0] for part in x[row].split(ends)])
+        assert_close(torch.cat([first[row], second[row]]), whole)
 
 
 def test_rows_of_packed_sequences_keep_their_order_and_their_own_last_steps():
@@ -438,6 +449,23 @@ def test_compiled_whole_and_once(counter, static, grad):
         assert_close(compiled(x), stream.layer(x, h))
 
 
+def test_compiled_on_packed_sequences(counter, monkeypatch):
+    def check_hx(*arguments):  # asks for the batch, a number that a graph does not have
+        return None if torch.compiler.is_compiling() else checked(*arguments)
+
+    checked = elman.functional.check_hx
+    monkeypatch.setattr(elman.functional, "check_hx", check_hx)
+    stream = Stream(layer())
+    plain = copy.deepcopy(stream)
+    compiled = torch.compile(stream, backend=counter, fullgraph=True)
+    for _ in range(3):
+        packed = pack_sequence([numbers(n, 3) for n in (2, 4, 3)], enforce_sorted=False)
+        (output, h_n), (expected, last) = compiled(packed), plain(packed)
+        assert_close((output.data, h_n), (expected.data, last))
+        assert_close(stream.state, plain.state)
+    assert counter.frame_count == 2
+
+
 def test_static_and_compiled_and_training(counter):
     """torch.compile's backward pass would read the state after it was written over."""
     stream = Stream(layer(num_layers=2), static=True)
@@ -516,6 +544,8 @@ def test_a_static_state_stays_where_it_is():
     stream.state = kept
     assert stream.state.data_ptr() == place
     assert_close(stream.state, kept, rtol=0, atol=0)
+    stream.state = numbers(1, 1, 4)  # not broadcast
+    assert stream.state.shape == (1, 1, 4)
     stream.state = None
     stream(numbers(3, 5, 3))
 
