@@ -267,7 +267,12 @@ def _check_sequence(
                 f"input of shape {tuple(input.shape)} has"
             )
         if batched:
-            B = input.shape[0 if batch_first else 1] if packed is None else int(packed.batch_sizes[0])
+            if packed is None:
+                B = input.shape[0 if batch_first else 1]
+            elif routing.is_traced() and isinstance(hx, Tensor) and hx.dim() == 3:
+                B = hx.shape[1]  # a graph does not have the packed number
+            else:
+                B = int(packed.batch_sizes[0])
             check_hx(hx, (groups, B, H), "(layers * directions, batch, hidden size)")
         else:
             check_hx(hx, (groups, H), "(layers * directions, hidden size)")
@@ -285,7 +290,7 @@ def _check_packed(packed: PackedSequence) -> None:
             f"the PackedSequence's data has {data.dim()} dimensions, shape {tuple(data.shape)}; "
             "expected 2, (sum of the lengths, I)"
         )
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if routing.is_traced():
         return  # what follows looks at numbers, which a graph does not have
     remedy = "make it with pack_sequence or pack_padded_sequence"
     if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu" or not len(sizes):

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import eager, packing, reference
+from . import eager, packing, reference, routing
 
 if TYPE_CHECKING:
     from .kernels import configs
@@ -55,7 +55,7 @@ def layer(
     """
     arguments = (x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision)
     in_transform = torch._C._are_functorch_transforms_active()
-    if (torch.compiler.is_compiling() and not in_transform) or torch.jit.is_tracing():
+    if routing.is_traced() and not in_transform:
         return torch.ops.elman.layer(*arguments)
     if forward_ad._current_level >= 0:
         # The operator has no forward-mode derivative, and would drop a tangent without a word.

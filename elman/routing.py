@@ -141,12 +141,13 @@ def route(
     if one_step:
         return Route("triton", "cell", reason)
     kernel = name.partition(":")[2]
-    if kernel and not _is_traced():
+    if kernel and not is_traced():
         _expect_runs(kernel, _passes(device, dtype, (hidden, batch, directions, ragged or resets)), device)
     return Route("triton", kernel or "triton", reason)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
+    """Whether a graph is being traced, whose tensors have no numbers and may have no sizes."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -230,7 +231,7 @@ def _automatic(
         return "cudnn", f"auto: not triton, because {no_triton}"
     if no_cudnn:
         return "triton", f"auto: not cudnn, because {no_cudnn}"
-    if _is_traced():
+    if is_traced():
         return "triton", "auto: a graph is traced, and Triton's kernels are operators that it can hold"
     from . import choice
 
