@@ -382,12 +382,17 @@ def _check_resets(
 ) -> Tensor:
     """resets (T, B), for x as the layers take it."""
     _check_tensor("resets", resets)
-    T, B = x.shape[:2] if packed is None else (len(packed.batch_sizes), packed.batch_sizes[0])
-    shape: tuple[Any, ...] = (T,) if not batched else (B, T) if batch_first else (T, B)
-    if resets.dtype != torch.bool or resets.dim() != len(shape) or resets.shape != shape:
+    if packed is None:
+        T, B = x.shape[:2]
+    elif routing.is_traced():  # a graph does not have the packed number
+        T, B = len(packed.batch_sizes), resets.shape[0 if batch_first else -1]
+    else:
+        T, B = len(packed.batch_sizes), int(packed.batch_sizes[0])
+    shape: tuple[int, ...] = (T,) if not batched else (B, T) if batch_first else (T, B)
+    if resets.dtype != torch.bool or resets.shape != shape:
         raise ValueError(
             f"resets is {resets.dtype} of shape {tuple(resets.shape)}; expected torch.bool of shape "
-            f"{tuple(map(int, shape))}, one for each step of each row"
+            f"{shape}, one for each step of each row"
         )
     if resets.device != x.device:
         raise RuntimeError(
