@@ -181,15 +181,6 @@ def zeros(H: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
-def without(hs, cut):
-    """A state with zeros in the columns that are cut."""
-    tiles = ()
-    for n in tl.static_range(len(hs)):
-        tiles += (tl.where(cut[None, :], 0.0, hs[n]).to(hs[n].dtype),)
-    return tiles
-
-
-@triton.jit
 def within(t, steps):
     """The step t, or the nearest one that there is, as a 64-bit factor of a stride."""
     return tl.minimum(tl.maximum(t, 0), steps - 1).to(tl.int64)
@@ -271,7 +262,6 @@ def forward_kernel(
         for i in tl.static_range(AHEAD):
             queue += load_state(x_columns + within(t + i * sign, steps) * x_t, 1, H, C, INTERPRET)
     if HAS_RESETS:
-        hs = without(hs, is_cut(resets, t + d, rb, T, B))
         cut = is_cut(resets, t + sign + d, rb, T, B)
     for _ in range(tl.minimum(steps, 1)):  # once; outside a loop it would read all the tiles before it starts
         accs = add_product(accs, ws, hs, SPLIT, PRECISION, INTERPRET)
@@ -297,10 +287,11 @@ def forward_kernel(
                 out = tl.where(live[None, :], h, 0.0)
                 h = tl.where(live[None, :], h, hs[n])  # reverse: h0 until the row begins
             store_tile(out_columns + t.to(tl.int64) * out_t, out, ok, n * C, H, INTERPRET)
+            if HAS_RESETS:
+                h = tl.where(cut[None, :], 0.0, h)
             new += (h,)
         hs = new
         if HAS_RESETS:
-            hs = without(new, cut)
             cut = cut_later
         accs = start
         if I > 0:
@@ -394,9 +385,10 @@ def backward_kernel(
             if HAS_LENGTHS:
                 g = tl.where(live[None, :], g, 0.0)
             store_tile(dz_columns + t.to(tl.int64) * dz_t, g, ok, n * C, H, INTERPRET)
+            if HAS_RESETS:
+                g = tl.where(cut[None, :], 0.0, g)
             new += (g,)
         if HAS_RESETS:
-            new = without(new, cut)
             cut = cut_later
         accs = add_product(start, ws, new, SPLIT, PRECISION, INTERPRET)
         queue = moved_up(queue, later)
@@ -486,6 +478,8 @@ def _forward(
     rows = row_arguments(lengths, resets, x)
     if output.numel() == 0:
         return output
+    if resets is not None:  # in the kernel another layout of h0 would need memory that there is none of
+        h0 = torch.cat([h0[:1].masked_fill(resets[0, :, None], 0), h0[1:]])
     config = config or configs.choose("resident", problem, chip(x.device))
     with on_device(x):
         forward_kernel[triton.cdiv(B, config.BLOCK_B), D](

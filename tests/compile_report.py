@@ -23,7 +23,7 @@ Made by `make compile-matrix`{commits}.
 """
 COLUMNS = {
     "problem": "arithmetic, rows B, hidden size H, and input size I where the kernel makes that product too",
-    "lengths": "rows end at lengths of their own",
+    "rows": "lengths: they end at lengths of their own; resets: they begin anew at steps of their own",
     "config": "blocks, warps and stages: kernels/configs.py says what each means",
     "registers": "a thread's, of those that the model expects",
     "spills": "bytes a thread that did not fit into registers; how many instructions in the loop move them",
@@ -62,8 +62,8 @@ def problems(row: Row) -> list[str]:
 
 def title(row: Row) -> str:
     """A row's name in one line."""
-    lengths = " lengths" * row["problem"]["ragged"]
-    return f"{row['kernel']} {_problem(row)}{lengths}: {_config(row) if row['config'] else 'no config'}"
+    rows = " lengths" * row["problem"]["ragged"] + " resets" * row["resets"]
+    return f"{row['kernel']} {_problem(row)}{rows}: {_config(row) if row['config'] else 'no config'}"
 
 
 def write(folder: Path, targets: list[str]) -> int:
@@ -130,7 +130,7 @@ def _same(rows: Iterable[Row]) -> list[list[Row]]:
     """The rows of each case, one for each Triton version, in the order of the first."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        key = json.dumps([row["kernel"], row["problem"], row["config"]], sort_keys=True)
+        key = json.dumps([row["kernel"], row["problem"], row["resets"], row["config"]], sort_keys=True)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 
@@ -139,7 +139,7 @@ def _cells(same: list[Row]) -> list[str]:
     row = same[0]
     cells = {
         "problem": _problem(row),
-        "lengths": "yes" if row["problem"]["ragged"] else "no",
+        "rows": "lengths" * row["problem"]["ragged"] + " and resets" * row["resets"],
         "config": _config(row),
         "registers": f"{_each(same, lambda r: r['registers'])} of {row['expected']['registers']}",
         "spills": _each(same, _spills),

@@ -100,16 +100,20 @@ FUSED_INPUTS = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One compile. kernel: a key of SHAPES; config None: the model lets none through."""
+    """One compile. kernel: a key of SHAPES; config None: the model lets none through.
+
+    A problem that is ragged has rows of lengths of their own; with resets they also begin anew.
+    """
 
     target: str
     kernel: str
     problem: Problem
     config: Config | None
+    resets: bool = False
 
 
 def cases(target: str, kernels: list[str], small: bool) -> Iterator[Case]:
-    """What is compiled: with lengths every config, which takes the most, without them the first."""
+    """What is compiled: with lengths every config, without them and with resets beside them the first."""
     for kernel in kernels:
         for problem in () if small else problems(kernel, SHAPES[kernel]):
             found = _configs(target, kernel, problem)
@@ -117,9 +121,14 @@ def cases(target: str, kernels: list[str], small: bool) -> Iterator[Case]:
             yield from (
                 Case(target, kernel, problem, config) for config in found[: 1 if first_only else None]
             )
+            if problem.ragged:
+                yield Case(target, kernel, problem, found[0], resets=True)
         for problem in problems(kernel, (SMALL_SHAPES if small else MORE_SHAPES)[kernel]):
             if problem.ragged or kernel == "cell":
-                yield Case(target, kernel, problem, _configs(target, kernel, problem)[0])
+                first = _configs(target, kernel, problem)[0]
+                yield Case(target, kernel, problem, first)
+                if small and problem.ragged:
+                    yield Case(target, kernel, problem, first, resets=True)
 
 
 def _configs(target: str, kernel: str, problem: Problem) -> list[Config | None]:
@@ -154,10 +163,11 @@ def launch(case: Case) -> None:
     sequence, state, w_hh = empty(2, p.B, p.D * p.H), empty(p.D, p.B, p.H), empty(p.D, p.H, p.H)
     lengths = torch.ones(p.B, dtype=torch.int64) if p.ragged else None
     module = MODULES[family(case.kernel)]
-    options = (lengths, "tanh", p.precision, case.config)
+    resets = torch.ones(2, p.B, dtype=torch.bool) if case.resets else None
+    options = (lengths, "tanh", p.precision, case.config, resets)
     if case.kernel == "cell":
         x, w_ih, bias = empty(p.B, p.inputs), empty(p.H, p.inputs), empty(p.H)
-        step.cell(x, state[0], w_ih, w_hh[0], bias, empty(p.B, p.H), *options[1:])
+        step.cell(x, state[0], w_ih, w_hh[0], bias, empty(p.B, p.H), *options[1:-1])
     elif case.kernel == "fused":
         x, w_ih, bias = empty(2, p.B, p.inputs), empty(p.D, p.H, p.inputs), empty(p.D, p.H)
         resident.scan_fused(x, w_ih, bias, state, w_hh, *options)
@@ -224,6 +234,7 @@ def row(case: Case, limit_s: float) -> dict[str, Any]:
         "triton": triton.__version__,
         "kernel": case.kernel + direction,
         "problem": {**vars(problem), "dtype": str(problem.dtype).removeprefix("torch.")},
+        "resets": case.resets,
         "limit": chip.shared,
     }
     if not case.config:

@@ -48,6 +48,7 @@ def row(**changes):
         "kernel": "resident forward",
         "problem": {"B": 16, "H": 64, "D": 1, "dtype": "bfloat16", "precision": "ieee", "inputs": 0}
         | {"ragged": True, "backward": False},
+        "resets": False,
         "config": {"BLOCK_B": 16, "PRECISION": "ieee"},
         "expected": {"shared": 1000, "registers": 128, "us": 0.5},
         "limit": 2000,
