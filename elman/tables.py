@@ -267,13 +267,13 @@ def _entry(item: Any, provenances: int) -> Entry | str:
     times = _take(item, "us", dict)
     us, p20, p80 = (_microseconds(times, name) for name in ("median", "p20", "p80"))
     default_us = None if _take(item, "default_us", object) is None else _microseconds(item, "default_us")
-    config = _config(key, _take(item, "config", dict))
+    config = config_of(key, _take(item, "config", dict))
     if isinstance(config, str):
         return config
     return Entry(key, config, us, p20, p80, default_us, candidates, _take(item, "failed", dict), provenance)
 
 
-def _config(key: Key, values: Mapping[str, Any]) -> configs.Config | str | None:
+def config_of(key: Key, values: Mapping[str, Any]) -> configs.Config | str | None:
     """The config with these values (None for cudnn), or why it is none."""
     if key.kernel == "cudnn":
         return None

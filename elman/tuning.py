@@ -6,6 +6,8 @@
     tune(...)        an entry of a table, made if it is not there yet
     tune_key(...)    the candidates of one key, timed on a short sequence
 
+In a torch.distributed job one rank decides on a key for all whose GPUs have the same name, see sharing.py.
+
 Only CUDA tensors are tuned for, never while a CUDA graph is captured, and not where the input product is
 part of the launch (the cell, a fused forward). ELMAN_AUTOTUNE=off pins the model's first choice: it
 tunes nothing and reads no table. What this process chose for a problem stays for its lifetime, also if it was
@@ -24,20 +26,23 @@ import statistics
 import subprocess
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import triton
 
-from . import tables
+from . import sharing, tables
 from .kernels import configs
 from .kernels.common import chip
 from .timing import Timer, measure
 
 #: Seconds that a launch waits for another process to tune the same GPU's keys.
 WAIT = 60.0
+#: Seconds that a rank of a job waits for another to decide on a key: that one may wait first, then compiles
+#: and times the candidates.
+WAIT_FOR_RANK = WAIT + 120.0
 _Function = TypeVar("_Function", bound=Callable)
 _caches: list[Any] = []
 _chosen: dict[tuple, configs.Config] = {}
@@ -72,27 +77,42 @@ def config_for(kernel: str, problem: configs.Problem, device: torch.device) -> c
 
     A table that can't be read, locked or written, or a key none of whose candidates runs, is a warning, and
     the model's first choice is taken. During a CUDA graph's capture nothing is tuned, and what is chosen
-    there stays for the process. Raises ValueError where the kernel has no config that fits.
+    there stays for the process. In a job of several ranks the config may be another rank's, which is waited
+    for for at most WAIT_FOR_RANK. Raises ValueError where the kernel has no config that fits.
     """
     memo = (kernel, problem, device)
     config = _chosen.get(memo)
     if config is None:
-        config = known_config(kernel, problem, device)
-        if _is_due(kernel, problem, device):
-            config = _tuned(kernel, problem, device) or config
-        _chosen[memo] = config
+        _chosen[memo] = config = _decided(kernel, problem, device)
     return config
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _decided(kernel: str, problem: configs.Problem, device: torch.device) -> configs.Config:
+    if not _may_tune(problem, device):
+        return known_config(kernel, problem, device)
+    key = tables.key_of(kernel, problem)
+    own = functools.cache(lambda: _own_config(kernel, problem, device))
+    # By the key, which holds a bucket of B: ranks whose batches differ a little agree too.
+    values = sharing.first_decides(f"{key} on {chip(device).name}", lambda: asdict(own()), WAIT_FOR_RANK)
+    config = tables.config_of(key, values)
+    if config is None or isinstance(config, str) or not _lets_through(kernel, config, problem, device):
+        return own()
+    return config
 
 
-def _is_due(kernel: str, problem: configs.Problem, device: torch.device) -> bool:
-    if device.type != "cuda" or problem.inputs or not autotunes() or _is_capturing(device):
-        return False
+def _own_config(kernel: str, problem: configs.Problem, device: torch.device) -> configs.Config:
+    """As config_for, for this rank alone."""
+    config = known_config(kernel, problem, device)
     # What was tuned could not be kept in a table that can't be read.
-    return lookup(kernel, problem, device) is None and tables.user_path(chip(device).name) not in _unusable
+    if lookup(kernel, problem, device) is None and tables.user_path(chip(device).name) not in _unusable:
+        config = _tuned(kernel, problem, device) or config
+    return config
+
+
+def _may_tune(problem: configs.Problem, device: torch.device) -> bool:
+    if device.type != "cuda" or problem.inputs or not autotunes():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def _tuned(kernel: str, problem: configs.Problem, device: torch.device) -> configs.Config | None:
@@ -127,10 +147,13 @@ def lookup(kernel: str, problem: configs.Problem, device: torch.device) -> table
 
 def fits(entry: tables.Entry, problem: configs.Problem, device: torch.device) -> bool:
     """Whether the model lets the entry's config through for this very problem."""
-    if entry.config is None:
-        return True
-    judged = configs.estimate(entry.key.kernel, entry.config, problem, chip(device))
-    return isinstance(judged, configs.Estimate)
+    return entry.config is None or _lets_through(entry.key.kernel, entry.config, problem, device)
+
+
+def _lets_through(
+    kernel: str, config: configs.Config, problem: configs.Problem, device: torch.device
+) -> bool:
+    return isinstance(configs.estimate(kernel, config, problem, chip(device)), configs.Estimate)
 
 
 @remembered
