@@ -1,11 +1,19 @@
-"""What only a GPU can show: programs that are on the chip together, CUDA graphs, the same bits run after run.
+"""What only a GPU can show: programs that are on the chip together, CUDA graphs, streams, the same bits run
+after run.
 
 The other tests run on the GPU too where there is one. Under compute-sanitizer: `python -m tests.sanitize`.
 """
 
+import copy
+import threading
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
+from torch.testing import assert_close
 
+import elman
 from elman import reference
 from tests.helpers import check, dtype_name, error, make, run
 from tests.tolerances import tolerance
@@ -163,3 +171,146 @@ def test_a_model_on_the_cooperative_kernel(H, ragged, dtype):
     """Output, h_n and every gradient, two layers, both directions: the others are in test_agreement.py."""
     p = make(T=7, B=5, I=12, H=H, dtype=dtype, layers=2, directions=2, ragged=ragged)
     check(run("triton:cooperative", p), run("reference", p.double()), tolerance(dtype))
+
+
+# A model in graphs, streams, threads and on several GPUs
+
+EACH_BACKEND = pytest.mark.parametrize("backend", ["eager", *(f"triton:{kernel}" for kernel in MODULES)])
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+equal = partial(assert_close, rtol=0, atol=0)
+
+
+def model(backend, device="cuda", seed=0):
+    torch.manual_seed(seed)
+    return elman.Elman(24, 64, num_layers=2, bidirectional=True, device=device, backend=backend)
+
+
+def batches(n, T=12, B=5):
+    generator = torch.Generator("cuda").manual_seed(3)
+    return [torch.randn(T, B, 24, device="cuda", generator=generator) for _ in range(n)]
+
+
+def loss_of(results):
+    output, h_n = results
+    return (output - 0.5).square().mean() + h_n.square().mean()
+
+
+def gradients(layer, x):
+    """The gradients of the input and of every parameter, in memory of their own."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(loss_of(layer(x)), [x, *layer.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")  # and is called too
+@EACH_BACKEND
+def test_a_whole_training_step_in_one_cuda_graph(backend):
+    """Forward, loss, backward and the optimizer: replayed, they are to the bit what calls do."""
+
+    def make_step():
+        layer = model(backend)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.01, capturable=True)
+
+        def step(x):
+            optimizer.zero_grad()
+            loss = loss_of(layer(x))
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return layer, step
+
+    (captured, captured_step), (called, step) = make_step(), make_step()
+    first, *others = batches(5)
+    x = first.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles and fills what the optimizer keeps, which a capture can't
+        for _ in range(2):
+            captured_step(x)
+    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(2):
+        step(first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = captured_step(x)
+    for batch in others:
+        x.copy_(batch)
+        graph.replay()
+        equal(loss, step(batch))
+    equal([*captured.parameters()], [*called.parameters()])
+    assert not torch.equal(captured.weight_hh_l0, model(backend).weight_hh_l0)
+
+
+@EACH_BACKEND
+def test_a_graphed_callable(backend):
+    layer = model(backend)
+    sample, *others = batches(3)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(layer), (sample.requires_grad_(),))
+    for batch in others:
+        equal(gradients(graphed, batch), gradients(layer, batch))
+
+
+@EACH_BACKEND
+def test_a_stream_of_its_own(backend):
+    """What is late there is waited for, and what is late elsewhere is not read."""
+    layer, (source,) = model(backend), batches(1)
+    expected = gradients(layer, source)
+    x = torch.full_like(source, float("nan"))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for tensor in (x, source):
+            tensor.record_stream(side)
+        x.copy_(source)  # a launch on another stream would have read NaN by now
+        found = gradients(layer, x)
+    torch.cuda.current_stream().wait_stream(side)
+    for gradient in found:
+        gradient.record_stream(torch.cuda.current_stream())
+    equal(found, expected)
+
+
+@EACH_BACKEND
+def test_two_threads_on_two_streams(backend):
+    layers, (x,) = [model(backend, seed=n) for n in range(2)], batches(1, T=100)
+    expected = [gradients(layer, x) for layer in layers]
+    torch.cuda.synchronize()
+    found = {0: [], 1: []}
+
+    def work(n):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                found[n].append(gradients(layers[n], x))
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    for n, runs in found.items():
+        assert len(runs) == 10, "the thread raised or hangs"
+        for found_then in runs:
+            equal(found_then, expected[n])
+
+
+@TWO_GPUS
+@EACH_BACKEND
+def test_a_layer_on_a_device_that_is_not_the_current_one(backend):
+    (x,) = batches(1)
+    expected = gradients(model(backend), x)
+    layer = model(backend, device="cuda:1")
+    layer.load_state_dict(model(backend).state_dict())
+    found = gradients(layer, x.to("cuda:1"))
+    assert {g.device for g in found} == {torch.device("cuda", 1)}
+    assert torch.cuda.current_device() == 0
+    assert_close([g.to("cuda:0") for g in found], list(expected))
+
+
+@TWO_GPUS
+@EACH_BACKEND
+def test_data_parallel(backend):
+    layer, (x,) = model(backend), batches(1)
+    expected = gradients(layer, x)
+    parallel = nn.DataParallel(layer, device_ids=[0, 1], dim=1)
+    assert_close(gradients(parallel, x), expected)
