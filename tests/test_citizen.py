@@ -249,6 +249,24 @@ def test_hooks_may_be_forbidden(own_backend):
         assert_equal(gradients(ours), expected)
 
 
+def test_what_was_saved_may_be_written_over_where_that_is_allowed(own_backend):
+    ours, _ = pair(own_backend)
+    expected = gradients(ours)
+    x = sequence().requires_grad_()
+    ours.zero_grad()
+    with graph.allow_mutation_on_saved_tensors():
+        output, _ = ours(x)
+        loss = weighed(output)
+        weights = {name: p.detach().clone() for name, p in ours.named_parameters()}
+        with torch.no_grad():
+            output.zero_()
+            for p in ours.parameters():
+                p.zero_()
+        loss.backward()
+    assert_equal({"input": x.grad, **{name: p.grad for name, p in ours.named_parameters()}}, expected)
+    assert all(w.abs().sum() > 0 for w in weights.values())
+
+
 def test_a_retained_graph_serves_twice_and_no_third_time(own_backend):
     ours, _ = pair(own_backend)
     expected = gradients(ours)
@@ -276,6 +294,57 @@ def test_an_inference_tensor_is_an_input_where_nothing_is_recorded(backend):
     with torch.no_grad():
         assert_close(ours(x)[0], expected)
     assert_close(ours.requires_grad_(False)(x)[0], expected)
+
+
+# Gradients in place
+
+
+@pytest.mark.parametrize("cls", ["layer", "both directions", "cell"])
+def test_no_two_gradients_share_memory(backend, cls):
+    """What works on gradients in place must not do it twice, as it did to both biases once."""
+    if cls == "cell":
+        module = elman.ElmanCell(I, H, device=DEVICE, backend=backend)
+        output = module(sequence()[0])
+    else:
+        module, _ = pair(backend, num_layers=2, bidirectional=cls == "both directions")
+        output, _ = module(sequence())
+    weighed(output).backward()
+    for n, p in enumerate(module.parameters()):
+        before = [q.grad.clone() for q in module.parameters()]
+        p.grad.add_(1)
+        changed = [not torch.equal(q.grad, b) for q, b in zip(module.parameters(), before, strict=True)]
+        assert [i for i, c in enumerate(changed) if c] == [n]
+
+
+def test_gradients_of_several_backward_passes_add_up(backend):
+    ours, theirs = pair(backend, num_layers=2, bidirectional=True)
+    for layer in (ours, theirs):
+        for n in range(3):
+            weighed(layer((n + 1) * sequence())[0]).backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert_close(p.grad, q.grad, msg=name)
+
+
+def test_the_norm_of_all_gradients_is_clipped(backend):
+    ours, theirs = pair(backend, num_layers=2)
+    norms = []
+    for layer in (ours, theirs):
+        gradients(layer)
+        norms.append(clip_grad_norm_(layer.parameters(), 0.01, error_if_nonfinite=True))
+        clipped = parameters_to_vector([p.grad for p in layer.parameters()]).norm().item()
+        assert_close(clipped, 0.01, rtol=1e-3, atol=0)
+    assert_close(*norms)
+
+
+def test_a_scaler_unscales_each_gradient_once(backend):
+    """Without autocast, where no cast stands between the weights and the operator."""
+    ours, theirs = pair(backend)
+    for layer in (ours, theirs):
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        scaler.scale(weighed(layer(sequence())[0])).backward()
+        scaler.step(optimizer)
+    assert_close(ours.state_dict(), theirs.state_dict())
 
 
 # Modes
