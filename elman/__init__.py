@@ -10,6 +10,7 @@ from .kernels.errors import DeviceHangError
 from .layer import Elman, ElmanCell, ElmanNetwork
 from .routing import BackendUnavailableError, Route, available_backends, explain, use_backend
 from .stream import Stream
+from .swap import replace
 
 __all__ = [
     "BackendUnavailableError",
@@ -24,6 +25,7 @@ __all__ = [
     "elman_step",
     "explain",
     "reference",
+    "replace",
     "use_backend",
 ]
 
