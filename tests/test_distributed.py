@@ -1,16 +1,19 @@
-"""Training on 2 processes: DDP, FSDP2 and checkpoints."""
+"""Training on 2 processes: DDP, FSDP2 and checkpoints; and swapped.py, which does all that at once."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import elman
 from tests.helpers import check
@@ -22,6 +25,7 @@ if not dist.is_available():
 import torch.distributed.checkpoint as dcp
 
 from tests import distributed_programs as programs
+from tests import swapped
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,3 +115,198 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(kind, trained):
     dcp.load(state, checkpoint_id=folder / "checkpoint")
     model.load_state_dict(state["model"])
     check(model.state_dict(), torch.load(folder / "expected.pt"), tolerance(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "device"),
+    [
+        ("aot_eager", "cpu"),
+        pytest.param(
+            "inductor", "cpu", marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
+        ),
+        pytest.param("inductor", "cuda", marks=ON_TWO_GPUS),
+    ],
+)
+def test_a_model_swapped_compiled_trained_and_exported(compiler, device):
+    """On 2 processes: the script's own model, two layers, both directions, with dropout."""
+    run = launch(
+        "tests.swapped", "--compile-backend", compiler, "--device", device, "--limit", programs.LIMIT
+    )
+    assert run.returncode == 0, run.output
+    assert f"replaced rnn; compiled by {compiler}" in run.output
+    assert "exported; calls of elman::layer: 2; B and T may change" in run.output
+    assert "the export's result 1 of 1, (9, 13, 5)" in run.output
+
+
+# The script's parts, in this process, which is a group of its own
+
+
+@pytest.fixture
+def alone():
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    torch._dynamo.reset()
+
+
+def swap(model: str, *arguments: str) -> int:
+    """The script's exit status."""
+    words = ["--model", f"{__name__}:{model}", "--compile-backend", "aot_eager", "--steps", "3", *arguments]
+    return swapped.run(swapped.parser().parse_args(words), torch.device("cpu"))
+
+
+class Streaming(nn.Module):
+    """x (T, B, 3), hx (2, B, 4) -> y (T, B, 4), the next hx; a weight of the layer is parametrized."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = parametrizations.weight_norm(nn.RNN(3, 4, num_layers=2), "weight_hh_l1")
+
+    def forward(self, x, hx):
+        return self.rnn(x, hx)
+
+
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.RNNCell(3, 4, nonlinearity="relu")
+
+    def forward(self, x):
+        h = None
+        for step in x.unbind(0):
+            h = self.cell(step, h)
+        return {"last": h}
+
+
+def streaming():
+    return Streaming(), (torch.randn(5, 6, 3), torch.randn(2, 6, 4))
+
+
+def itself():
+    return nn.RNN(3, 4, nonlinearity="relu"), (torch.randn(5, 6, 3),)
+
+
+def loop():
+    return Loop(), (torch.randn(5, 6, 3),)
+
+
+def plain():
+    return nn.Linear(3, 4), (torch.randn(5, 3),)
+
+
+def a_list():
+    return Loop(), [torch.randn(5, 6, 3)]
+
+
+def restless():
+    with torch.random.fork_rng():
+        torch.seed()
+        return nn.RNN(3, 4), (torch.randn(5, 6, 3),)
+
+
+def counting():
+    class Count(Loop):
+        def forward(self, x):
+            super().forward(x)
+            return x.numel()
+
+    return Count(), (torch.randn(5, 6, 3),)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("model", "dims", "said", "calls"),
+    [
+        ("streaming", ["TBi", "lBh"], "replaced rnn; ", 2),
+        ("itself", ["tBi"], "replaced the model itself; ", 1),
+    ],
+)
+def test_the_script_takes_other_models(model, dims, said, calls, capsys):
+    assert swap(model, "--dims", *dims) == 0
+    assert (out := capsys.readouterr().out).startswith(said)
+    assert f"exported; calls of elman::layer: {calls}; " in out
+    results = 1 if model == "loop" else 2
+    assert f"the export's result {results} of {results}, " in out
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_script_fails_beyond_its_tolerance(capsys):
+    assert swap("streaming", "--dims", "TBi", "lBh", "--tolerance", "1e-12") == 1
+    assert "  too much\n" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("wrong", ["forward", "backward"])
+def test_the_script_finds_a_layer_that_computes_something_else(wrong, capsys):
+    """By one thousandth, in the output or only in its gradients, which one step of training shows."""
+    true = elman.Elman.forward
+
+    def off(self, *arguments):
+        output, h_n = true(self, *arguments)
+        more = output.detach() if wrong == "forward" else output - output.detach()
+        return output + 1e-3 * more, h_n
+
+    with mock.patch.object(elman.Elman, "forward", off):
+        status = swap("streaming", "--dims", "TBi", "lBh", "--compile-backend", "eager", "--steps", "1")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("  too much")]
+    assert status == 1
+    found = {line.partition(",")[0] for line in lines}
+    assert found >= {"first gradient", "trained parameter"}
+    assert ("loss" in found) is (wrong == "forward")
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("model", "dims", "message"),
+    [
+        ("plain", ["Bi"], "has no nn.RNN and no nn.RNNCell in it; expected one at least"),
+        ("a_list", ["tBi"], "returned a list of inputs; expected a tuple of tensors"),
+        ("restless", ["TBi"], "made other weights when called again"),
+        ("counting", ["tBi"], "the model returned no floating tensor"),
+        (
+            "streaming",
+            ["TBi"],
+            r"--dims is TBi; expected a word for each input, of shapes \(5, 6, 3\), \(2, 6, 4\)",
+        ),
+        ("loop", ["tBi", "B"], "--dims is tBi B; expected a word for each input"),
+        ("loop", ["tBij"], "--dims is tBij; expected a word for each input"),
+        ("loop", ["tbi"], "--dims is tbi, and B is in none; expected one size"),
+        ("streaming", ["TBi", "TBh"], "--dims is TBi TBh, and T is 2 and 5; expected one size"),
+    ],
+)
+def test_the_script_says_what_is_wrong(model, dims, message):
+    with pytest.raises(SystemExit, match=message):
+        swap(model, "--dims", *dims)
+
+
+def test_the_script_needs_a_row_for_each_process():
+    with mock.patch.object(dist, "get_world_size", return_value=7):
+        swapped.check_sizes((torch.empty(5, 7),), ["TB"])
+        with pytest.raises(SystemExit, match="the batch has 6 rows; expected one for each process at least"):
+            swapped.check_sizes((torch.empty(5, 6),), ["TB"])
+
+
+def test_the_script_switches_cudnn_s_dropout_off(capsys):
+    models = [nn.Sequential(nn.RNN(3, 4, 2, dropout=0.5), nn.RNNCell(3, 4)) for _ in range(2)]
+    with mock.patch.object(dist, "get_rank", return_value=0):
+        swapped.switch_dropout_off(models, ["0", "1"])
+    assert [model[0].dropout for model in models] == [0, 0]
+    assert capsys.readouterr().out == "the dropout of 0 is off: cuDNN draws masks of its own\n"
+
+
+def test_without_a_compiler_the_script_says_what_it_takes(capsys):
+    with mock.patch.object(dist, "get_rank", return_value=0):
+        with mock.patch.object(shutil, "which", lambda name: name if name == "clang++" else None):
+            assert swapped.default_backend() == "inductor"
+        assert capsys.readouterr().out == ""
+        with mock.patch.object(shutil, "which", return_value=None):
+            assert swapped.default_backend() == "aot_eager"
+    assert "aot_eager in place of inductor: neither of " in capsys.readouterr().out
+
+
+def test_a_failed_process_is_shown():
+    """And torchrun's status says so."""
+    run = launch("tests.swapped", "--model", "nowhere")
+    assert run.returncode != 0
+    assert "--model is 'nowhere'; expected package.module:function" in run.output
