@@ -220,6 +220,7 @@ def counting():
     [
         ("streaming", ["TBi", "lBh"], "replaced rnn; ", 2),
         ("itself", ["tBi"], "replaced the model itself; ", 1),
+        ("loop", ["tBi"], "replaced cell; ", 0),
     ],
 )
 def test_the_script_takes_other_models(model, dims, said, calls, capsys):
