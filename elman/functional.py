@@ -54,8 +54,8 @@ def elman(
 
     Raises, before anything runs: TypeError or ValueError for a wrong kind, rank, dtype or option,
     RuntimeError for sizes or devices that don't fit each other, as nn.RNN does; and
-    BackendUnavailableError for a backend that can't run. While torch.compile or torch.jit.trace looks on, a
-    PackedSequence's numbers are not checked.
+    BackendUnavailableError for a backend that can't run. While torch.compile, torch.export or torch.jit.trace
+    looks on, a PackedSequence's numbers and lengths are not checked.
     """
     D = 2 if bidirectional else 1
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
@@ -77,10 +77,11 @@ def elman(
         x, hx = x.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
     elif batch_first and packed is None:
         x = x.transpose(0, 1)
-    B = x.shape[1] if packed is None else int(packed.batch_sizes[0])
+    # item(), not int(), which torch.export can't leave to the run.
+    B: Any = x.shape[1] if packed is None else packed.batch_sizes[0].item()
     H = weights[1].shape[0]
     if lengths is not None:
-        lengths = _check_lengths(lengths, len(x), B, x.device)
+        lengths = _check_lengths(lengths, x.shape[0], B, x.device)
     if resets is not None:
         resets = _check_resets(resets, x, batched, batch_first, packed)
     if hx is None:
@@ -142,7 +143,7 @@ def _run_padded(
     T, B, _ = x.shape
     if route.backend == "eager":
         batch, places = packing.from_padded(x, lengths)
-        resets = None if resets is None else resets[: len(batch.batch_sizes)]
+        resets = None if resets is None else resets[: batch.batch_sizes.shape[0]]
         output, h_n = _run_packed(batch, hx, weights, resets, route, options)
         return packing.pad(output, places, T, B), h_n
     there = torch.arange(T, device=x.device)[:, None] < lengths
@@ -201,8 +202,8 @@ def elman_step(
     if not batched:
         x, h = x.unsqueeze(0), None if h is None else h.unsqueeze(0)
     if h is None:
-        h = x.new_zeros(len(x), len(weights[1]))
-    route = routing.route(backend, x.device, x.dtype, h.shape[1], len(x), one_step=True)
+        h = x.new_zeros(x.shape[0], len(weights[1]))
+    route = routing.route(backend, x.device, x.dtype, h.shape[1], x.shape[0], one_step=True)
     with plain:
         if route.backend == "eager":
             new = eager.step(x, h, *weights, nonlinearity=nonlinearity)
@@ -369,6 +370,8 @@ def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Ten
         raise RuntimeError(
             f"lengths is on {lengths.device}; expected the CPU or the input's {device}: move it with .to()"
         )
+    if routing.is_traced():
+        return lengths.to(device)  # what follows looks at numbers, which a graph does not have
     if B and not 1 <= int(lengths.min()) <= int(lengths.max()) <= T:
         raise ValueError(
             f"lengths runs from {int(lengths.min())} to {int(lengths.max())}; expected 1 to {T}, the "
@@ -385,7 +388,7 @@ def _check_resets(
     if packed is None:
         T, B = x.shape[:2]
     elif routing.is_traced():  # a graph does not have the packed number
-        T, B = len(packed.batch_sizes), resets.shape[0 if batch_first else -1]
+        T, B = packed.batch_sizes.shape[0], resets.shape[0 if batch_first else -1]
     else:
         T, B = len(packed.batch_sizes), int(packed.batch_sizes[0])
     shape: tuple[int, ...] = (T,) if not batched else (B, T) if batch_first else (T, B)
