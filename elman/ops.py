@@ -69,7 +69,7 @@ def layer(
         if torch.compiler.is_compiling():
             _hold_whole()
         return _in_transform(*arguments)
-    if torch.is_grad_enabled() or type(x) is not Tensor:
+    if torch.is_grad_enabled() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
         return torch.ops.elman.layer.default(*arguments)
     return _layer(*arguments)  # with nothing to record, the dispatcher only costs time
 
@@ -230,7 +230,8 @@ def _layer_gradients(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tup
     elif in_transform:
         dz = _Dz.apply(*arguments)
     else:
-        operator = opaque or torch.is_grad_enabled()
+        # What watches each operation sees ours as one, which it can do whatever is written into what.
+        operator = opaque or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
         dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
     # torch's own have derivatives and batching rules, but make a graph's code depend on T.
     products = torch.ops.elman.layer_products if opaque else _layer_products
