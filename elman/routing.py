@@ -12,8 +12,10 @@ is found out when the graph runs.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,8 +40,29 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-# Found out once, and not imported: torch.compile can't trace the search.
+def _no_compiler() -> str | None:
+    """None if Triton will find the C compiler that its first launch on a GPU needs, else why not.
+
+    It takes what CC names, otherwise gcc or clang, and builds its driver's module once for each cache folder:
+    where that is there already, it needs none. Elsewhere than on POSIX Triton brings a compiler along.
+    """
+    named = os.environ.get("CC")
+    if os.name != "posix" or any(shutil.which(c) for c in (("gcc", "clang") if named is None else (named,))):
+        return None
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    cache = os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
+    if any(glob.glob(os.path.join(glob.escape(cache), "*", name)) for name in ("cuda_utils*", "hip_utils*")):
+        return None
+    found = "there is no gcc and no clang" if named is None else f"CC is {named!r}, which is no program"
+    return (
+        f"Triton's first launch needs a C compiler, and {found}; install gcc, or set the environment "
+        "variable CC to a compiler, before Python starts, or use 'cudnn' or 'eager'"
+    )
+
+
+# Found out once, and Triton not imported: torch.compile can't trace the searches.
 TRITON_IS_INSTALLED = _is_installed("triton")
+NO_COMPILER = _no_compiler()
 NO_CUDA = "this machine has no CUDA device (torch.cuda.is_available() is False); use 'eager'"
 
 # A plain global, as PyTorch's own switches are: torch.compile guards on it and so compiles again when it
@@ -198,6 +221,8 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype, resets: 
         return f"the tensors are on {device.type!r}; Triton needs a CUDA or ROCm GPU, so use 'eager'"
     if not torch.cuda.is_available():
         return NO_CUDA
+    if NO_COMPILER:
+        return NO_COMPILER
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return (

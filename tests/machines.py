@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from elman import routing
+
 
 def simulate_gpu(
     monkeypatch: pytest.MonkeyPatch,
@@ -14,8 +16,9 @@ def simulate_gpu(
     hip: str | None = None,
     shared: int = 232448,
     processors: int = 132,
+    no_compiler: str | None = None,
 ) -> None:
-    """One GPU with these properties; cudnn is its version or None, hip ROCm's."""
+    """One GPU with these properties; cudnn is its version or None, hip ROCm's; a C compiler, or why not."""
     properties = SimpleNamespace(
         name=name,
         major=capability[0],
@@ -35,3 +38,4 @@ def simulate_gpu(
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: cudnn is not None)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(routing, "NO_COMPILER", no_compiler)

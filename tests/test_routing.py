@@ -22,6 +22,7 @@ from tests.machines import simulate_gpu
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SHAPE = {"batch": 16, "seq": 64, "input": 32, "hidden": 64}
+NO_GCC = "Triton's first launch needs a C compiler, and there is none; install gcc"
 X = torch.ones(3, 2, 5)
 
 
@@ -240,6 +241,51 @@ def test_auto_on(machine, what, dtype, backend, words):
     assert elman.explain(**SHAPE, dtype=dtype) == route, "the GPU is the device unless another is named"
 
 
+def test_without_a_compiler_auto_takes_cudnn(machine):
+    machine(no_compiler=NO_GCC)
+    route = elman.explain(**SHAPE, device="cuda")
+    assert (route.backend, route.reason) == ("cudnn", f"auto: not triton, because {NO_GCC}")
+    assert elman.available_backends() == {"triton": NO_GCC, "cudnn": True, "eager": True}
+    machine(no_compiler=NO_GCC, cudnn=None)
+    assert elman.explain(**SHAPE, device="cuda").backend == "eager"
+
+
+# CC, programs on the PATH, files in Triton's cache -> words of why Triton can't build, None if it can
+COMPILERS = {
+    "gcc": (None, ["gcc"], [], None),
+    "clang": (None, ["clang"], [], None),
+    "none": (None, [], [], "no gcc and no clang"),
+    "another": (None, ["cc"], [], "no gcc and no clang"),
+    "CC": ("icx", ["icx"], [], None),
+    "CC is first": ("icx", ["gcc"], [], "CC is 'icx', which is no program"),
+    "CC is empty": ("", ["gcc"], [], "CC is '', which is no program"),
+    "built before": (None, [], ["ABC/cuda_utils.cpython-311-x86_64-linux-gnu.so"], None),
+    "built before, AMD": ("icx", [], ["ABC/hip_utils.so"], None),
+    "only kernels": (None, [], ["ABC/forward_kernel.cubin"], "no gcc and no clang"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Triton brings a compiler along there")
+@pytest.mark.parametrize(("named", "programs", "cached", "words"), COMPILERS.values(), ids=COMPILERS.keys())
+@pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TRITON_HOME", "HOME"])
+def test_the_compiler_that_triton_would_find(monkeypatch, tmp_path, variable, named, programs, cached, words):
+    cache = tmp_path / "a [cache]" / (".triton/cache" if variable != "TRITON_CACHE_DIR" else "")
+    for file in (*(tmp_path / "bin" / name for name in programs), *(cache / name for name in cached)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o755)
+    for name in ("CC", "TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv(variable, str(tmp_path / "a [cache]"))
+    if named is not None:
+        monkeypatch.setenv("CC", named)
+    why_not = routing._no_compiler()
+    assert (why_not is None) == (words is None)
+    if words:
+        for part in (words, "install gcc", "set the environment variable CC", "'cudnn' or 'eager'"):
+            assert part in why_not
+
+
 # machine, dtype, backend -> words of the refusal
 REFUSALS = {
     "no cuDNN": ({"cudnn": None}, torch.float32, "cudnn", ("no cuDNN", "torch.backends.cudnn.enabled")),
@@ -249,6 +295,7 @@ REFUSALS = {
         "triton",
         ("not installed", "install the triton package"),
     ),
+    "no compiler": ({"no_compiler": NO_GCC}, torch.float32, "triton", ("needs a C compiler", "install gcc")),
     "old GPU": ({"capability": (7, 5)}, torch.float32, "triton", ("7.5", "8.0 or newer", "use 'cudnn'")),
     "old cuDNN": ({"cudnn": 90100}, torch.bfloat16, "cudnn", ("90100", "9.13", "use 'triton'")),
     "too large": ({}, torch.float32, "triton:resident", ("4096", "Simulated GPU", "triton:step")),
