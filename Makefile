@@ -1,10 +1,10 @@
-# make test | make bench | make check | make compile-matrix: each sets up .venv first, a second run is quick.
+# make test | make bench | make check | make fuzz | make compile-matrix: each sets up .venv first, a second run is quick.
 PYTHON ?= python3
 BIN := .venv/bin
 # The oldest Triton that is supported, beside the tested one; inside .venv, where clean finds it.
 OLDEST := .venv/triton-3.6.0
 
-.PHONY: test bench check compile-matrix clean
+.PHONY: test bench check fuzz compile-matrix clean
 
 test: .venv/ready
 	$(BIN)/python -m pytest
@@ -17,6 +17,10 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Random calls beside nn.RNN's; some minutes.  ARGS: e.g. make fuzz ARGS="--cases 100000 --seed 1000"
+fuzz: .venv/ready
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 # Compiles for GPUs that are not here, into results/compile/; takes most of an hour on two cores.
 # ARGS: e.g. make compile-matrix ARGS="--targets sm_90"
