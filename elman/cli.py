@@ -92,7 +92,7 @@ def doctor() -> str:
         lines.append(f"  {backend}: {'runs' if available is True else f'no: {available}'}")
     for variable in ("ELMAN_BACKEND", "ELMAN_AUTOTUNE", "ELMAN_CACHE_DIR", "TRITON_INTERPRET"):
         lines.append(f"  {variable} is {os.environ.get(variable, 'not set')}")
-    cache = os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    cache = os.environ.get("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
     lines += ["", "Caches", f"  compiled Triton kernels: {cache}", *_tables()]
     return "\n".join(lines)
 

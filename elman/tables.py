@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,12 +119,17 @@ def bucket(B: int) -> int:
 
 
 def user_path(gpu: str) -> Path:
-    """The user's table: in $ELMAN_CACHE_DIR, else in elman/ of $XDG_CACHE_HOME or ~/.cache."""
+    """The user's table: in $ELMAN_CACHE_DIR, else in elman/ of $XDG_CACHE_HOME or ~/.cache.
+
+    A user without a home, as in a container run under a number of no one's, has it among temporary files.
+    """
     named = os.environ.get("ELMAN_CACHE_DIR")
     if named:
-        folder = Path(named).expanduser()
-    else:  # Path.home() raises for a user without one
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elman"
+        folder = Path(os.path.expanduser(named))
+    else:
+        home = os.path.expanduser("~")
+        cache = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home != "~" else "")
+        folder = Path(cache or os.path.join(tempfile.gettempdir(), f"elman-{os.getuid()}"), "elman")
     return folder / "tuned" / _file_name(gpu)
 
 
