@@ -547,6 +547,8 @@ def unlike(case: Case, ours: Results, theirs: Results) -> str | None:
             if not torch.equal(a, b):
                 return f"{name} is {a}, nn.RNN's {b}"
             continue
+        # A gradient's own dtype may be a coarser one, under autocast.
+        bound = TIMES_TOLERANCE * max(tolerance(dtype), tolerance(b.dtype))
         a, b = a.detach().double(), b.detach().double()
         if not torch.equal(
             a.nan_to_num(0, 1, -1) * ~a.isfinite(), b.nan_to_num(0, 1, -1) * ~b.isfinite()
@@ -555,7 +557,7 @@ def unlike(case: Case, ours: Results, theirs: Results) -> str | None:
         # Where large inputs saturate tanh, its derivative is what rounding leaves of it, times the input.
         large = any(t is not None and t.values == "large" for t in (case.input, case.hx))
         off = error(a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0), floor=8.0 if large else 1.0)
-        if not off <= TIMES_TOLERANCE * tolerance(dtype):
+        if not off <= bound:
             return f"{name} is off by {off:.1e}: {a}, nn.RNN's {b}"
     return None
 

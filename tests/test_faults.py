@@ -208,42 +208,65 @@ def test_shapes_past_32_bits(grad):
         assert cell(x[0], hx[0]).shape == (B, 4)
 
 
-def far(t: Tensor, dim: int) -> Tensor:
-    """A copy whose elements along dim lie 2^31 + 32 apart; the memory between is only reserved."""
+def far(t: Tensor, dim: int, apart: int) -> Tensor:
+    """A copy whose elements along dim lie so many apart; the memory between is only reserved."""
     strides = [1] * t.dim()
     for i in range(t.dim() - 2, -1, -1):
         strides[i] = strides[i + 1] * t.shape[i + 1]
-    strides[dim] = 2**31 + 32
+    strides[dim] = apart
     return torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
 
 
-@pytest.mark.skipif(
-    DEVICE == "cuda", reason="there the memory would be taken; test_gpu.py has as many elements"
-)
+# The first fits in 32 bits, so that Triton takes it for an int32, and twice it does not; the second does not.
+APART = pytest.mark.parametrize("apart", [2**30 + 16, 2**31 + 32], ids=["twice", "once"])
+RESERVES = pytest.mark.skipif(DEVICE == "cuda", reason="there the memory would be taken; see test_gpu.py")
+
+
+@RESERVES
+@APART
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("name", ["eager", *TRITON])
-def test_arguments_past_32_bits(name, dim):
-    """Elements of the input, of hx and of the output's gradient 2^31 apart, through the whole layer."""
-    layer = Elman(2, 2, dtype=torch.float16, backend=name)
-    x, hx, g = torch.randn(2, 2, 2).half(), torch.randn(1, 2, 2).half(), torch.randn(2, 2, 2).half()
+def test_arguments_past_32_bits(name, dim, apart):
+    """Elements of the input, of hx and of the output's gradient far apart, through the whole layer."""
+    layer = Elman(3, 3, dtype=torch.float16, backend=name)
+    x, hx, g = torch.randn(3, 3, 3).half(), torch.randn(1, 3, 3).half(), torch.randn(3, 3, 3).half()
     results = []
-    for move in (lambda t: t, lambda t: far(t, dim)):
+    for move in (lambda t: t, lambda t: far(t, dim, apart)):
         layer.zero_grad()
         leaves = [move(t.detach()).requires_grad_() for t in (x, hx)]
         output, h_n = layer(*leaves)
         output.backward(move(g))
         results.append([output, h_n, *(t.grad for t in (*leaves, *layer.parameters()))])
-    for dense, apart in zip(*results, strict=True):
-        assert torch.equal(dense, apart)
+    for dense, apart_ in zip(*results, strict=True):
+        assert torch.equal(dense, apart_)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="there the memory would be taken")
+@RESERVES
+@APART
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
 @pytest.mark.parametrize("dim", [0, 1])
-def test_a_cell_s_arguments_past_32_bits(dim):
-    cell = ElmanCell(2, 2, dtype=torch.float16, backend="triton")
-    x, hx = torch.randn(2, 2).half(), torch.randn(2, 2).half()
-    assert torch.equal(cell(far(x, dim), far(hx, dim)), cell(x, hx))
+def test_a_cell_s_arguments_past_32_bits(dim, apart):
+    cell = ElmanCell(3, 3, dtype=torch.float16, backend="triton")
+    x, hx = torch.randn(3, 3).half(), torch.randn(3, 3).half()
+    assert torch.equal(cell(far(x, dim, apart), far(hx, dim, apart)), cell(x, hx))
+
+
+@RESERVES
+@APART
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("name", TRITON)
+def test_scans_past_32_bits(name, dim, apart):
+    """The launchers' own tensors, which the layer makes dense."""
+    module = importlib.import_module(f"elman.kernels.{name.partition(':')[2]}")
+    z, g_out, dz = (torch.randn(3, 3, 6).half() for _ in range(3))
+    h0, w_hh, g_hn = torch.randn(2, 3, 3).half(), torch.randn(2, 3, 3).half(), torch.randn(2, 3, 3).half()
+    results = []
+    for move in (Tensor.clone, lambda t: far(t, dim, apart)):
+        output, into = module.scan(move(z), h0, w_hh, None, "tanh", "ieee"), move(dz)
+        module.scan_backward(move(g_out), g_hn, move(output), w_hh, into, None, "tanh", "ieee")
+        results.append((output, into))
+    for dense, apart_ in zip(*results, strict=True):
+        assert torch.equal(dense, apart_)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="nothing is launched; the tensors have more rows than memory")
@@ -417,8 +440,8 @@ def test_no_memory_is_torch_s_error_and_the_next_call_works():
 @pytest.mark.parametrize("during", ["forward", "backward"])
 def test_no_gpu_memory(backend, during):
     """An output of 1 GiB on a share of the GPU that holds one but not two."""
-    layer = Elman(64, 256, device="cuda", dtype=torch.bfloat16, backend=backend)
-    x = torch.randn(2**13, 256, 64, device="cuda", dtype=torch.bfloat16)
+    layer = Elman(32, 128, device="cuda", backend=backend)
+    x = torch.randn(2**13, 256, 32, device="cuda")
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
     with unchanged(layer):
