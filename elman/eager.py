@@ -116,8 +116,9 @@ def backward(
             later = None
             for t in range(T - 1, -1, -1) if d == 0 else range(T):
                 total, dz_t, h_t = g[t], out[t], h[t]
-                if later is not None and t + 1 - d in cuts:
-                    later = later.masked_fill(cuts[t + 1 - d][: len(later)], 0)
+                cut: Tensor | None = None if later is None else cuts.get(t + 1 - d)
+                if cut is not None:
+                    alone = total.clone()  # what follows may write over it
                 if later is None:
                     if g_hn is not None and counts is None:
                         total = total + g_hn[d].view_as(total)
@@ -130,6 +131,8 @@ def backward(
                     added = add_product(part, later[:n])
                     if added is not part:
                         part.copy_(added)
+                if cut is not None:  # zeros for `later` would not do: times infinite weights they are none
+                    total = torch.where(cut[: len(total)], alone, total)
                 if tanh:
                     _TANH_BACKWARD(total, h_t, grad_input=dz_t)
                 else:
@@ -162,7 +165,7 @@ def step(
 
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
     """W_ih x + b for all steps and directions: x (..., I), w_ih (D, H, I) -> (..., D * H)."""
-    z = product(x.reshape(-1, x.shape[-1]), w_ih.flatten(0, 1), None if bias is None else bias.flatten())
+    z = product(x.flatten(0, -2), w_ih.flatten(0, 1), None if bias is None else bias.flatten())
     # Not view: autograd would take the output for a view of this product, and forbid writing into it.
     return torch.ops.aten._unsafe_view(z, [*x.shape[:-1], z.shape[1]])
 
@@ -190,7 +193,7 @@ def sums_of_products(a: Tensor, others: list[Tensor], T: int) -> list[Tensor]:
     On the CPU as partial sums: one long sum in float32 rounds half as much again as nn.RNN does. That adds
     the products of its T steps one by one, and is the less exact the more steps there are.
     """
-    a, others = a.reshape(-1, a.shape[-1]), [b.reshape(-1, b.shape[-1]) for b in others]
+    a, others = a.flatten(0, -2), [b.flatten(0, -2) for b in others]
     N, P = a.shape
     if a.device.type != "cpu" or N < 8:
         return [a.t() @ b for b in others]
@@ -280,8 +283,8 @@ def _threads_for(tensor: Tensor, work: int) -> Iterator[None]:
     if tensor.device.type != "cpu" or threads == 1 or work > 2**18 or threading.active_count() > 1:
         yield
         return
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)

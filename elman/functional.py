@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from . import cudnn, eager, ops, packing, routing
 from .reference import ACTIVATIONS, stacked_weights
@@ -122,11 +122,13 @@ def _run_packed(
             resets = packing.pack(resets, packing.places(sizes, resets.shape[1]).to(x.device))
         output, h_n = _run(x, hx, weights, sizes, resets, route, options)
     else:
-        padded, lengths = pad_packed_sequence(PackedSequence(x, sizes))
+        T, B = sizes.shape[0], hx.shape[1]
+        places, lengths = (f(sizes, B).to(x.device) for f in (packing.places, packing.lengths))
         if resets is not None:
-            resets = resets & (torch.arange(len(padded), device=x.device)[:, None] < lengths.to(x.device))
-        output, h_n = _run(padded, hx, weights, lengths.to(x.device), resets, route, options)
-        output = pack_padded_sequence(output, lengths).data
+            resets = resets & (torch.arange(T, device=x.device)[:, None] < lengths)
+        padded = packing.pad(x, places, T, B)
+        output, h_n = _run(padded, hx, weights, lengths, resets, route, options)
+        output = packing.pack(output, places)
     return output, h_n if back is None else h_n.index_select(1, back)
 
 
@@ -357,6 +359,10 @@ def _check_weights(weights: Sequence[Tensor], input: Tensor, per_group: int, D: 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
+    if value.layout != torch.strided:
+        raise NotImplementedError(
+            f"{name} is {value.layout}; expected torch.strided: convert it with .to_dense()"
+        )
 
 
 def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Tensor:

@@ -111,6 +111,9 @@ def _scan(
     """The output (T, B, D * H) by a Triton kernel."""
     from . import choice  # not above: importing elman must not import Triton
 
+    # A tensor may be negated lazily, which torch's operators see to and a kernel doesn't.
+    x, h0, w_ih, w_hh = (t.resolve_neg() for t in (x, h0, w_ih, w_hh))
+    bias = None if bias is None else bias.resolve_neg()
     T, _, I = x.shape
     ragged = lengths is not None or resets is not None
     name, problem = choice.plan(kernel, _problem(x, w_hh, ragged, precision), x.device, T, I)
@@ -143,6 +146,8 @@ def _layer_dz(
         return eager.backward(g_out, g_hn, output, w_hh, counts, resets, nonlinearity)
     from . import choice
 
+    output, w_hh = output.resolve_neg(), w_hh.resolve_neg()
+    g_out, g_hn = (None if g is None else g.resolve_neg() for g in (g_out, g_hn))
     dz = torch.empty_like(output)
     ragged = counts is not None or resets is not None
     problem = _problem(output, w_hh, ragged, precision, backward=True)
@@ -317,7 +322,7 @@ def _layer_products(
     needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = needs
     D, H, I = w_ih.shape
     x, h0, w_ih, w_hh, output = (t.to(compute) for t in (x, h0, w_ih, w_hh, output))
-    flat, T, B = dz.reshape(-1, D * H), len(dz if counts is None or dz.dim() == 3 else counts), h0.shape[1]
+    flat, T, B = dz.flatten(0, -2), len(dz if counts is None or dz.dim() == 3 else counts), h0.shape[1]
     starts = [_first(B, dz), *([_last(B, counts, dz)] if D == 2 else [])]
     first = [dz[start][:, d * H : (d + 1) * H] for d, start in enumerate(starts)]
     heard = first  # of h0; reversed, none begins anew after its last step
@@ -327,7 +332,10 @@ def _layer_products(
     if needs_x:
         dx = eager.product(flat, w_ih.flatten(0, 1).t()).view(x.shape).to(dtype)
     if needs_h0:
-        dh0 = _stack([f @ w for f, w in zip(heard, w_hh, strict=True)]).to(dtype)
+        dh0 = _stack([f @ w for f, w in zip(first, w_hh, strict=True)])
+        if resets is not None:  # not of the factor alone: zeros times infinite weights are none
+            dh0 = torch.cat([dh0[:1].masked_fill(resets[starts[0]][:, None], 0), dh0[1:]])
+        dh0 = dh0.to(dtype)
     # On the CPU both weights' products share what is prepared of dz, a direction at a time. Elsewhere W_ih's
     # is one product, for speed and for float16, which rounds every partial sum.
     together = needs_w_ih and dz.device.type == "cpu" and dtype == torch.float32

@@ -98,9 +98,10 @@ def layer_dz(
         dz, rows = torch.zeros_like(h[0]), []
         g_steps, act_steps = g.unbind(0), act_grad.unbind(0)
         for t in reversed(_order(d, T)):
+            heard = ((t < last) if d == 0 else (t <= last) & (t > 0))[:, None]
             if cuts is not None:
-                dz = torch.where(cuts[t + 1 - d], 0.0, dz)
-            dz = act_steps[t] * (g_steps[t] + dz @ w_hh[d])
+                heard = heard & ~cuts[t + 1 - d]
+            dz = act_steps[t] * (g_steps[t] + torch.where(heard, dz @ w_hh[d], 0.0))
             rows.append(dz)
         columns.append(torch.stack(rows[::-1] if d == 0 else rows))
     return torch.cat(columns, -1)

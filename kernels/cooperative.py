@@ -387,6 +387,7 @@ def backward_kernel(
                 after, later, later, ws, w, rn, count + job, target, status, patience,
                 dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
             )  # fmt: skip
+            product = tl.where(later[None, :], product, 0.0)  # zeros times infinite weights are none
             if HAS_G_OUT:
                 product += g_now.to(ACC)
             if HAS_G_HN:

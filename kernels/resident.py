@@ -362,7 +362,7 @@ def backward_kernel(
         if HAS_G_OUT:
             g_queue += load_state(g_columns + t_next * g_t, g_h, H, C, INTERPRET)
     if HAS_RESETS:
-        cut = is_cut(resets, t + d, rb, T, B)
+        cut = is_cut(resets, t - sign + d, rb, T, B)
     if HAS_G_HN:
         ends = load_state(g_hn + (d64 * B + rb) * H, 1, H, C, INTERPRET)
     for _ in range(steps):
@@ -370,12 +370,17 @@ def backward_kernel(
         t_next = within(t + AHEAD * sign, steps)
         later = load_state(out_columns + t_next * out_t, 1, H, C, INTERPRET)
         if HAS_RESETS:
-            cut_later = is_cut(resets, t + sign + d, rb, T, B)
+            cut_later = is_cut(resets, t + d, rb, T, B)
         if HAS_G_OUT:
             g_later = load_state(g_columns + t_next * g_t, g_h, H, C, INTERPRET)
         new = ()
         for n in tl.static_range(NC):
             acc = accs[n]
+            # Not of the state before the product: zeros times infinite weights are none.
+            if HAS_LENGTHS:
+                acc = tl.where((last == t)[None, :], 0.0, acc)
+            if HAS_RESETS:
+                acc = tl.where(cut[None, :], 0.0, acc)
             if HAS_G_OUT:
                 acc += g_queue[n].to(ACC)
             if HAS_G_HN:
@@ -385,8 +390,6 @@ def backward_kernel(
             if HAS_LENGTHS:
                 g = tl.where(live[None, :], g, 0.0)
             store_tile(dz_columns + t.to(tl.int64) * dz_t, g, ok, n * C, H, INTERPRET)
-            if HAS_RESETS:
-                g = tl.where(cut[None, :], 0.0, g)
             new += (g,)
         if HAS_RESETS:
             cut = cut_later

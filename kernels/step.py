@@ -137,9 +137,11 @@ def backward_kernel(
     if HAS_RESETS:
         later &= is_cut(resets, t + 1 - d, rb, T, B) == 0
     after = rows + t_next * dz_t
-    acc = add_product(
-        acc, after, later, after, later, w, H, 1, rn, H, H, BLOCK_K, PRECISION, False, INTERPRET
-    )
+    product = add_product(
+        tl.zeros((BLOCK_B, BLOCK_N), ACC),
+        after, later, after, later, w, H, 1, rn, H, H, BLOCK_K, PRECISION, False, INTERPRET,
+    )  # fmt: skip
+    acc += tl.where(later[:, None], product, 0.0)  # zeros times infinite weights are none
     h = tl.load(output + t64 * out_t + rb64[:, None] * out_b + (d * H + rn)[None, :], mask=mask, other=0.0)
     g = tl.where(live[:, None], activate_backward(acc, h.to(ACC), RELU), 0.0)
     tl.store(

@@ -121,23 +121,15 @@ def test_nan_and_infinity_go_where_nn_rnn_s_go(backend, nonlinearity, value):
                 assert found["gradient of input"][:, row].isfinite().all()
 
 
-ZERO_TIMES_INFINITY = pytest.mark.xfail(
-    reason="the kernel multiplies zeros by W_hh where a row's backward pass begins: 0 * inf is NaN",
-    strict=True,
-)
-
-
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize(("nonlinearity", "value"), [("tanh", INF), ("relu", NAN)], ids=str)
 @pytest.mark.parametrize(
     "name",
-    ["eager", *(pytest.param(n, marks=ZERO_TIMES_INFINITY if n == "triton:step" else ()) for n in TRITON)],
+    ["eager", *TRITON],
 )
-def test_w_hh_stays_out_of_a_row_s_last_step(name, nonlinearity, value, ragged, request):
+def test_w_hh_stays_out_of_a_row_s_last_step(name, nonlinearity, value, ragged):
     """The state may be finite beside it, or relu's derivative; only later steps' gradients go through it."""
-    if ragged and name == "triton:resident":
-        request.applymarker(ZERO_TIMES_INFINITY)
     p = spoilt(smooth(nonlinearity, ragged=ragged), "weight_hh_l0", value)
     if ragged:
         p.g_out[torch.arange(3, device=DEVICE)[:, None] >= p.lengths] = 0
@@ -528,7 +520,6 @@ def test_a_process_that_was_interrupted_goes_on(during, monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the eager loop on the CPU")
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.xfail(reason="the number is set just before the block that puts it back", strict=True)
 def test_ctrl_c_as_the_number_of_threads_is_set(monkeypatch):
     layer, real = Elman(3, 4), torch.set_num_threads
 
@@ -751,15 +742,10 @@ def test_without_a_c_compiler_inductor_says_so_and_the_layer_runs(tmp_path):
 
 # Nothing to compute with, and tensors that stand for other numbers than their memory holds
 
-NOTHING = pytest.mark.xfail(
-    reason="reshape(-1, 0) of no elements is ambiguous", strict=True, raises=RuntimeError
-)
-
 
 @pytest.mark.parametrize(("I", "H"), [(0, 4), (3, 0), (0, 0)])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("name", ["eager", *TRITON])
-@NOTHING
 def test_no_columns(name, bidirectional, I, H):
     """The functional form takes sizes of 0, as torch.rnn_tanh does; the layer refuses them as nn.RNN does."""
     D = 1 + bidirectional
@@ -775,7 +761,7 @@ def test_no_columns(name, bidirectional, I, H):
 
 
 @pytest.mark.parametrize("size", [(0, 4), (3, 0)], ids=str)
-@pytest.mark.parametrize("name", ["eager", *(pytest.param(n, marks=NOTHING) for n in TRITON)])
+@pytest.mark.parametrize("name", ["eager", *TRITON])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 def test_a_cell_without_columns(name, size):
     ours, theirs = ElmanCell(*size, dtype=F64, backend=name), nn.RNNCell(*size, dtype=F64)
@@ -790,16 +776,7 @@ def test_a_cell_without_columns(name, size):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "eager",
-        *(
-            pytest.param(n, marks=pytest.mark.xfail(reason="kernels read the memory", strict=True))
-            for n in TRITON
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["eager", *TRITON])
 @pytest.mark.parametrize("T", [1, 3])
 def test_a_lazy_negation(name, T):
     """A real tensor whose memory holds the opposite numbers, as the imaginary part of a conjugate."""

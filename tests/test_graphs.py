@@ -1,4 +1,4 @@
-"""Graphs of torch.export: of any T and B, saved, loaded, decomposed, trained, compiled ahead of time."""
+"""Graphs of any T and B: torch.compile's, and torch.export's saved, loaded, decomposed, trained, compiled."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import elman
 from elman import Elman, ElmanCell, ElmanNetwork
-from tests.helpers import error
+from tests.helpers import DEVICE, TRITON, error
 from tests.tolerances import tolerance
 
 # torch.export copies a tree of arguments in a way that torch itself deprecates.
@@ -23,6 +24,9 @@ I, H = 4, 6
 SIZES = [(5, 3), (9, 4), (1, 3), (5, 1), (1, 1)]  # (T, B), the first in the export
 STACK = {"num_layers": 2, "bidirectional": True}
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+
+# The first has no size in common with the weights: torch.compile takes equal numbers for one.
+MORE_SIZES = [(8, 3), (5, 6), (9, 2), (16, 16), (33, 4), (7, 7), (300, 8)]
 
 each_strictness = pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 
@@ -40,6 +44,71 @@ def assert_equal(actual, expected) -> None:
         assert len(actual) == len(expected)
         for a, e in zip(actual, expected, strict=True):
             assert_equal(a, e)
+
+
+def has_compiler() -> bool:
+    try:
+        return bool(cpp_builder.get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def gradients(call, x, weights):
+    output, h_n = call(x)
+    return output, h_n, *torch.autograd.grad(output.square().sum() + h_n.sin().sum(), [x, *weights])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True, "bias": False, **STACK}], ids=["plain", "stack"]
+)
+@pytest.mark.parametrize(
+    "compiler",
+    ["aot_eager", *(["inductor"] if has_compiler() else [])],
+)
+def test_one_compiled_graph_for_all_sizes(compiler, options, training):
+    """fullgraph, and nothing compiled again; results and gradients as without it, to the bit."""
+    layer = Elman(I, H, **options, device=DEVICE)
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    seen = set()
+    for T, B in MORE_SIZES:
+        x = torch.randn((B, T, I) if layer.batch_first else (T, B, I), device=DEVICE, requires_grad=training)
+        if training:
+            weights = list(layer.parameters())
+            assert_equal(gradients(compiled, x, weights), gradients(layer, x, weights))
+        else:
+            with torch.no_grad():
+                assert_equal(compiled(x), layer(x))
+        seen.add(counter.frame_count)
+    assert len(seen) == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_by_itself_the_compiler_settles_after_two_graphs():
+    """Without dynamic=True the first graph is of its sizes alone, the second of all but 1."""
+    layer, counter = Elman(I, H), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for T, B in MORE_SIZES:
+        compiled(torch.randn(T, B, I))[0].sum().backward()
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_with_a_state_and_a_packed_batch():
+    layer = Elman(I, H)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    packed, hx = pack_sequence([torch.randn(n, I) for n in (4, 2)]), torch.randn(1, 2, H)
+    assert_equal(compiled(packed, hx), layer(packed, hx))
 
 
 @each_strictness
@@ -116,9 +185,9 @@ def test_lengths_and_resets(strict):
 
 
 class Packed(nn.Module):
-    def __init__(self):
+    def __init__(self, **options):
         super().__init__()
-        self.layer = Elman(I, H, **STACK)
+        self.layer = Elman(I, H, **STACK, **options)
 
     def forward(
         self, data: Tensor, sizes: Tensor, resets: Tensor | None = None
@@ -144,6 +213,17 @@ def test_packed(strict):
     packed = pack_sequence(rows[::-1], enforce_sorted=False)
     exported = torch.export.export(model.layer, (packed,), strict=strict)
     assert_equal(exported.module()(packed), model.layer(packed))
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_packed_for_triton(backend):
+    model = Packed(backend=backend)
+    data, sizes, *_ = pack_sequence([torch.randn(n, I) for n in (3, 1)])
+    shapes = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
+    exported = torch.export.export(model, (data, sizes), dynamic_shapes=shapes)
+    for lengths in ((3, 1), (4, 4, 2)):
+        packed = pack_sequence([torch.randn(n, I) for n in lengths])
+        assert_equal(exported.module()(*packed[:2]), model(*packed[:2]))
 
 
 class Tagger(nn.Module):
@@ -231,13 +311,6 @@ def test_a_graph_trains():
     for name, gradient in gradients[1].items():
         assert gradient.abs().sum() > 0
         assert torch.equal(gradients[0][name], gradient), name
-
-
-def has_compiler() -> bool:
-    try:
-        return bool(cpp_builder.get_cpp_compiler())
-    except InvalidCxxCompiler:
-        return False
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import elman
-from elman import BackendUnavailableError, Elman, ElmanNetwork, reference, routing
+from elman import BackendUnavailableError, Elman, ElmanNetwork, ops, reference, routing
 from tests.helpers import BACKENDS, DEVICE, TRITON, check, copy_of, dtype_name, error, make
 from tests.tolerances import tolerance
 
@@ -291,3 +291,18 @@ def test_wrong_resets(resets, kind, words):
 def test_cudnn_has_none():
     with pytest.raises(BackendUnavailableError, match="it has no resets; use 'auto', 'triton' or 'eager'"):
         routing.route("cudnn", torch.device("cuda"), torch.float32, 64, 8, resets=True)
+
+
+@pytest.mark.parametrize("backend", [b for b in ABLE if b != "auto"])  # by a kernel's name
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, in the interpreter
+def test_infinite_weights_stay_out_of_a_segment_s_last_step(backend):
+    """Nothing is heard there, and zeros times infinity would not be nothing."""
+    resets = torch.ones(4, 2, dtype=torch.bool, device=DEVICE)
+    numbers = torch.ones(4, 2, 3, dtype=F64, device=DEVICE)
+    w_hh = torch.full((1, 3, 3), float("inf"), dtype=F64, device=DEVICE)
+    dz = ops._layer_dz(numbers, None, numbers, w_hh, None, resets, "relu", backend.rpartition(":")[2], "ieee")
+    assert (dz == 1).all()
+    assert (reference.layer_dz(numbers, None, numbers, w_hh, None, "relu", resets) == 1).all()
+    needs = [False, True, False, False, False]
+    found = ops._layer_products(dz, numbers, numbers[:1], w_hh, w_hh, numbers, None, resets, needs)
+    assert (found[1] == 0).all()
