@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from .kernels.configs import Problem
@@ -206,6 +207,11 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype, resets: 
     if backend == "cudnn":
         if resets:
             return "it has no resets; use 'auto', 'triton' or 'eager'"
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return (
+                "it has no batching rule and no forward-mode derivative, for which transforms of torch.func "
+                "and dual numbers ask; use 'auto', 'triton' or 'eager'"
+            )
         return _cudnn_unavailable(device, dtype)
     if not TRITON_IS_INSTALLED:
         return "Triton is not installed; install the triton package, or use backend 'eager'"

@@ -378,6 +378,26 @@ def test_a_kernel_by_name_must_have_a_backward_only_where_gradients_are_enabled(
         assert elman.explain(**call).kernel == "resident"
 
 
+def test_within_a_transform_auto_leaves_cudnn_alone(machine):
+    """Neither vmap nor a dual number knows a way through nn.RNN's operator."""
+    machine()
+    arguments = torch.device("cuda"), torch.float32, 64, 8
+
+    def backend(x):
+        routes.append(routing.route(None, *arguments).backend)
+        with pytest.raises(BackendUnavailableError, match="no batching rule and no forward-mode"):
+            routing.route("cudnn", *arguments)
+        return x
+
+    routes = [routing.route(None, *arguments, resets=True).backend]
+    torch.func.vmap(backend)(torch.ones(2))
+    torch.func.jvp(backend, (torch.ones(2),), (torch.ones(2),))
+    with torch.autograd.forward_ad.dual_level():
+        backend(torch.ones(2))
+    assert routes == ["triton"] * 4
+    assert routing.route("cudnn", *arguments).backend == "cudnn"
+
+
 @pytest.mark.parametrize(("cudnn_us", "backend"), [(0.0, "cudnn"), (1e6, "triton")])
 def test_auto_takes_the_quicker(machine, monkeypatch, cudnn_us, backend):
     machine()
