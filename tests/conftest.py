@@ -49,6 +49,14 @@ def any_backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def fresh_compiler():
+    """torch.compile without what earlier tests compiled, nor later ones with what this one did."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def nan_memory():
     """Fresh memory holds NaN, so that an element nobody wrote shows in the result."""
     filled = torch.utils.deterministic.fill_uninitialized_memory

@@ -142,12 +142,10 @@ def test_a_model_swapped_compiled_trained_and_exported(compiler, device):
 
 
 @pytest.fixture
-def alone():
-    torch._dynamo.reset()
+def alone(fresh_compiler):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-    torch._dynamo.reset()
 
 
 def swap(model: str, *arguments: str) -> int:

@@ -704,6 +704,12 @@ y.sum().backward()
 with torch.no_grad():
     torch.testing.assert_close(torch.compile(rnn, backend="aot_eager", fullgraph=True)(x)[0], expected[0])
 print(elman.explain(batch=1, seq=2, input=3, hidden=4))
+for backend in ("triton", "triton:step"):
+    rnn.backend = backend
+    try:
+        rnn(x)
+    except elman.BackendUnavailableError as error:
+        print(error)
 from elman import cli
 assert cli.main(["doctor"]) == 0
 assert cli.main(["tune"]) == 1
@@ -714,6 +720,7 @@ def test_without_triton_all_but_triton_works():
     out = printed(WITHOUT_TRITON)
     assert out.startswith("eager: auto: ")
     assert "triton: no: Triton is not installed; install the triton package" in out
+    assert out.count("backend 'triton' was asked for and can't run: Triton is not installed; install") == 2
     assert "Traceback" not in out
 
 

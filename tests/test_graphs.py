@@ -53,13 +53,6 @@ def has_compiler() -> bool:
         return False
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def gradients(call, x, weights):
     output, h_n = call(x)
     return output, h_n, *torch.autograd.grad(output.square().sum() + h_n.sin().sum(), [x, *weights])

@@ -782,13 +782,6 @@ def test_two_threads_at_once():
 # torch.compile and torch.library
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=name)
 def test_compiles_whole(options):

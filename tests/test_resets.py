@@ -233,8 +233,8 @@ def test_one_row_of_a_batch_may_never_begin_anew():
     assert torch.equal(layer(x, None, none)[0], layer(x)[0])
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_in_a_compiled_graph():
-    torch.compiler.reset()
     layer = Elman(3, 4, 2, bidirectional=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x, resets = torch.randn(5, 4, 3), some(5, 4, "cpu")
@@ -248,7 +248,6 @@ def test_in_a_compiled_graph():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     packed = pack_padded_sequence(x, [5, 2, 4, 1], enforce_sorted=False)
     assert torch.equal(compiled(packed, None, resets)[0].data, layer(packed, None, resets)[0].data)
-    torch.compiler.reset()
 
 
 def test_the_network_hands_them_on():

@@ -410,11 +410,9 @@ def test_autocast():
 
 
 @pytest.fixture
-def counter():
+def counter(fresh_compiler):
     """A backend for torch.compile, which counts what it compiled."""
-    torch.compiler.reset()
-    yield CompileCounterWithBackend("aot_eager")
-    torch.compiler.reset()
+    return CompileCounterWithBackend("aot_eager")
 
 
 def carry_on(compiled: nn.Module, plain: Stream, grad: bool) -> None:
@@ -479,8 +477,8 @@ def test_a_compiled_layer_within_a_stream(counter, static):
     assert counter.frame_count == 2
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_training_step_with_its_reset():
-    torch.compiler.reset()
     stream = Stream(layer())
     plain = Stream(stream.layer)
 

@@ -257,9 +257,9 @@ def test_network_and_unbatched():
     same(vmap(network)(x[:, :, 0]), one_by_one(network, x[:, :, 0]))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_transforms():
-    torch.compiler.reset()
     layer, x = layer_of(), inputs()
     parameters = dict(layer.named_parameters())
 
@@ -273,7 +273,6 @@ def test_compiled_transforms():
     ]:
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         same(compiled(*arguments), function(*arguments))
-    torch.compiler.reset()
 
 
 def test_nothing_is_slower_than_it_says():
