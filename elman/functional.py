@@ -412,6 +412,19 @@ def _check_resets(
     return resets.transpose(0, 1) if batch_first else resets
 
 
+# Asked once: a graph that torch 2.11 traces can't.
+_AUTOCASTING = {
+    name
+    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    if torch.amp.is_autocast_available(name)
+}
+
+
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for tensors of that type of device."""
+    return device in _AUTOCASTING and torch.is_autocast_enabled(device)
+
+
 def _prepare(
     input: Tensor, hx: Tensor | None, weights: list[Tensor], mismatch: type[Exception]
 ) -> tuple[Tensor, Tensor | None, list[Tensor], AbstractContextManager]:
@@ -422,7 +435,7 @@ def _prepare(
     """
     device = input.device
     plain: AbstractContextManager = nullcontext()
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if is_autocast(device.type):
         low = torch.get_autocast_dtype(device.type)
 
         def cast(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import Input
+from .functional import Input, is_autocast
 from .layer import ElmanNetwork
 
 
@@ -224,7 +224,8 @@ class Stream(nn.Module):
     def _check_mode(self, input: Tensor | PackedSequence) -> None:
         """Raises where a state could not outlive the call."""
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
+            # torch 2.11 says so of each graph that dynamo traces; with strict, torch.export refuses by itself.
+            if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
                 raise RuntimeError(_OUTSIDE.format("exported"))
             if self.static and torch.is_grad_enabled():
                 # torch.compile saves the state and makes the clone again, after the state was written over.
@@ -266,7 +267,7 @@ class Stream(nn.Module):
                 f"the input is on {data.device} and the state of the call before on {state.device}; expected "
                 f"one: move the stream with .to(), or {self._remedy()}"
             )
-        if state.dtype != data.dtype and not _is_autocast(data.device.type):
+        if state.dtype != data.dtype and not is_autocast(data.device.type):
             raise RuntimeError(
                 f"the input is {data.dtype} and the state of the call before {state.dtype}; expected one "
                 f"dtype: convert the stream with .to(), or {self._remedy()}"
@@ -289,10 +290,6 @@ _OUTSIDE = (
 def _is_capturing(input: Tensor | PackedSequence) -> bool:
     # Only then: asking may make a context on a device that the process does not use.
     return getattr(input, "is_cuda", False) and torch.cuda.is_current_stream_capturing()
-
-
-def _is_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _is_sealed(state: Tensor) -> bool:

@@ -92,7 +92,7 @@ def test_vmap_of_vmap():
 def test_vmap_is_one_call_with_more_rows(backend):
     """A batch of V inputs is V * B rows of one scan, not V scans; of the backward pass too."""
     layer, x = layer_of(backend), inputs(V=4, T=3, B=2)
-    with torch.profiler.profile(record_shapes=True) as profile:
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
         vmap(grad(lambda a: loss(layer, a)))(x)
     for name, place in (("elman::layer", 0), ("elman::layer_dz", 2)):
         rows = [event.input_shapes[place][1] for event in profile.events() if event.name == name]
