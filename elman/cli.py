@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         explain.add_argument(f"--{size}", type=int, required=True, metavar=size[0].upper())
     explain.add_argument("--dtype", choices=DTYPES, default="float32")
     explain.add_argument("--device", help="a torch device; default: the GPU if there is one, else the CPU")
+    explain.add_argument("--lengths", action="store_true", help="rows have lengths of their own")
+    explain.add_argument("--resets", action="store_true", help="rows begin anew on the way")
     explain.add_argument("--backend", choices=routing.NAMES, default="auto")
     tuner = commands.add_parser("tune", help="times the kernels' configs on this GPU and keeps the quickest")
     tuner.add_argument("--shapes", type=_shapes, metavar='"B,H;..."', help="default: the standard sweep")
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hidden=arguments.hidden,
             dtype=DTYPES[arguments.dtype],
             device=arguments.device,
+            lengths=arguments.lengths,
+            resets=arguments.resets,
             backend=arguments.backend,
         )
     except (OSError, RuntimeError, ValueError) as error:  # no such device, a size below 1, a broken table

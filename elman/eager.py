@@ -66,7 +66,7 @@ def forward(
                     n, had = counts[t], len(h)
                     h = h[:n] if had > n else torch.cat([h, start[had:n].to(compute)])
                 if t + d in cuts:
-                    h = h.masked_fill(cuts[t + d][: len(h)], 0)
+                    h = h.masked_fill(_of_rows(cuts[t + d], len(h)), 0)
                 total = add_product(z, h)
                 if total is z:
                     act_(z)
@@ -107,7 +107,7 @@ def backward(
     with _threads_for(dz, B * H * H):
         for d in range(D):
             if g_hn is not None and sizes is not None:
-                last = packing.last(sizes, B) if d == 0 else torch.arange(B)
+                last = packing.last(sizes, B) if d == 0 else torch.arange(B, device=sizes.device)
                 dz[:, d * H : (d + 1) * H].index_add_(0, last.to(dz.device), g_hn[d].to(compute))
             h, out = (_rows(sequence, d, H, counts) for sequence in (output, dz))
             g = out if g_out is dz else _rows(g_out, d, H, counts)
@@ -132,7 +132,7 @@ def backward(
                     if added is not part:
                         part.copy_(added)
                 if cut is not None:  # zeros for `later` would not do: times infinite weights they are none
-                    total = torch.where(cut[: len(total)], alone, total)
+                    total = torch.where(_of_rows(cut, len(total)), alone, total)
                 if tanh:
                     _TANH_BACKWARD(total, h_t, grad_input=dz_t)
                 else:
@@ -299,15 +299,27 @@ def _rows(sequence: Tensor, d: int, H: int, counts: list[int] | None) -> tuple[T
 
 
 def _cuts(resets: Tensor | None, sizes: Tensor | None, B: int) -> dict[int, Tensor]:
-    """At which steps t rows begin anew, and which: (B, 1), or (1,) where `_rows` has vectors."""
+    """At which steps t rows begin anew, and which: (rows, 1), or (1,) where `_rows` has vectors.
+
+    The steps are read on the host, once a pass.
+    """
     if resets is None:
         return {}
     if sizes is not None:
-        resets = packing.pad(resets, packing.places(sizes, B).to(resets.device), len(sizes), B)[..., None]
-    elif B > 1:
-        resets = resets[..., None]
-    steps = resets.flatten(1).any(1).nonzero().flatten().tolist()
-    return {t: resets[t] for t in steps}
+        found = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)[
+            resets.to(sizes.device)
+        ]
+        cuts = resets[:, None].split(sizes.tolist())
+        return {t: cuts[t] for t in found.unique().tolist()}
+    found = resets.any(1).nonzero().flatten()
+    return {t: resets[t] if B == 1 else resets[t, :, None] for t in found.tolist()}
+
+
+def _of_rows(cut: Tensor, rows: int) -> Tensor:
+    """A step's cut for the state of so many rows: at the step before, in time, there may be more."""
+    if cut.dim() == 1 or len(cut) == rows:
+        return cut
+    return F.pad(cut, (0, 0, 0, rows - len(cut)))
 
 
 def _adder(m: Tensor, B: int, T: int, changing: bool) -> Callable[[Tensor, Tensor], Tensor]:

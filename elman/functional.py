@@ -125,7 +125,7 @@ def _run_packed(
         T, B = sizes.shape[0], hx.shape[1]
         places, lengths = (f(sizes, B).to(x.device) for f in (packing.places, packing.lengths))
         if resets is not None:
-            resets = resets & (torch.arange(T, device=x.device)[:, None] < lengths)
+            resets = resets & packing.steps(lengths, T)
         padded = packing.pad(x, places, T, B)
         output, h_n = _run(padded, hx, weights, lengths, resets, route, options)
         output = packing.pack(output, places)
@@ -148,7 +148,7 @@ def _run_padded(
         resets = None if resets is None else resets[: batch.batch_sizes.shape[0]]
         output, h_n = _run_packed(batch, hx, weights, resets, route, options)
         return packing.pad(output, places, T, B), h_n
-    there = torch.arange(T, device=x.device)[:, None] < lengths
+    there = packing.steps(lengths, T)
     resets = None if resets is None else resets & there
     return _run(x.masked_fill(~there[..., None], 0), hx, weights, lengths, resets, route, options)
 

@@ -11,7 +11,8 @@ none lies past a row's length.
 
 Only the scans depend on the kernel. What is left of the backward pass is products over the whole
 sequence, the vendor's library's work; they are an operator in graphs alone, which so need not be made anew
-for each T. Saved are the input, the weights and the output, nothing else: act' follows from the output.
+for each T. Saved are the input, h0, the weights, the output, and counts and resets if there are any: act'
+follows from the output.
 
 `kernel` is "eager", the name of a module of elman.kernels ("resident", "cooperative", "step"), "triton": the
 quickest of these for each pass, or "cell": the step kernel with the input product in the same launch,
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import eager, packing, reference, routing
+from . import batching, eager, packing, reference, routing
 
 if TYPE_CHECKING:
     from .kernels import configs
@@ -258,10 +259,7 @@ def _setup_vjp(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _vjp_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward pass of an operator whose results `function` has in torch's own, for second derivatives.
-
-    By torch.func.vjp, not autograd.grad: torch.func's transforms go through it.
-    """
+    """The backward pass of an operator whose results `function` makes in torch's own: second derivatives."""
 
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         arguments: list[Any] = list(ctx.others)
@@ -269,15 +267,30 @@ def _vjp_of(function: Callable[..., Any]) -> Callable[..., Any]:
             arguments[i] = tensor
         wanted = [i for i in ctx.places if arguments[i].is_floating_point()]
 
-        def call(*tensors: Tensor) -> Any:
+        def call(*tensors: Tensor) -> tuple[Tensor, ...]:
             for i, tensor in zip(wanted, tensors, strict=True):
                 arguments[i] = tensor
-            return function(*arguments)
+            results = function(*arguments)
+            return (results,) if isinstance(results, Tensor) else results
 
-        results, vjp, *_ = torch.func.vjp(call, *(arguments[i] for i in wanted))
-        one = isinstance(results, Tensor)
-        found = vjp(gradients[0].to(results.dtype) if one else gradients)
-        return tuple(dict(zip(wanted, found, strict=True)).get(i) for i in range(len(arguments)))
+        tensors = [arguments[i] for i in wanted]
+        if torch._C._are_functorch_transforms_active():
+            results, vjp, *_ = torch.func.vjp(call, *tensors)
+            found = vjp(tuple(g.to(r.dtype) for g, r in zip(gradients, results, strict=True)))
+        else:  # torch.func would import torch's compiler
+            again = torch.is_grad_enabled()
+            with torch.enable_grad():
+                tensors = [t.view_as(t) if again else t.detach().requires_grad_() for t in tensors]
+                pairs = [(r, g) for r, g in zip(call(*tensors), gradients, strict=True) if r.requires_grad]
+            found = torch.autograd.grad(
+                [r for r, _ in pairs],
+                tensors,
+                [g.to(r.dtype) for r, g in pairs],
+                create_graph=again,
+                materialize_grads=True,  # of relu's: zeros are what nn.RNN has
+            )
+        by_place = dict(zip(wanted, found, strict=True))
+        return tuple(by_place.get(i) for i in range(len(arguments)))
 
     return backward
 
@@ -325,16 +338,16 @@ def _layer_products(
     flat, T, B = dz.flatten(0, -2), len(dz if counts is None or dz.dim() == 3 else counts), h0.shape[1]
     starts = [_first(B, dz), *([_last(B, counts, dz)] if D == 2 else [])]
     first = [dz[start][:, d * H : (d + 1) * H] for d, start in enumerate(starts)]
-    heard = first  # of h0; reversed, none begins anew after its last step
-    if resets is not None:
-        heard = [first[0].masked_fill(resets[starts[0]][:, None], 0), *first[1:]]
+    if resets is not None:  # reversed, none begins anew after its last step
+        anew = resets[starts[0]][:, None]
+        h0 = torch.cat([h0[:1].masked_fill(anew, 0), h0[1:]])
     dx = dh0 = dw_ih = dw_hh = db = None
     if needs_x:
         dx = eager.product(flat, w_ih.flatten(0, 1).t()).view(x.shape).to(dtype)
     if needs_h0:
         dh0 = _stack([f @ w for f, w in zip(first, w_hh, strict=True)])
         if resets is not None:  # not of the factor alone: zeros times infinite weights are none
-            dh0 = torch.cat([dh0[:1].masked_fill(resets[starts[0]][:, None], 0), dh0[1:]])
+            dh0 = torch.cat([dh0[:1].masked_fill(anew, 0), dh0[1:]])
         dh0 = dh0.to(dtype)
     # On the CPU both weights' products share what is prepared of dz, a direction at a time. Elsewhere W_ih's
     # is one product, for speed and for float16, which rounds every partial sum.
@@ -347,7 +360,7 @@ def _layer_products(
             columns = slice(d * H, (d + 1) * H)
             g = dz[..., columns]
             # h0, and the input where the direction begins, are added.
-            begins = [(g[rest], x[rest])] * together + [(heard[d], h0[d])] * needs_w_hh
+            begins = [(g[rest], x[rest])] * together + [(first[d], h0[d])] * needs_w_hh
             if T == 1:  # there is nothing else, and zeros of the weights' size would cost as much
                 sums.append([a.t() @ b for a, b in begins])
                 continue
@@ -416,77 +429,6 @@ class _Dz(_Form):
     backward = staticmethod(_vjp_of(_differentiable_dz))
 
 
-def _batched_layer(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
-    """torch.vmap of elman::layer: more rows in one call, or, where the weights differ, a call for each."""
-    rule = _Rule(torch.ops.elman.layer, info.batch_size, in_dims, arguments)
-    x, h0, *weights, counts, resets = range(7)
-    if rule.is_batched(*weights) or (rule.is_packed(x) and rule.is_batched(counts)):
-        return rule.one_by_one()
-    return rule.as_rows((x, h0), counts, resets, packed=rule.is_packed(x))
-
-
-def _batched_dz(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
-    """torch.vmap of elman::layer_dz, as of elman::layer."""
-    rule = _Rule(torch.ops.elman.layer_dz, info.batch_size, in_dims, arguments)
-    g_out, g_hn, output, w_hh, counts, resets = range(6)
-    if rule.is_batched(w_hh) or (rule.is_packed(output) and rule.is_batched(counts)):
-        return rule.one_by_one()
-    return rule.as_rows((g_out, g_hn, output), counts, resets, packed=rule.is_packed(output))
-
-
-class _Rule:
-    """How a batch of V calls of an operator becomes one, or V."""
-
-    def __init__(self, operator: Any, V: int, in_dims: tuple, arguments: tuple) -> None:
-        self.operator, self.V, self.in_dims, self.arguments = operator, V, in_dims, arguments
-
-    def is_batched(self, *positions: int) -> bool:
-        return any(self.in_dims[i] is not None for i in positions)
-
-    def is_packed(self, i: int) -> bool:
-        """Whether a sequence, padded (T, B, K) or packed (N, K), is packed."""
-        return self.arguments[i].dim() - self.is_batched(i) == 2
-
-    def one_by_one(self) -> tuple[Any, Any]:
-        results = [self.operator(*self._call(v)) for v in range(self.V)]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-    def _call(self, v: int) -> list[Any]:
-        pairs = zip(self.arguments, self.in_dims, strict=True)
-        return [a if dim is None else a.select(dim, v) for a, dim in pairs]
-
-    def as_rows(self, rows: tuple[int, ...], counts: int, resets: int, packed: bool) -> tuple[Any, Any]:
-        """Each row becomes V rows side by side, so that rows that are sorted by length stay so."""
-        arguments = list(self.arguments)
-        for i in rows:
-            arguments[i] = self._beside(i, -2)
-        arguments[resets] = self._beside(resets, -1)
-        if packed:
-            arguments[counts] = self.arguments[counts] * self.V
-        else:
-            arguments[counts] = self._beside(counts, -1)
-        results = self.operator(*arguments)
-        if isinstance(results, Tensor):
-            return results.unflatten(-2, (-1, self.V)), results.dim() - 1
-        apart = tuple(r.unflatten(-2, (-1, self.V)) for r in results)
-        return apart, tuple(r.dim() - 1 for r in results)
-
-    def _beside(self, i: int, at: int) -> Tensor | None:
-        """An argument whose dimension before `at` is the rows: V of each, next to one another."""
-        tensor, dim = self.arguments[i], self.in_dims[i]
-        if tensor is None:
-            return None
-        if dim is None:
-            shape = list(tensor.unsqueeze(at).shape)
-            shape[at] = self.V
-            tensor = tensor.unsqueeze(at).expand(shape)
-        else:
-            tensor = tensor.movedim(dim, at)
-        return tensor.flatten(at - 1, at)
-
-
 def _register() -> torch.library.Library:
     library = torch.library.Library("elman", "DEF")
     rest = "Tensor? counts, Tensor? resets, str nonlinearity, str kernel, str precision"
@@ -525,8 +467,8 @@ def _register() -> torch.library.Library:
         ("elman::layer_products", _setup_vjp, _vjp_of(_all_products)),
     ):
         torch.library.register_autograd(name, backward, setup_context=setup, lib=library)
-    torch.library.register_vmap("elman::layer", _batched_layer, lib=library)
-    torch.library.register_vmap("elman::layer_dz", _batched_dz, lib=library)
+    torch.library.register_vmap("elman::layer", batching.layer, lib=library)
+    torch.library.register_vmap("elman::layer_dz", batching.layer_dz, lib=library)
     return library
 
 

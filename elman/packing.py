@@ -15,15 +15,20 @@ def from_padded(x: Tensor, lengths: Tensor) -> tuple[PackedSequence, Tensor]:
     """x (T, B, K), whose rows have `lengths` in any order, packed; and `places`, as `pack` takes them."""
     T, B, _ = x.shape
     ordered, order = lengths.sort(descending=True, stable=True)
-    there = torch.arange(T, device=x.device)[:, None] < ordered
+    there = steps(ordered, T)
     places = (torch.arange(0, T * B, B, device=x.device)[:, None] + order)[there]
     sizes = there.sum(1).cpu()
     return PackedSequence(pack(x, places), sizes[sizes > 0], order, order.argsort()), places
 
 
+def steps(lengths: Tensor, T: int) -> Tensor:
+    """Whether each row has each of T steps, (T, B)."""
+    return torch.arange(T, device=lengths.device)[:, None] < lengths
+
+
 def places(sizes: Tensor, B: int) -> Tensor:
     """Where in T * B the steps of a packed batch belong, its rows staying in their order."""
-    return (torch.arange(B) < sizes[:, None]).flatten().nonzero().squeeze(1)
+    return (torch.arange(B, device=sizes.device) < sizes[:, None]).flatten().nonzero().squeeze(1)
 
 
 def pack(x: Tensor, places: Tensor) -> Tensor:
@@ -39,14 +44,18 @@ def pad(data: Tensor, places: Tensor, T: int, B: int) -> Tensor:
 
 def lengths(sizes: Tensor, B: int) -> Tensor:
     """The rows' lengths (B,)."""
-    return sizes.shape[0] - torch.searchsorted(sizes.flip(0), torch.arange(B), right=True)
+    return sizes.shape[0] - torch.searchsorted(
+        sizes.flip(0), torch.arange(B, device=sizes.device), right=True
+    )
 
 
 def last(sizes: Tensor, B: int) -> Tensor:
     """Where in N each row's last step is, (B,)."""
-    return (sizes.cumsum(0) - sizes)[lengths(sizes, B) - 1] + torch.arange(B)
+    return (sizes.cumsum(0) - sizes)[lengths(sizes, B) - 1] + torch.arange(B, device=sizes.device)
 
 
 def before(sizes: Tensor, N: int, B: int) -> Tensor:
     """Where in N the step before each is, for those from the second on, (N - B,)."""
-    return torch.arange(B, N) - sizes[:-1].repeat_interleave(sizes[1:], output_size=N - B)
+    return torch.arange(B, N, device=sizes.device) - sizes[:-1].repeat_interleave(
+        sizes[1:], output_size=N - B
+    )

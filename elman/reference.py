@@ -147,9 +147,9 @@ def stacked_weights(
     layers = []
     for start in range(0, num_layers * D * size, D * size):
         w_ih, w_hh, *biases = (weights[start + i : start + D * size : size] for i in range(size))
-        # Added before they are joined: of views of one sum, both biases' .grad would be the same memory, and
-        # what works on gradients in place (clipping, accumulation) would do it twice.
-        b = _join([b_ih + b_hh for b_ih, b_hh in zip(*biases, strict=True)]) if bias else None
+        # b_ih + b_hh, but that both get a gradient in memory of its own: what works on gradients in place
+        # (clipping, hooks) would else do it twice.
+        b = _join([b_ih - b_hh.neg() for b_ih, b_hh in zip(*biases, strict=True)]) if bias else None
         layers.append((_join(w_ih), _join(w_hh), b))
     return layers
 

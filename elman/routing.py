@@ -296,11 +296,14 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     bidirectional: bool = False,
+    lengths: bool = False,
+    resets: bool = False,
     backend: str = "auto",
 ) -> Route:
     """The Route that a call of this shape would take; nothing is run and nothing is allocated.
 
-    batch B, seq T, input I, hidden H; device defaults to the GPU if there is one. Raises TypeError
+    batch B, seq T, input I, hidden H; device defaults to the GPU if there is one. lengths, resets: whether
+    the rows have lengths of their own (a PackedSequence too), or begin anew on the way. Raises TypeError
     or ValueError for a wrong argument, BackendUnavailableError as the call itself would.
     """
     for name, size in (("batch", batch), ("seq", seq), ("input", input), ("hidden", hidden)):
@@ -315,10 +318,11 @@ def explain(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device, D = torch.device(device), 2 if bidirectional else 1
-    found = route(backend, device, dtype, hidden, batch, D)
+    found = route(backend, device, dtype, hidden, batch, D, ragged=lengths, resets=resets)
     if found.backend != "triton":
         return found
-    return _completed(found, _passes(device, dtype, (hidden, batch, D, False)), input, seq, device)
+    passes = _passes(device, dtype, (hidden, batch, D, lengths or resets))
+    return _completed(found, passes, input, seq, device)
 
 
 def _completed(

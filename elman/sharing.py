@@ -2,6 +2,7 @@
 
 The first rank that asks for a name decides; the others take what it puts into the key-value store of the
 default process group. Not by a collective: ranks come to a kernel at different times, and some never do.
+What is decided so is a kernel's config; which kernel or backend it is each rank finds by its own tables.
 """
 
 from __future__ import annotations

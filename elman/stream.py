@@ -61,9 +61,10 @@ class Stream(nn.Module):
 
     `state` is shaped as hx: (L, B, H), or (L, H) without a batch; None before the first call and after
     reset(), for zeros. It may be set, to begin from given values; gradients flow into a tensor that was
-    set. It shares its memory with the h_n that the call returned. It moves and is cast with the module, is
-    copied and pickled with it, and is neither a parameter nor a buffer: no state_dict holds it, and
-    DistributedDataParallel, which gives every process the buffers of the first, leaves it alone.
+    set, but where the stream is static. It shares its memory with the h_n that the call returned. It moves
+    and is cast with the module, is copied and pickled with it (for that, one that was set must be a leaf),
+    and is neither a parameter nor a buffer: no state_dict holds it, and DistributedDataParallel, which gives
+    every process the buffers of the first, leaves it alone.
 
     static: keep the state at one place in memory and write each new one there, as a CUDA graph needs, which
     reads and writes the addresses that it was captured with. The first call makes the state, so it comes
@@ -224,8 +225,7 @@ class Stream(nn.Module):
     def _check_mode(self, input: Tensor | PackedSequence) -> None:
         """Raises where a state could not outlive the call."""
         if torch.compiler.is_compiling():
-            # torch 2.11 says so of each graph that dynamo traces; with strict, torch.export refuses by itself.
-            if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            if torch.compiler.is_exporting() and (_TELLS or not torch.compiler.is_dynamo_compiling()):
                 raise RuntimeError(_OUTSIDE.format("exported"))
             if self.static and torch.is_grad_enabled():
                 # torch.compile saves the state and makes the clone again, after the state was written over.
@@ -281,6 +281,8 @@ class Stream(nn.Module):
         )
 
 
+# Of every graph that dynamo traces torch 2.11 says that it is exported.
+_TELLS = torch.__version__ >= "2.13"  # not a comparison of texts: torch's class for versions
 _OUTSIDE = (
     "the stream is {}, and the state of such a call does not stay; expected a plain call: use stream.layer "
     "there, with stream.state as its hx"

@@ -57,7 +57,10 @@ def remembered(function: _Function) -> _Function:
 
 
 def forget() -> None:
-    """Forgets what this process has read, chosen and compared; the next calls read the tables anew."""
+    """Forgets what this process has read, chosen and compared; the next calls read the tables anew.
+
+    What a job's ranks have decided on stays, in the job's store.
+    """
     _chosen.clear()
     _unusable.clear()
     for cached in _caches:

@@ -236,7 +236,9 @@ def row_arguments(
         )
     if resets.device != sequence.device:
         raise ValueError(f"resets is on {resets.device}; expected {sequence.device}, where the sequence is.")
-    return lengths, resets.contiguous().view(torch.uint8)
+    resets = resets.contiguous()
+    # Triton compiles anew for a pointer that is aligned less, as a window's of a longer sequence may be.
+    return lengths, (resets if resets.data_ptr() % 16 == 0 else resets.clone()).view(torch.uint8)
 
 
 def problem_of(

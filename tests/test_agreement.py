@@ -1,7 +1,10 @@
 """Every backend against the float64 reference: outputs, states and all gradients, under every option."""
 
 import itertools
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*[Dd]eterministic"),
 ]
 
+ROOT = Path(__file__).parents[1]
 NONLINEARITIES = ["tanh", "relu"]
 ALL_OPTIONS = [
     {"nonlinearity": n, "directions": D, "layers": L, "ragged": ragged, "hx": hx, "bias": bias}
@@ -339,6 +343,20 @@ def test_gradcheck(any_backend, derivative, nonlinearity, ragged):
     assert (torch.autograd.gradcheck if first else torch.autograd.gradgradcheck)(
         function, tuple(leaves.values()), fast_mode=not first or slow(any_backend)
     )
+
+
+def test_a_second_derivative_imports_no_compiler():
+    """Which torch.func does, and takes seconds."""
+    code = """
+import sys, torch
+from elman import Elman
+x = torch.ones(2, 1, 3, requires_grad=True)
+(g,) = torch.autograd.grad(Elman(3, 4)(x)[0].sum(), x, create_graph=True)
+g.sum().backward()
+assert x.grad.any()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
 
 
 def test_argument_computed_from_another(any_backend):

@@ -308,12 +308,14 @@ def test_no_two_gradients_share_memory(backend, cls):
     else:
         module, _ = pair(backend, num_layers=2, bidirectional=cls == "both directions")
         output, _ = module(sequence())
+    found = torch.autograd.grad(weighed(output), list(module.parameters()), retain_graph=True)
     weighed(output).backward()
-    for n, p in enumerate(module.parameters()):
-        before = [q.grad.clone() for q in module.parameters()]
-        p.grad.add_(1)
-        changed = [not torch.equal(q.grad, b) for q, b in zip(module.parameters(), before, strict=True)]
-        assert [i for i, c in enumerate(changed) if c] == [n]
+    for gradients in (found, [p.grad for p in module.parameters()]):
+        for n, g in enumerate(gradients):
+            before = [h.clone() for h in gradients]
+            g.add_(1)
+            changed = [not torch.equal(h, b) for h, b in zip(gradients, before, strict=True)]
+            assert [i for i, c in enumerate(changed) if c] == [n]
 
 
 def test_gradients_of_several_backward_passes_add_up(backend):

@@ -194,6 +194,14 @@ def test_what_is_before_a_reset_does_not_reach_what_is_after(backend):
     alone, last = layer(x[2:])
     assert torch.equal(output[2:], alone)
     assert torch.equal(h_n, last)
+    resets[0] = True
+    hx.requires_grad_()
+    for x in (torch.randn(4, 3, 3, device=DEVICE), torch.randn(1, 3, 3, device=DEVICE)):
+        output, h_n = layer(x, hx, resets[: len(x)])
+        found = torch.autograd.grad((output.sum() + h_n.sum()), [hx, *layer.parameters()])
+        assert all(g.isfinite().all() for g in found)
+        assert (found[0] == 0).all()
+    resets[0] = False
     x = torch.randn(4, 3, 3, device=DEVICE).requires_grad_()
     output, _ = layer(x, None, resets)
     g = torch.zeros_like(output)
@@ -248,6 +256,20 @@ def test_in_a_compiled_graph():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     packed = pack_padded_sequence(x, [5, 2, 4, 1], enforce_sorted=False)
     assert torch.equal(compiled(packed, None, resets)[0].data, layer(packed, None, resets)[0].data)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="any other default device shows it, and this one has none")
+def test_packed_batches_whatever_the_default_device():
+    """Sizes are on the CPU, and what is made beside them has to be too."""
+    layer = Elman(3, 4, 2, bidirectional=True)
+    packed, resets = pack_padded_sequence(torch.randn(5, 4, 3), [5, 4, 2, 1]), some(5, 4)
+    expected = layer(packed, None, resets)[0].data
+    with torch.device("meta"):
+        output = layer(packed, None, resets)[0].data
+        output.sum().backward()
+        with torch.no_grad():
+            assert torch.equal(layer(packed, None, resets)[0].data, expected)
+    assert torch.equal(output, expected)
 
 
 def test_the_network_hands_them_on():

@@ -378,6 +378,15 @@ def test_a_kernel_by_name_must_have_a_backward_only_where_gradients_are_enabled(
         assert elman.explain(**call).kernel == "resident"
 
 
+def test_explain_knows_lengths_and_resets(machine):
+    machine()
+    call = {**SHAPE, "device": "cuda"}
+    assert elman.explain(**call).backend == elman.explain(**call, lengths=True).backend == "cudnn"
+    assert elman.explain(**call, resets=True).backend == "triton"
+    with pytest.raises(BackendUnavailableError, match="it has no resets"):
+        elman.explain(**call, resets=True, backend="cudnn")
+
+
 def test_within_a_transform_auto_leaves_cudnn_alone(machine):
     """Neither vmap nor a dual number knows a way through nn.RNN's operator."""
     machine()
