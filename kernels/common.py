@@ -236,9 +236,9 @@ def row_arguments(
         )
     if resets.device != sequence.device:
         raise ValueError(f"resets is on {resets.device}; expected {sequence.device}, where the sequence is.")
-    resets = resets.contiguous()
-    # Triton compiles anew for a pointer that is aligned less, as a window's of a longer sequence may be.
-    return lengths, (resets if resets.data_ptr() % 16 == 0 else resets.clone()).view(torch.uint8)
+    # Of 32 bits: a product whose operand depends on a load of fewer is laid out for these, and of float64 not
+    # at all. A copy also because Triton compiles anew for a pointer that is aligned less.
+    return lengths, resets.to(torch.int32).contiguous()
 
 
 def problem_of(

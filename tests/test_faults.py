@@ -328,8 +328,9 @@ def unchanged(layer: nn.Module, *inputs: Tensor) -> Iterator[None]:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Two, which small steps set to one meanwhile."""
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two, which small steps set to one meanwhile; whatever threads earlier tests have left, these are alone."""
+    monkeypatch.setattr(eager.threading, "active_count", lambda: 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -55,6 +55,7 @@ def test_resets(kernel, dtype, ragged, directions):
 
 
 @EACH_KERNEL
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, in the interpreter
 def test_nothing_passes_a_reset(kernel):
     """Neither NaN nor infinity, of the state or of a gradient: zero times these would be NaN."""
     z, h0, w_hh, _, g_out, _ = problem(4, 3, 17, 2, torch.float32, ragged=False)
