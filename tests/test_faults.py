@@ -329,7 +329,7 @@ def unchanged(layer: nn.Module, *inputs: Tensor) -> Iterator[None]:
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two, which small steps set to one meanwhile; whatever threads earlier tests have left, these are alone."""
+    """Two, which small steps set to one meanwhile, whatever Python threads earlier tests have left."""
     monkeypatch.setattr(eager.threading, "active_count", lambda: 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
