@@ -263,7 +263,6 @@ torch.save(found, results)
 """
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11's load
 def test_saved_and_loaded_in_another_process(tmp_path):
     """A process must import elman first, unless the operator was decomposed, which fixes T."""
     model = Tagger().eval()
