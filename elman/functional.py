@@ -415,7 +415,7 @@ def _check_resets(
 # Asked once: a graph that torch 2.11 traces can't.
 _AUTOCASTING = {
     name
-    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia")
     if torch.amp.is_autocast_available(name)
 }
 

@@ -265,7 +265,9 @@ def _vjp_of(function: Callable[..., Any]) -> Callable[..., Any]:
         arguments: list[Any] = list(ctx.others)
         for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
             arguments[i] = tensor
-        wanted = [i for i in ctx.places if arguments[i].is_floating_point()]
+        in_transform = torch._C._are_functorch_transforms_active()
+        floating = [i for i in ctx.places if arguments[i].is_floating_point()]
+        wanted = [i for i in floating if in_transform or ctx.needs_input_grad[i]]
 
         def call(*tensors: Tensor) -> tuple[Tensor, ...]:
             for i, tensor in zip(wanted, tensors, strict=True):
@@ -274,7 +276,7 @@ def _vjp_of(function: Callable[..., Any]) -> Callable[..., Any]:
             return (results,) if isinstance(results, Tensor) else results
 
         tensors = [arguments[i] for i in wanted]
-        if torch._C._are_functorch_transforms_active():
+        if in_transform:
             results, vjp, *_ = torch.func.vjp(call, *tensors)
             found = vjp(tuple(g.to(r.dtype) for g, r in zip(gradients, results, strict=True)))
         else:  # torch.func would import torch's compiler

@@ -209,8 +209,8 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype, resets: 
             return "it has no resets; use 'auto', 'triton' or 'eager'"
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return (
-                "it has no batching rule and no forward-mode derivative, for which transforms of torch.func "
-                "and dual numbers ask; use 'auto', 'triton' or 'eager'"
+                "it has no way through torch.func's transforms and no forward-mode derivative; use 'auto', "
+                "'triton' or 'eager'"
             )
         return _cudnn_unavailable(device, dtype)
     if not TRITON_IS_INSTALLED:
@@ -306,6 +306,9 @@ def explain(
     the rows have lengths of their own (a PackedSequence too), or begin anew on the way. Raises TypeError
     or ValueError for a wrong argument, BackendUnavailableError as the call itself would.
     """
+    for name, flag in (("lengths", lengths), ("resets", resets)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is a {type(flag).__name__}; expected a bool, whether there are any")
     for name, size in (("batch", batch), ("seq", seq), ("input", input), ("hidden", hidden)):
         if not isinstance(size, int):
             raise TypeError(f"{name} is a {type(size).__name__}; expected an int, a size of at least 1")

@@ -281,7 +281,8 @@ class Stream(nn.Module):
         )
 
 
-# Of every graph that dynamo traces torch 2.11 says that it is exported.
+# Of every graph that dynamo traces torch 2.11 says that it is exported; 2.12 was not tried. There a strict
+# torch.export warns of side effects itself, and the state is lost.
 _TELLS = torch.__version__ >= "2.13"  # not a comparison of texts: torch's class for versions
 _OUTSIDE = (
     "the stream is {}, and the state of such a call does not stay; expected a plain call: use stream.layer "

@@ -257,14 +257,12 @@ def test_what_was_saved_may_be_written_over_where_that_is_allowed(own_backend):
     with graph.allow_mutation_on_saved_tensors():
         output, _ = ours(x)
         loss = weighed(output)
-        weights = {name: p.detach().clone() for name, p in ours.named_parameters()}
         with torch.no_grad():
             output.zero_()
             for p in ours.parameters():
                 p.zero_()
         loss.backward()
     assert_equal({"input": x.grad, **{name: p.grad for name, p in ours.named_parameters()}}, expected)
-    assert all(w.abs().sum() > 0 for w in weights.values())
 
 
 def test_a_retained_graph_serves_twice_and_no_third_time(own_backend):

@@ -83,14 +83,14 @@ ON_PURPOSE = [
 ]
 
 
-@pytest.mark.parametrize("at", range(len(fuzz.DIFFERENCES)))
-def test_each_difference_is_there(at, monkeypatch):
+@pytest.mark.parametrize(("difference", "one"), list(zip(fuzz.DIFFERENCES, ON_PURPOSE, strict=True)))
+def test_each_difference_is_there(difference, one, monkeypatch):
     """It differs, and nothing but this entry excuses it."""
-    difference, counts = fuzz.DIFFERENCES[at], Counter()
-    assert fuzz.disagreement(ON_PURPOSE[at], counts) is None
+    counts = Counter()
+    assert fuzz.disagreement(one, counts) is None
     assert counts == {f"differ on purpose: {difference.reason}": 1}
     monkeypatch.setattr(fuzz, "DIFFERENCES", [d for d in fuzz.DIFFERENCES if d is not difference])
-    assert fuzz.disagreement(ON_PURPOSE[at], counts)
+    assert fuzz.disagreement(one, counts)
 
 
 def test_a_case_is_repeated_to_the_bit():

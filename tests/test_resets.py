@@ -234,8 +234,8 @@ def test_forward_mode_derivatives():
     assert error(tangent, expected) <= tolerance(F64)
 
 
-def test_one_row_of_a_batch_may_never_begin_anew():
-    """No resets at all, and a tensor of none, give the same bits."""
+def test_resets_that_are_all_false():
+    """They and None give the same bits."""
     layer, x = Elman(3, 4, bidirectional=True), torch.randn(5, 4, 3)
     none = torch.zeros(5, 4, dtype=torch.bool)
     assert torch.equal(layer(x, None, none)[0], layer(x)[0])

@@ -5,7 +5,6 @@ Truths are loops over single calls, and torch.autograd's own derivatives of nn.R
 
 import pytest
 import torch
-from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils import _pytree as pytree
@@ -178,19 +177,31 @@ def test_hessians(backend, options):
         same(found(x), expected)
 
 
-@each_backend
-def test_third_derivative(backend):
-    layer = layer_of(backend)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("linear", [False, True], ids=["squares", "sum"])
+@pytest.mark.parametrize(("backend", "nonlinearity"), [*((b, "tanh") for b in ABLE), ("eager", "relu")])
+def test_third_derivative(backend, nonlinearity, linear, frozen):
+    """Of losses whose gradient is a constant too, and with weights that ask for none."""
+    layer = layer_of(backend, nonlinearity=nonlinearity)
+    for p in layer.parameters():
+        p.requires_grad_(not frozen)
 
-    def third(layer):
+    def derivatives(layer):
         x = torch.linspace(-1, 1, 6, dtype=F64, device=DEVICE).view(2, 1, 3).requires_grad_()
-        value = loss(layer, x)
+        value = layer(x)[0].sum() if linear else loss(layer, x)
+        found = []
         for _ in range(3):
-            (g,) = torch.autograd.grad(value, x, create_graph=True)
-            value = g.square().sum()
-        return g
+            found += torch.autograd.grad(value, x, create_graph=True)
+            value = found[-1].sum() if linear else found[-1].square().sum()
+        if not frozen:
+            value.backward()
+            found += [p.grad for p in layer.parameters() if p.grad is not None]
+        return found
 
-    same(third(layer), third(copy_of(layer)))
+    theirs = copy_of(layer)
+    for p in theirs.parameters():
+        p.requires_grad_(not frozen)
+    same(derivatives(layer), derivatives(theirs))
 
 
 @each_options
@@ -222,6 +233,7 @@ def test_packed_sequences():
     same(jacrev(grad(total))(packed.data), torch.autograd.functional.hessian(total, packed.data))
 
 
+@pytest.mark.skipif(not TRITON, reason="the operator of a kernel")
 def test_lengths_of_each_in_the_batch():
     """Padded rows whose lengths differ from sample to sample, by the kernels' operator."""
     from elman import ops
@@ -234,8 +246,7 @@ def test_lengths_of_each_in_the_batch():
     def run(x, counts):
         return ops.layer(x, h0, w_ih, w_hh, None, counts, None, "tanh", "step", "ieee")
 
-    if TRITON:
-        same(vmap(run)(x, lengths), one_by_one(run, x, lengths))
+    same(vmap(run)(x, lengths), one_by_one(run, x, lengths))
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -273,9 +284,3 @@ def test_compiled_transforms():
     ]:
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         same(compiled(*arguments), function(*arguments))
-
-
-def test_nothing_is_slower_than_it_says():
-    """No warning that a batching rule is missing: all are errors in these tests. nn.RNN has none at all."""
-    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
-        vmap(nn.RNN(3, 4, dtype=F64))(inputs().cpu())
