@@ -152,15 +152,13 @@ def step(
     nonlinearity: str,
 ) -> Tensor:
     """h (B, H) after one step, x (B, I), differentiable any number of times by torch itself."""
-    compute = COMPUTE.get(x.dtype, x.dtype)
+    dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
+    x, h, w_ih, w_hh = x.to(compute), h.to(compute), w_ih.to(compute), w_hh.to(compute)
+    b_ih, b_hh = (None if b is None else b.to(compute) for b in (b_ih, b_hh))
     if torch._C._are_functorch_transforms_active():  # torch's cells have no batching rule
-        act = ACTIVATIONS[nonlinearity]
-        z = F.linear(x.to(compute), w_ih.to(compute), None if b_ih is None else b_ih.to(compute))
-        z = z + F.linear(h.to(compute), w_hh.to(compute), None if b_hh is None else b_hh.to(compute))
-        return act(z).to(x.dtype)
+        return ACTIVATIONS[nonlinearity](F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).to(dtype)
     cell = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
-    biases = (None if b is None else b.to(compute) for b in (b_ih, b_hh))
-    return cell(x.to(compute), h.to(compute), w_ih.to(compute), w_hh.to(compute), *biases).to(x.dtype)
+    return cell(x, h, w_ih, w_hh, b_ih, b_hh).to(dtype)
 
 
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:

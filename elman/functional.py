@@ -122,11 +122,9 @@ def _run_packed(
             resets = packing.pack(resets, packing.places(sizes, resets.shape[1]).to(x.device))
         output, h_n = _run(x, hx, weights, sizes, resets, route, options)
     else:
-        T, B = sizes.shape[0], hx.shape[1]
-        places, lengths = (f(sizes, B).to(x.device) for f in (packing.places, packing.lengths))
+        (padded,), lengths, places = packing.padded(sizes, hx.shape[1], x)
         if resets is not None:
-            resets = resets & packing.steps(lengths, T)
-        padded = packing.pad(x, places, T, B)
+            resets = resets & packing.steps(lengths, sizes.shape[0])
         output, h_n = _run(padded, hx, weights, lengths, resets, route, options)
         output = packing.pack(output, places)
     return output, h_n if back is None else h_n.index_select(1, back)

@@ -63,7 +63,7 @@ def layer(
         if x.dim() == 3:
             return reference.layer(x, h0, w_ih, w_hh, bias, counts, nonlinearity, resets)
         assert counts is not None
-        (x, resets), lengths, places = _padded(counts, h0.shape[1], x, resets)
+        (x, resets), lengths, places = packing.padded(counts, h0.shape[1], x, resets)
         output, h_n = reference.layer(x, h0, w_ih, w_hh, bias, lengths, nonlinearity, resets)
         return packing.pack(output, places), h_n
     if in_transform:
@@ -172,13 +172,6 @@ def _problem(sequence: Tensor, w_hh: Tensor, ragged: bool, precision: str, **mor
 def _module(kernel: str) -> ModuleType:
     # On first use: importing the package must not import Triton.
     return importlib.import_module(f"elman.kernels.{kernel}")
-
-
-def _padded(sizes: Tensor, B: int, packed: Tensor, *more: Tensor | None) -> tuple[list[Any], Tensor, Tensor]:
-    """The packed tensors (N, ...) padded, their rows' lengths, and the places of what was packed."""
-    places = packing.places(sizes, B).to(packed.device)
-    padded = [None if t is None else packing.pad(t, places, len(sizes), B) for t in (packed, *more)]
-    return padded, packing.lengths(sizes, B).to(packed.device), places
 
 
 def _last(B: int, counts: Tensor | None, sequence: Tensor) -> Any:
@@ -314,7 +307,7 @@ def _differentiable_dz(
     if output.dim() == 3:
         return reference.layer_dz(g_out, g_hn, output, w_hh, counts, nonlinearity, resets)
     assert counts is not None
-    (output, g_out, resets), lengths, places = _padded(counts, int(counts[0]), output, g_out, resets)
+    (output, g_out, resets), lengths, places = packing.padded(counts, int(counts[0]), output, g_out, resets)
     return packing.pack(reference.layer_dz(g_out, g_hn, output, w_hh, lengths, nonlinearity, resets), places)
 
 

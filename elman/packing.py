@@ -6,6 +6,8 @@ rows come first. sizes, int64 (T,) on the CPU, is how many rows have each step: 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -40,6 +42,13 @@ def pad(data: Tensor, places: Tensor, T: int, B: int) -> Tensor:
     """The opposite of `pack`, with zeros elsewhere."""
     zeros = data.new_zeros(T * B, *data.shape[1:])
     return zeros.index_copy_(0, places, data).unflatten(0, (T, B))
+
+
+def padded(sizes: Tensor, B: int, data: Tensor, *more: Tensor | None) -> tuple[list[Any], Tensor, Tensor]:
+    """The packed tensors (N, ...) padded, on their device their rows' lengths, and `places`."""
+    at = places(sizes, B).to(data.device)
+    found = [None if t is None else pad(t, at, sizes.shape[0], B) for t in (data, *more)]
+    return found, lengths(sizes, B).to(data.device), at
 
 
 def lengths(sizes: Tensor, B: int) -> Tensor:
