@@ -45,7 +45,9 @@ def forward(
 
     With sizes, those of a packed batch, x is (N, I), resets (N,) and the output (N, D * H).
     """
-    T, B = len(x) if sizes is None else len(sizes), h0.shape[1]
+    T, B = x.shape[0] if sizes is None else len(sizes), h0.shape[1]
+    if T == 1 and sizes is None:
+        return _forward_one(x, h0, w_ih, w_hh, bias, resets, nonlinearity)
     D, H, _ = w_hh.shape
     dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
     act_, act = (torch.tanh_, torch.tanh) if nonlinearity == "tanh" else (torch.relu_, _RELU)
@@ -76,6 +78,33 @@ def forward(
                     z.copy_(z.to(dtype))
                 h = z
     return output.to(dtype)
+
+
+def _forward_one(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    resets: Tensor | None,
+    nonlinearity: str,
+) -> Tensor:
+    """forward() of one step, where preparing a loop would cost more than the step does."""
+    dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
+    if compute != dtype:
+        x, h0, w_ih, w_hh = x.to(compute), h0.to(compute), w_ih.to(compute), w_hh.to(compute)
+        bias = None if bias is None else bias.to(compute)
+    x = x[0]
+    states = []
+    for d in range(w_hh.shape[0]):
+        h = h0[d]
+        if resets is not None and d == 0:  # reversed, a row's only step begins nothing: h0 stays
+            h = h.masked_fill(resets[0, :, None], 0)
+        z = F.linear(x, w_ih[d], None if bias is None else bias[d])
+        states.append(z.addmm_(h, w_hh[d].t()))
+    output = states[0] if len(states) == 1 else torch.cat(states, dim=1)
+    (torch.tanh_ if nonlinearity == "tanh" else torch.relu_)(output)
+    return output.to(dtype)[None]
 
 
 def backward(
@@ -153,8 +182,9 @@ def step(
 ) -> Tensor:
     """h (B, H) after one step, x (B, I), differentiable any number of times by torch itself."""
     dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
-    x, h, w_ih, w_hh = x.to(compute), h.to(compute), w_ih.to(compute), w_hh.to(compute)
-    b_ih, b_hh = (None if b is None else b.to(compute) for b in (b_ih, b_hh))
+    if compute != dtype:
+        x, h, w_ih, w_hh = x.to(compute), h.to(compute), w_ih.to(compute), w_hh.to(compute)
+        b_ih, b_hh = (None if b is None else b.to(compute) for b in (b_ih, b_hh))
     if torch._C._are_functorch_transforms_active():  # torch's cells have no batching rule
         return ACTIVATIONS[nonlinearity](F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).to(dtype)
     cell = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
