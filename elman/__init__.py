@@ -6,6 +6,7 @@
 
 from . import reference
 from .functional import elman, elman_step
+from .initialization import initialize
 from .kernels.errors import DeviceHangError
 from .layer import Elman, ElmanCell, ElmanNetwork
 from .routing import BackendUnavailableError, Route, available_backends, explain, use_backend
@@ -24,6 +25,7 @@ __all__ = [
     "elman",
     "elman_step",
     "explain",
+    "initialize",
     "reference",
     "replace",
     "use_backend",
