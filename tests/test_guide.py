@@ -45,7 +45,7 @@ def test_snippets(monkeypatch):
             # Moved down to its place, so that tracebacks have the page's lines.
             exec(compile("\n" * (line - 1) + code, str(GUIDE), "exec"), namespace)
         except Exception as failure:
-            raise AssertionError(f"docs/guide.md, the block at line {line}: {failure!r}") from failure
+            raise AssertionError(f"docs/guide.md: the block at line {line} failed") from failure
 
 
 def test_links():
