@@ -15,7 +15,7 @@ from bench.measure import Target
 from bench.peers import PEERS
 from bench.rows import BASELINE, LEFT_OUT, UNAVAILABLE
 from bench.workloads import COMPILED_MAX_STEPS, CPU_MAX_FLOPS, DTYPES, NAIVE_MAX_FLOPS, Workload
-from elman import Elman, ElmanCell, available_backends, explain, reference
+from elman import Elman, ElmanCell, Route, available_backends, explain, reference
 
 AUTO = "auto"
 BACKENDS = ("eager", "cudnn", "triton:resident", "triton:cooperative", "triton:step")
@@ -263,9 +263,14 @@ def route(name: str, problem: Problem) -> str:
         bidirectional=w.bidirectional,
         backend=name,
     )
-    config = ", ".join(f"{key}={value}" for key, value in found.config.items())
-    kernel = "" if found.kernel == found.backend else f":{found.kernel}"
-    return f"{found.backend}{kernel}{f' ({config})' if config else ''}"
+    return described(found)
+
+
+def described(route: Route) -> str:
+    """Backend, kernel and config in a few words."""
+    config = ", ".join(f"{key}={value}" for key, value in route.config.items())
+    kernel = "" if route.kernel == route.backend else f":{route.kernel}"
+    return f"{route.backend}{kernel}{f' ({config})' if config else ''}"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from bench.report import NEEDS_MATPLOTLIB
+from bench.page import NEEDS_MATPLOTLIB
 from elman import Elman, ElmanCell, initialize
 from elman.initialization import RECURRENT
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -41,6 +43,25 @@ THROTTLE = {
 }
 #: Seconds that nvidia-smi may take.
 NVIDIA_SMI_LIMIT = 10
+
+
+def record(device: torch.device, root: Path) -> dict[str, Any]:
+    """What every measurement is stored with: when, of which commit, on what."""
+    return {
+        "device": device.type,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        **commit(root),
+        "machine": machine(device),
+        "software": software(device),
+        "load_average": load_average(),
+    }
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    """Writes machine.json, by what record() found."""
+    described = {**record["machine"], **{name: record[name] for name in ("software", "commit", "dirty")}}
+    text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+    (folder / "machine.json").write_text(text, encoding="utf-8", newline="\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from bench.workloads import PASSES
 
 ABSENT = (UNAVAILABLE, LEFT_OUT, SHED)
 WIDTH = 120  # of a terminal
+NEEDS_MATPLOTLIB = "Pictures need matplotlib: pip install 'elman[plots]'"
 
 # What a page shows of a row: a heading, whether numbers stand in the column, and the cell.
 Column = tuple[str, bool, Callable[[Row], str]]
@@ -40,9 +41,10 @@ def _median_interval(row: Row) -> str:
     return f"[{digits(row.median_low * 1e3)}, {digits(row.median_high * 1e3)}]"
 
 
-def _ratio(ratio: float, low: float, high: float) -> str:
+def ratio(value: float, low: float, high: float) -> str:
+    """A speedup with its interval, or that it is a tie."""
     interval = f"[{times(low)}, {times(high)}]"
-    return f"tie {interval}" if judge(low, high) == "tie" else f"{times(ratio)} {interval}"
+    return f"tie {interval}" if judge(low, high) == "tie" else f"{times(value)} {interval}"
 
 
 def _speedup(row: Row) -> str:
@@ -52,7 +54,7 @@ def _speedup(row: Row) -> str:
         return "1"
     if row.speedup is None or row.speedup_low is None or row.speedup_high is None:
         return "-"
-    return _ratio(row.speedup, row.speedup_low, row.speedup_high)
+    return ratio(row.speedup, row.speedup_low, row.speedup_high)
 
 
 def _error(row: Row) -> str:
@@ -309,7 +311,7 @@ def markdown(run: Run, rows: Sequence[Row], pictures: Sequence[str] = (), missin
     parts = [f"# {run['sweep']}: {table.name}"]
     if run["partial"]:
         parts.append(f"**Not a complete run: {run['partial']}**")
-    parts += [_pipes(("", ""), (False, False), _facts(table)), READING]
+    parts += [pipes(("", ""), (False, False), _facts(table)), READING]
     if run["floor"]:
         parts.append(FLOOR)
     parts += _means(table)
@@ -320,22 +322,22 @@ def markdown(run: Run, rows: Sequence[Row], pictures: Sequence[str] = (), missin
         parts += _worst(table)
     shown = [row for row in rows if row.status not in ABSENT]
     if shown:
-        parts += ["## Latency", *_peers(shown), _pipes(*_grid(_where(table) + _latency(table), shown))]
+        parts += ["## Latency", *_peers(shown), pipes(*_grid(_where(table) + _latency(table), shown))]
     timed = [row for row in rows if row.status == TIMED]
     if timed:
         parts += ["## Work and memory", REPAID, *([CUDA] if table.cuda else [])]
-        parts.append(_pipes(*_grid(_where(table) + _work(table), timed)))
+        parts.append(pipes(*_grid(_where(table) + _work(table), timed)))
     failed = [row for row in rows if row.status in FAILURES]
     if failed:
         reason: Column = ("reason", False, lambda row: row.reason)
-        parts += ["## Failures", _pipes(*_grid([*_where(table), reason], failed))]
+        parts += ["## Failures", pipes(*_grid([*_where(table), reason], failed))]
     absent = list(_absent(table))
     if absent:
-        parts += ["## Not measured", _pipes(("contender", "where", "reason"), (False,) * 3, absent)]
+        parts += ["## Not measured", pipes(("contender", "where", "reason"), (False,) * 3, absent)]
     return "\n\n".join(parts) + "\n"
 
 
-def _pipes(headings: Sequence[str], numbers: Sequence[bool], body: Iterable[Sequence[str]]) -> str:
+def pipes(headings: Sequence[str], numbers: Sequence[bool], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table, without padding: a page may have thousands of rows."""
 
     def line(cells: Sequence[str]) -> str:
@@ -345,11 +347,9 @@ def _pipes(headings: Sequence[str], numbers: Sequence[bool], body: Iterable[Sequ
     return "\n".join([line(headings), rule, *map(line, body)])
 
 
-def _facts(table: Table) -> list[tuple[str, str]]:
-    """Machine, versions and conditions, each as a name and a text."""
-    run = table.run
-    machine, timing = run["machine"], run["timing"]
-    cold = "; cold L2 in a column of its own" if any(row.cold is not None for row in table.rows) else ""
+def conditions(run: Run, chip: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+    """Machine, versions, commit and date of a record, each as a name and a text; chip: lines of a GPU's."""
+    machine = run["machine"]
     dirty = {True: ", with uncommitted changes", False: "", None: ""}[run["dirty"]]
     facts = []
     if "gpu" in machine:
@@ -360,25 +360,41 @@ def _facts(table: Table) -> list[tuple[str, str]]:
             ("GPU", ", ".join(gpu)),
             ("driver", _text(machine.get("driver"))),
             ("clocks, MHz", _text(machine.get("clocks_mhz"))),
-            *_chip(table.rows),
+            *chip,
         ]
-    facts += [
+    return [
+        *facts,
         ("CPU", f"{machine['cpu']}, {machine['instructions']}, {machine['cores']} cores"),
         ("memory", f"{machine['memory_gib'] or '?'} GiB"),
         ("OS", machine["os"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in run["software"].items())),
         ("commit", f"{run['commit']}{dirty}"),
         ("date", run["date"]),
+    ]
+
+
+def load(run: Run) -> list[tuple[str, str]]:
+    """As conditions(): how busy the machine was."""
+    if run["load_average"] is None:
+        return []
+    return [("load average at the start", f"{run['load_average']:.2f}")]
+
+
+def _facts(table: Table) -> list[tuple[str, str]]:
+    """conditions(), and how was measured."""
+    run, timing = table.run, table.run["timing"]
+    cold = "; cold L2 in a column of its own" if any(row.cold is not None for row in table.rows) else ""
+    return [
+        *conditions(run, _chip(table.rows)),
         ("dtypes", ", ".join(table.dtypes)),
         ("float32 products", run["float32"]),
         ("threads", str(timing["threads"])),
         ("clock", timing["clock"]),
         ("cache", f"{timing['cache']}{cold}"),
         ("sampling", _sampling(run)),
+        *load(run),
+        *_measured_floor(table),
     ]
-    if run["load_average"] is not None:
-        facts.append(("load average at the start", f"{run['load_average']:.2f}"))
-    return facts + _measured_floor(table)
 
 
 def _sampling(run: Run) -> str:
@@ -436,7 +452,7 @@ def _means(table: Table) -> list[str]:
         [PASSES[mean.pass_name], *([mean.dtype] if dtype else []), mean.contender, *_mean(mean)]
         for mean in means
     ]
-    return ["## Speed against nn.RNN (above 1 is faster)", _pipes(headings, numbers, body)]
+    return ["## Speed against nn.RNN (above 1 is faster)", pipes(headings, numbers, body)]
 
 
 def _peers(rows: Sequence[Row]) -> list[str]:
@@ -466,12 +482,12 @@ def _worst(table: Table, most: int = 10) -> list[str]:
         (
             "speedup against it",
             True,
-            lambda row: _ratio(*measure.speedup(bests[id(row)].samples, row.samples)),
+            lambda row: ratio(*measure.speedup(bests[id(row)].samples, row.samples)),
         ),
         ("% of floor", True, _of_floor(table)),
     ]
     text = f"The {len(worst)} cells where auto is furthest behind the best other contender, or least ahead."
-    return ["## Worst rows of auto", text, _pipes(*_grid(columns, worst))]
+    return ["## Worst rows of auto", text, pipes(*_grid(columns, worst))]
 
 
 def alternative(picture: str, table: Table) -> str:

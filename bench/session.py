@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
-import json
 import math
 import re
 import time
@@ -174,17 +172,12 @@ class Session:
 
     def _record(self) -> records.Run:
         """What the rows are measured on and how; the floor is added when the first cell is measured."""
-        device, now = self.plan.device, datetime.datetime.now(datetime.timezone.utc)
+        device = self.plan.device
         return {
             "sweep": self.plan.sweep,
-            "device": device.type,
-            "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-            **machine.commit(ROOT),
+            **machine.record(device, ROOT),
             "source": source(),
-            "machine": machine.machine(device),
-            "software": machine.software(device),
             "float32": "IEEE" if device.type == "cpu" else "IEEE in rows of float32, TF32 in rows of tf32",
-            "load_average": machine.load_average(),
             "timing": {
                 "clock": "CUDA events" if device.type == "cuda" else "time.perf_counter",
                 "threads": torch.get_num_threads(),
@@ -348,14 +341,7 @@ class Session:
             return [*report.publish(self.folder, table, self.record, rows, partial=True), self.journal]
         tables = records.read(self.published) if self.published.exists() else {}
         records.write(self.published, {**tables, table: (self.record, rows)})
-        described = {
-            **self.record["machine"],
-            "software": self.record["software"],
-            "commit": self.record["commit"],
-            "dirty": self.record["dirty"],
-        }
-        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
-        (self.folder / "machine.json").write_text(text, encoding="utf-8", newline="\n")
+        machine.write(self.folder, self.record)
         pages = report.publish(self.folder, table, self.record, rows)
         report.index(self.folder.parent)
         self.journal.unlink(missing_ok=True)
