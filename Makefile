@@ -1,10 +1,11 @@
-# make test | make bench | make check | make fuzz | make compile-matrix: each sets up .venv first, a second run is quick.
+# make test | make bench | make charlm | make check | make fuzz | make compile-matrix: each sets up .venv first, a
+# second run is quick.
 PYTHON ?= python3
 BIN := .venv/bin
 # The oldest Triton that is supported, beside the tested one; inside .venv, where clean finds it.
 OLDEST := .venv/triton-3.6.0
 
-.PHONY: test bench check fuzz compile-matrix clean
+.PHONY: test bench charlm check fuzz compile-matrix clean
 
 test: .venv/ready
 	$(BIN)/python -m pytest
@@ -12,6 +13,10 @@ test: .venv/ready
 # ARGS: any of the options that `pytest bench --help` lists, e.g. make bench ARGS="--sweep smallest"
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# ARGS: any of the options that `python -m bench.charlm --help` lists, e.g. make charlm ARGS="--compare"
+charlm: .venv/ready
+	$(BIN)/python -m bench.charlm $(ARGS)
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -50,6 +50,7 @@ LOOKS = {
     "auto": Look("A", "#c1121f", "*", "-", "**"),
     "eager": Look("E", "#e07a00", "s", (0, (6, 2)), "//"),
     "cudnn": Look("C", "#6a4c93", "D", (0, (1, 1)), "\\\\"),
+    "triton": Look("T", "#0068b5", "^", (0, (6, 2, 1, 2)), "xx"),
     "triton:resident": Look("R", "#0068b5", "^", (0, (6, 2, 1, 2)), "xx"),
     "triton:cooperative": Look("K", "#2a9d5c", "v", (0, (3, 1, 1, 1, 1, 1)), ".."),
     "triton:step": Look("S", "#4cb5d9", ">", (0, (4, 4)), "--"),

@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from bench import charlm_page
 from bench import floor as floors
 from bench import page as pages
 from bench import rows as records
 from bench.rows import BASELINE, TIMED, Row, Run
-from bench.tables import Table, verdict
+from bench.tables import Table, machine_name, verdict
 from bench.workloads import PASSES
-
-NEEDS_MATPLOTLIB = "Pictures need matplotlib: pip install 'elman[plots]'"
 
 
 def csv(run: Run, rows: Sequence[Row]) -> str:
@@ -93,7 +92,7 @@ def publish(folder: Path, table: str, run: Run, rows: Sequence[Row], partial: bo
     if partial:
         return [_write(page, pages.markdown(run, rows))]
     pictures: list[Path] = []
-    missing = NEEDS_MATPLOTLIB
+    missing = pages.NEEDS_MATPLOTLIB
     if importlib.util.find_spec("matplotlib") is not None:
         from bench import plots  # imports matplotlib, which may be absent
 
@@ -106,6 +105,7 @@ def publish(folder: Path, table: str, run: Run, rows: Sequence[Row], partial: bo
     return [page, _write(page.with_suffix(".csv"), csv(run, rows)), *pictures]
 
 
+STORED = ("rows.jsonl", "charlm.jsonl")
 PICTURES = ("us-a-step", "speedup", "winners", "growth", "roofline")
 
 
@@ -126,15 +126,16 @@ def index(results: Path) -> None:
     """Write README.md: what was measured on each machine, the GPUs first."""
     machines = []
     for folder in _measured(results):
-        tables = records.read(folder / "rows.jsonl")
-        if tables:
-            chosen = next((name for name in ("standard", "quick") if name in tables), next(iter(tables)))
-            machines.append((tables[chosen][0]["device"] != "cuda", folder.name, chosen, tables))
+        tables = _tables(folder)
+        models = charlm_page.read(folder / "charlm.jsonl")
+        if tables or models:
+            run = next(iter(tables.values()))[0] if tables else models[0]
+            machines.append((run["device"] != "cuda", folder.name, tables, models))
     parts = [INDEX]
     if all(cpu for cpu, *_ in machines):
         parts.append("No GPU has been measured yet.")
-    for _, name, chosen, tables in sorted(machines, key=lambda machine: machine[:2]):
-        parts += _machine(results, name, chosen, tables)
+    for _, name, tables, models in sorted(machines, key=lambda machine: machine[:2]):
+        parts += _machine(results, name, tables, models)
     compiled = sorted(path.stem for path in (results / "compile").glob("*.md"))
     if compiled:
         links = ", ".join(f"[{name}](compile/{name}.md)" for name in compiled)
@@ -142,8 +143,14 @@ def index(results: Path) -> None:
     _write(results / "README.md", "\n\n".join(parts) + "\n")
 
 
-def _machine(results: Path, folder: str, chosen: str, tables: dict[str, tuple[Run, list[Row]]]) -> list[str]:
+def _machine(
+    results: Path, folder: str, tables: dict[str, tuple[Run, list[Row]]], models: list[charlm_page.Record]
+) -> list[str]:
     """A machine's line and its picture."""
+    links = [f"[{name}]({folder}/{name}.md)" for name in (*tables, *(["charlm"] if models else []))]
+    if not tables:
+        return [f"**{machine_name(models[0])}**: {', '.join(links)}. Measured {models[0]['date']}."]
+    chosen = next((name for name in ("standard", "quick") if name in tables), next(iter(tables)))
     table = Table(*tables[chosen])
     leader = table.leader()
     means = [m for m in table.means() if m.contender == leader and m.pass_name != "backward"]
@@ -151,9 +158,8 @@ def _machine(results: Path, folder: str, chosen: str, tables: dict[str, tuple[Ru
     for dtype in table.dtypes:
         ratios = [f"{PASSES[m.pass_name]} {m.ratio:.2f}" for m in means if m.dtype == dtype]
         said += [f"{dtype} {', '.join(ratios)}"] if ratios else []
-    links = ", ".join(f"[{name}]({folder}/{name}.md)" for name in tables)
     speed = f" Geometric means of {leader} over {chosen}: {'; '.join(said)}." if said else ""
-    line = f"**{table.name}**: {links}.{speed} Measured {table.run['date']}."
+    line = f"**{table.name}**: {', '.join(links)}.{speed} Measured {table.run['date']}."
     for kind in ("speedup", "us-a-step"):
         picture = f"{chosen}-{kind}.png"
         if (results / folder / picture).exists():
@@ -162,7 +168,15 @@ def _machine(results: Path, folder: str, chosen: str, tables: dict[str, tuple[Ru
 
 
 def _measured(results: Path) -> list[Path]:
-    return sorted(path.parent for path in results.glob("*/rows.jsonl"))
+    """The machines' folders in there, or that folder itself if it is one."""
+    if any((results / name).exists() for name in STORED):
+        return [results]
+    return sorted({path.parent for name in STORED for path in results.glob(f"*/{name}")})
+
+
+def _tables(folder: Path) -> dict[str, tuple[Run, list[Row]]]:
+    path = folder / "rows.jsonl"
+    return records.read(path) if path.exists() else {}
 
 
 def main() -> None:
@@ -178,22 +192,24 @@ def main() -> None:
         help="the folder of the machines' folders, or one of these (default: results/ in the repository)",
     )
     results: Path = parser.parse_args().results
-    one = (results / "rows.jsonl").exists()
-    folders = [results] if one else _measured(results)
+    folders = _measured(results)
     if not folders:
         parser.error(
-            f"there is no rows.jsonl in {results} or in a folder in it; expected what a complete run of "
-            f"`pytest bench --benchmark-only` has written: run that first, or name its folder"
+            f"there is no {' and no '.join(STORED)} in {results} or in a folder in it; expected what a "
+            "complete run of `pytest bench --benchmark-only`, or of `python -m bench.charlm --compare`, has "
+            "written: run that first, or name its folder"
         )
     try:
-        stored = {folder: records.read(folder / "rows.jsonl") for folder in folders}
+        stored = {folder: _tables(folder) for folder in folders}
+        for folder in folders:
+            charlm_page.read(folder / "charlm.jsonl")
     except ValueError as error:
         parser.error(str(error))
     for folder, tables in stored.items():
-        for name, (run, rows) in tables.items():
-            for path in publish(folder, name, run, rows):
-                print(f"Wrote {path}")
-    if not one:
+        written = [path for name, found in tables.items() for path in publish(folder, name, *found)]
+        for path in (*written, *charlm_page.write(folder)):
+            print(f"Wrote {path}")
+    if folders != [results]:
         index(results)
         print(f"Wrote {results / 'README.md'}")
 

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import elman
+from bench import charlm
 from tests.helpers import check
-from tests.tolerances import tolerance
+from tests.tolerances import LOSS_CURVE, tolerance
 
 if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
@@ -309,3 +310,69 @@ def test_a_failed_process_is_shown():
     run = launch("tests.swapped", "--model", "nowhere")
     assert run.returncode != 0
     assert "--model is 'nowhere'; expected package.module:function" in run.output
+
+
+RHYME = "the clock struck one and down he ran; the clock struck two and up she flew. " * 8
+MODEL = [
+    "--hidden",
+    "16",
+    "--layers",
+    "2",
+    "--embedding",
+    "4",
+    "--batch",
+    "4",
+    "--window",
+    "7",
+    "--length",
+    "20",
+]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=ON_TWO_GPUS)])
+def language_models(request, tmp_path_factory) -> tuple[Run, Path]:
+    """Language models of one process and of two, 60 steps: past the columns' end; and what two said."""
+    folder = tmp_path_factory.mktemp("charlm")
+    text = folder / "rhyme.txt"
+    text.write_text(RHYME, encoding="utf-8")
+    options = ["--device", request.param, "--text", str(text), *MODEL]
+    assert charlm.main([*options, "--folder", str(folder / "one"), "--steps", "60"]) == 0
+    shutil.copytree(folder / "one", folder / "begun")
+    return launch("bench.charlm", *options, "--folder", folder / "two", "--steps", "60"), folder
+
+
+def saved_in(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def test_a_language_model_on_two_processes_has_the_losses_of_one(language_models):
+    """The same global batches, state carried over in each process, one dropout for all."""
+    run, folder = language_models
+    assert run.returncode == 0, run.output
+    one, two = saved_in(folder / "one"), saved_in(folder / "two")
+    assert one["training"]["offset"] != 0, "the columns were not cut anew"
+    assert two["losses"] == pytest.approx(one["losses"], abs=LOSS_CURVE)
+    assert two["training"]["state"].shape == one["training"]["state"].shape == (2, 4, 16)
+    assert two["held_out"][-1][2] == pytest.approx(one["held_out"][-1][2], abs=1e-4)
+    assert run.stdout.count("Held out: ") == 2, "one process speaks, at the beginning and at the end"
+    assert "Backend: eager, on cpu, 2 processes." in run.stdout or "on cuda:0, 2 processes." in run.stdout
+
+
+def test_two_processes_go_on_where_one_has_stopped(language_models):
+    _, folder = language_models
+    device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
+    options = ["--device", device, "--text", folder / "rhyme.txt", "--resume", "--steps", "90"]
+    run = launch("bench.charlm", *options, "--folder", folder / "begun")
+    assert run.returncode == 0, run.output
+    options = list(map(str, options))
+    assert charlm.main([*options, "--folder", str(folder / "two")]) == 0
+    begun, two = saved_in(folder / "begun"), saved_in(folder / "two")
+    assert len(two["losses"]) == 90
+    assert begun["losses"] == pytest.approx(two["losses"], abs=LOSS_CURVE)
+
+
+def test_columns_that_two_processes_can_not_share(language_models):
+    _, folder = language_models
+    run = launch("bench.charlm", "--text", folder / "rhyme.txt", "--batch", "3", "--window", "7")
+    assert run.returncode != 0
+    assert "batch is 3 and there are 2 processes; expected columns for each" in run.output

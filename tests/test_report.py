@@ -436,7 +436,7 @@ def test_a_folder_without_rows_is_an_error(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         rebuild(monkeypatch, tmp_path)
     assert stopped.value.code == 2
-    assert "there is no rows.jsonl in" in capsys.readouterr().err
+    assert "there is no rows.jsonl and no charlm.jsonl in" in capsys.readouterr().err
 
 
 def test_rows_of_another_version_are_an_error(results, monkeypatch, capsys):
@@ -455,7 +455,7 @@ def test_without_matplotlib_there_is_a_word_in_place_of_pictures(results, monkey
     paths = report.publish(results / "some-cpu", "quick", CPU, cpu_rows())
     assert [path.name for path in paths] == ["quick.md", "quick.csv"]
     page = paths[0].read_text(encoding="utf-8")
-    assert report.NEEDS_MATPLOTLIB in page
+    assert pages.NEEDS_MATPLOTLIB in page
     assert "![" not in page
     assert not old.exists()  # it showed other rows
 
@@ -467,7 +467,7 @@ def test_a_partial_table_writes_its_page_alone(tmp_path):
     assert list(tmp_path.iterdir()) == paths
     page = paths[0].read_text(encoding="utf-8")
     assert "**Not a complete run: 3 of 4 rows were run.**" in page
-    assert report.NEEDS_MATPLOTLIB not in page
+    assert pages.NEEDS_MATPLOTLIB not in page
 
 
 def test_the_index(results):

@@ -1,0 +1,610 @@
+"""Train a character language model, and let it write; or compare backends at it.
+
+    python -m bench.charlm [--text FILE] [--minutes 5] [--backend NAME] [--resume]
+    python -m bench.charlm --compare
+    torchrun --standalone --nproc-per-node 2 -m bench.charlm
+
+A run leaves a checkpoint, a sample of text and a picture of its losses in --folder. Ctrl-C ends it there as
+its time would. --compare trains the same model with nn.RNN and with every backend that can run, by turns,
+each for so many minutes, and publishes results/<machine>/charlm.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import elman
+from bench import charlm_page, language, machine, measure, ngrams, report
+from bench.language import Corpus, Settings, Training
+from bench.page import NEEDS_MATPLOTLIB
+from bench.rows import BASELINE
+
+ROOT = Path(__file__).parents[1]
+LOOK = 10  # steps between two looks at clock, signals and losses
+MARKS = 20  # times in a run that the held-out text is read and a checkpoint written
+MINUTES = 5.0  # of training, where nothing else is said
+ROUNDS = 30  # turns of each backend in a comparison
+GENERATED = 500  # characters a turn
+GENERATIONS = 12  # turns
+ORDER = 5  # of the n-grams
+PROMPT = 40  # characters of the held-out text, where there is no --prompt
+
+Interrupted = Callable[[], bool]
+
+
+@dataclass
+class Run:
+    """A training and what came of it so far."""
+
+    training: Training
+    seconds: float = 0.0  # of training alone: without reading the held-out text, and without checkpoints
+    losses: list[float] = field(default_factory=list)  # of each step, nats a character
+    held_out: list[tuple[float, int, float]] = field(default_factory=list)  # seconds, steps, bits a character
+
+    def advance(self, count: int) -> None:
+        """`count` steps. ArithmeticError for a loss that is no number."""
+        start = time.perf_counter()
+        losses = torch.stack([self.training.step() for _ in range(count)]).double()
+        found = (self.training.total(losses) / self.training.world).tolist()
+        self.seconds += time.perf_counter() - start
+        for number, loss in enumerate(found, len(self.losses)):
+            if not math.isfinite(loss):
+                raise ArithmeticError(
+                    f"the loss of step {number} is {loss}; expected a number: take a lower --rate or --clip"
+                )
+        self.losses += found
+
+    def evaluate(self) -> None:
+        self.held_out.append((self.seconds, self.training.steps, self.training.evaluate()))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a run is over: after so many seconds of training, or so many steps."""
+
+    seconds: float
+    steps: float
+
+    def share(self, run: Run) -> float:
+        """How much of it is done; 1 when it is over."""
+        return max(run.seconds / self.seconds, run.training.steps / self.steps)
+
+    def left(self, run: Run) -> float:
+        """Seconds to go, at the speed until now."""
+        by_steps = (self.steps / max(1, run.training.steps) - 1) * run.seconds
+        return max(0.0, min(self.seconds - run.seconds, by_steps))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.charlm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--text", type=Path, help="a UTF-8 file; pydoc's help texts if left out")
+    parser.add_argument(
+        "--backend", help=f"of the layer: auto, eager, cudnn, triton, triton:KERNEL, or {BASELINE} itself"
+    )
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("--minutes", type=float, help="of training, 5 if neither this nor --steps is given")
+    parser.add_argument("--steps", type=int, help="of training")
+    parser.add_argument("--folder", type=Path, default=Path("runs/charlm"), help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on with the checkpoint in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that has one")
+    parser.add_argument(
+        "--compare", action="store_true", help="nn.RNN and every backend, or that of --backend"
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="where --compare publishes")
+    parser.add_argument(
+        "--prompt", help=f"what the sample begins with; {PROMPT} characters held out if left out"
+    )
+    parser.add_argument(
+        "--length", type=int, default=1000, help="characters of the sample (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sample (default: %(default)s)")
+    group = parser.add_argument_group("the model and its training")
+    for one in dataclasses.fields(Settings):
+        kind = {"float | None": float}.get(str(one.type)) or {"int": int, "float": float, "str": str}[
+            str(one.type)
+        ]
+        # Left out of the namespace where not given: a checkpoint has its own.
+        group.add_argument(
+            f"--{one.name}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            help=f"{one.metadata['help']} (default: {one.default})",
+        )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 if a training diverged, 2 for wrong arguments, 130 after Ctrl-C."""
+    known = parser()
+    options = known.parse_args(arguments)
+    try:
+        device = device_of(options)
+    except ValueError as error:
+        known.error(str(error))
+    with process_group(device) as (rank, world, device):
+        try:
+            work = (prepare_all if options.compare else prepare)(options, device, rank, world)
+        except (ValueError, OSError, elman.BackendUnavailableError) as error:
+            known.error(str(error))
+        try:
+            with interrupts() as interrupted:
+                return work(interrupted)
+        except ArithmeticError as error:
+            print(f"\n{known.prog}: {error}", file=sys.stderr)
+            return 1
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """ValueError for options that no run can have."""
+    for name in ("minutes", "steps", "length"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} is {value}; expected a number above 0")
+    if not options.temperature >= 0:
+        raise ValueError(f"--temperature is {options.temperature}; expected 0 or more")
+    if options.prompt == "":
+        raise ValueError("--prompt is empty; expected one character at least, or no --prompt")
+    if options.compare and (options.resume or "RANK" in os.environ):
+        raise ValueError(
+            "--compare is for one process, from the beginning; expected no --resume, no torchrun"
+        )
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device is {options.device!r}; expected cpu or cuda") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device is {device}, which this machine has not; expected cpu")
+    return device
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
+    """This process's number, that of all, and its device: as torchrun has started it, or alone."""
+    if "RANK" not in os.environ:
+        yield 0, 1, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size(), device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def interrupts() -> Iterator[Interrupted]:
+    """Ctrl-C, and being told to end, become a question; a second Ctrl-C, a second later, is what it was.
+
+    Not at once: torchrun passes on to its processes what the terminal has sent them too.
+    """
+    first: list[float] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if first and number == signal.SIGINT and time.monotonic() - first[0] > 1:
+            raise KeyboardInterrupt
+        first.append(time.monotonic())
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(first)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """A line that is written anew on a terminal, and every ten seconds in a file."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self.terminal, self.shown = limits, sys.stderr.isatty(), time.monotonic()
+
+    def show(self, run: Run, name: str = "") -> None:
+        if not self.terminal and time.monotonic() - self.shown < 10:
+            return
+        self.shown = time.monotonic()
+        share = min(1.0, self.limits.share(run))
+        bar = "#" * int(20 * share)
+        loss = sum(run.losses[-100:]) / len(run.losses[-100:])
+        held_out = f" (held out {run.held_out[-1][2]:.3f})" if run.held_out else ""
+        speed = run.training.characters / run.seconds
+        said = (
+            f"{name}[{bar:.<20}] {share:4.0%}  loss {loss:.3f}  {loss / math.log(2):.3f} bits/char"
+            f"{held_out}  {speed:,.0f} chars/s  {clock(self.limits.left(run))} left"
+        )
+        width = shutil.get_terminal_size().columns - 1
+        print(
+            f"\r{said[:width]}\x1b[K" if self.terminal else said,
+            end="" if self.terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def end(self) -> None:
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+# --- One run ------------------------------------------------------------------------------------------
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given."""
+    names = [one.name for one in dataclasses.fields(Settings)]
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
+def limits_of(options: argparse.Namespace) -> Limits:
+    minutes = options.minutes or (math.inf if options.steps else MINUTES)
+    return Limits(60 * minutes, options.steps or math.inf)
+
+
+def prepare(
+    options: argparse.Namespace, device: torch.device, rank: int, world: int
+) -> Callable[[Interrupted], int]:
+    """What train() needs, made and tried; raises before anything is written if it can't be."""
+    corpus = language.read(options.text)
+    path = options.folder / "checkpoint.pt"
+    given = settings_of(options)
+    saved = None
+    if options.resume:
+        saved = load(path, corpus, given)
+        settings = Settings(**saved["settings"])
+    else:
+        if path.exists() and not options.overwrite:
+            raise ValueError(
+                f"{path} is the checkpoint of an earlier run; expected --resume to go on with it, "
+                "--overwrite to begin anew, or another --folder"
+            )
+        settings = Settings(**given)
+    prompt = prompt_of(options, corpus)
+    backend = options.backend or (saved["backend"] if saved else "auto")
+    run = Run(Training(corpus, settings, backend, device, rank, world))
+    if saved:
+        try:
+            run.training.load_state_dict(saved["training"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} does not go with the settings it names: {error}") from error
+        run.seconds, run.losses, run.held_out = saved["seconds"], saved["losses"], saved["held_out"]
+    else:
+        run.training.warm()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    limits = limits_of(options)
+    baselines = {}
+    if rank == 0:
+        print(introduction(run))
+        baselines = baselines_of(corpus)
+        print(f"Held out: {len(corpus.held_out):,} characters. {said_of(baselines)}.", flush=True)
+
+    def work(interrupted: Interrupted) -> int:
+        stopped = train(run, limits, path, interrupted, first=rank == 0)
+        if rank == 0:
+            finish(run, limits, baselines, prompt, options)
+            if stopped:
+                print(f"Stopped at step {run.training.steps:,}. --resume goes on from there.")
+        return 130 if stopped else 0
+
+    return work
+
+
+def train(run: Run, limits: Limits, path: Path, interrupted: Interrupted, first: bool) -> bool:
+    """Trains until the limits are reached; whether it was stopped before. Leaves a checkpoint at `path`."""
+    training, progress = run.training, Progress(limits)
+    over = training.any(first and limits.share(run) >= 1)
+    stopped, mark = False, int(limits.share(run) * MARKS) + 1
+    while not over and not stopped:
+        run.advance(min(LOOK, int(min(limits.steps, sys.maxsize)) - training.steps))
+        share = limits.share(run)
+        # The clock is the first process's, the signal anyone's.
+        stopped = training.any(interrupted())
+        over = training.any(first and share >= 1)
+        due = training.any(first and share * MARKS >= mark)
+        if first:
+            progress.show(run)
+        if due or over or stopped:
+            mark = int(share * MARKS) + 1
+            if first and not stopped:
+                run.evaluate()
+            save(path, run, first)
+    if first:
+        progress.end()
+    return stopped and not over
+
+
+def save(path: Path, run: Run, first: bool) -> None:
+    """The checkpoint, in one move; all processes have to call it, the first one writes."""
+    training = run.training
+    state = training.state_dict()
+    if not first:
+        return
+    fresh = path.with_suffix(".new")
+    torch.save(
+        {
+            "settings": dataclasses.asdict(training.settings),
+            "backend": training.backend,
+            "text": {"name": training.corpus.name, "digest": training.corpus.digest},
+            "seconds": run.seconds,
+            "losses": run.losses,
+            "held_out": run.held_out,
+            "training": state,
+        },
+        fresh,
+    )
+    fresh.replace(path)
+
+
+def load(path: Path, corpus: Corpus, given: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint; ValueError if it is none, of another text, or of other settings than those given."""
+    if not path.exists():
+        raise ValueError(f"there is no {path} to go on with; expected a checkpoint there, or no --resume")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        name, digest, settings = saved["text"]["name"], saved["text"]["digest"], saved["settings"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint of this program ({type(error).__name__}: {error})"
+        ) from error
+    if digest != corpus.digest:
+        raise ValueError(
+            f"{path} was trained on {name}, of another content than {corpus.name}; expected that text"
+        )
+    other = {name: value for name, value in given.items() if settings[name] != value}
+    if other:
+        said = ", ".join(f"--{name} {settings[name]}, not {value}" for name, value in other.items())
+        raise ValueError(f"{path} was trained with {said}; expected its settings, or none beside --resume")
+    return saved
+
+
+def prompt_of(options: argparse.Namespace, corpus: Corpus) -> Tensor:
+    """int64 (N,); ValueError for characters that the text has not."""
+    if options.prompt is None:
+        return corpus.held_out[:PROMPT]
+    return language.numbers(options.prompt, corpus.alphabet)
+
+
+def baselines_of(corpus: Corpus) -> dict[str, float]:
+    """Bits a character of the held-out text, by what counts alone can tell."""
+    V = len(corpus.alphabet)
+    return {
+        name: ngrams.NGram(corpus.training, V, order).bits_per_character(corpus.held_out)
+        for name, order in (("unigram", 1), (f"{ORDER}-gram", ORDER))
+    }
+
+
+def said_of(baselines: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f} bits a character" for name, value in baselines.items())
+
+
+def introduction(run: Run) -> str:
+    """The text, the model, and what computes it."""
+    training, corpus, s = run.training, run.training.corpus, run.training.settings
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    inputs = f"embedding of {s.embedding}" if s.embedding else "one-hot"
+    processes = f", {training.world} processes" if training.world > 1 else ""
+    begun = f"\nGoing on from step {training.steps:,}." if training.steps else ""
+    return (
+        f"Text: {corpus.name}, {corpus.size:,} characters, {len(corpus.alphabet)} of them distinct.\n"
+        f"Model: {inputs}, {s.layers} x {s.hidden} {s.nonlinearity}, {parameters:,} parameters, {s.dtype}; "
+        f"B={s.batch}, T={s.window}.\n"
+        f"Backend: {training.route()}, on {training.device}{processes}.{begun}"
+    )
+
+
+def finish(
+    run: Run, limits: Limits, baselines: dict[str, float], prompt: Tensor, options: argparse.Namespace
+) -> None:
+    """The sample and the picture, and in a few lines what came out."""
+    training, corpus = run.training, run.training.corpus
+    passes = training.characters / len(corpus.training)
+    print(
+        f"\n{training.steps:,} steps, {training.characters:,} characters, {passes:.1f} times the text, in "
+        f"{clock(run.seconds)} minutes: {training.characters / run.seconds:,.0f} characters a second."
+    )
+    if run.held_out:
+        reached = run.held_out[-1][2]
+        beaten = [name for name, value in baselines.items() if reached < value]
+        missed = [name for name in baselines if name not in beaten]
+        below = f"; below the {' and the '.join(beaten)}" if beaten else ""
+        above = f"; not below the {' nor the '.join(missed)}: train longer, or on more text" if missed else ""
+        print(f"Held out: {reached:.3f} bits a character{below}{above}. ({said_of(baselines)})")
+
+    def show(character: int) -> None:
+        print(corpus.alphabet[character], end="", flush=True)
+
+    begin = "".join(corpus.alphabet[i] for i in prompt.tolist())
+    print(f"\nIt writes, after {begin!r}:\n\n{begin}", end="")
+    start = time.perf_counter()
+    ids = training.sample(
+        prompt, options.length, show, temperature=options.temperature, seed=training.settings.seed
+    )
+    seconds = time.perf_counter() - start
+    print(f"\n\n{len(ids) / seconds:,.0f} characters a second, one call each.")
+    sample = options.folder / "sample.txt"
+    sample.write_text(begin + "".join(corpus.alphabet[i] for i in ids) + "\n", encoding="utf-8", newline="\n")
+    written = [options.folder / "checkpoint.pt", sample]
+    if importlib.util.find_spec("matplotlib") is None:
+        print(NEEDS_MATPLOTLIB)
+    else:
+        from bench import curves  # imports matplotlib, which may be absent
+
+        title = f"{corpus.name}, {training.settings.layers} x {training.settings.hidden}"
+        written.append(curves.losses(options.folder / "loss.png", title, [curve_of(run)], baselines))
+    print(f"Wrote {', '.join(map(str, written))}.")
+
+
+# --- A comparison -------------------------------------------------------------------------------------
+
+
+def contenders(device: torch.device, only: str | None) -> tuple[list[str], dict[str, str]]:
+    """nn.RNN and the backends to compare it with, and why others take no part."""
+    if only and only != BASELINE:
+        return [BASELINE, only], {}
+    names, absent = [BASELINE], {}
+    for name, available in elman.available_backends().items():
+        if available is not True:
+            absent[name] = str(available)
+        elif name == "triton" and device.type == "cpu":
+            absent[name] = "On a CPU it runs in Triton's interpreter, which is for tests."
+        else:
+            names.append(name)
+    return names, absent
+
+
+def prepare_all(
+    options: argparse.Namespace, device: torch.device, rank: int, world: int
+) -> Callable[[Interrupted], int]:
+    """What compare() needs, made and tried."""
+    corpus, settings = language.read(options.text), Settings(**settings_of(options))
+    prompt = prompt_of(options, corpus)
+    names, absent = contenders(device, options.backend)
+    runs = {name: Run(Training(corpus, settings, name, device)) for name in names}
+    for run in runs.values():
+        run.training.warm()
+    options.results.mkdir(parents=True, exist_ok=True)
+    limits = limits_of(options)
+
+    def work(interrupted: Interrupted) -> int:
+        record = machine.record(device, ROOT)
+        for run in runs.values():
+            print(introduction(run))
+        baselines = baselines_of(corpus)
+        print(f"Held out: {said_of(baselines)}.", flush=True)
+        rounds = race(runs, limits, interrupted)
+        if rounds is None:
+            print("Stopped: nothing is published.", file=sys.stderr)
+            return 130
+        generated = write_by_turns(runs, prompt)
+        record |= {
+            "threads": torch.get_num_threads(),
+            "settings": dataclasses.asdict(settings),
+            "text": {
+                "name": corpus.name,
+                "digest": corpus.digest,
+                "characters": corpus.size,
+                "held_out": len(corpus.held_out),
+                "alphabet": len(corpus.alphabet),
+            },
+            "minutes": limits.seconds / 60 if math.isfinite(limits.seconds) else None,
+            "steps": options.steps,
+            "baselines": baselines,
+            "absent": absent,
+            "prompt": "".join(corpus.alphabet[i] for i in prompt.tolist()),
+            "runs": [
+                {
+                    **curve_of(run, least=min(len(run.losses) for run in runs.values())),
+                    "route": run.training.route(),
+                    "training": rounds[name],
+                    "generation": generated[name],
+                    "apart": apart(run.losses, runs[BASELINE].losses),
+                    "sample": "".join(
+                        corpus.alphabet[i] for i in run.training.sample(prompt, options.length)
+                    ),
+                }
+                for name, run in runs.items()
+            ],
+        }
+        for path in charlm_page.publish(options.results, record):
+            print(f"Wrote {path}")
+        report.index(options.results)
+        return 0
+
+    return work
+
+
+def race(runs: dict[str, Run], limits: Limits, interrupted: Interrupted) -> dict[str, list[float]] | None:
+    """All trained by turns, ROUNDS of them; each turn's seconds a character, or None if interrupted.
+
+    What slows the machine down for a while so meets all of them, and a turn's numbers belong together. A
+    turn in which one of them has nothing to do, having been slow to stop in the last, has no numbers.
+    """
+    taken: list[dict[str, float]] = []
+    progress = Progress(limits)
+    for turn in range(ROUNDS):
+        taken.append({})
+        for name in measure.order(list(runs), turn):
+            run, share = runs[name], (turn + 1) / ROUNDS
+            before = run.seconds, run.training.characters
+            while limits.share(run) < share:
+                steps = int(min(limits.steps, sys.maxsize)) - run.training.steps
+                run.advance(min(LOOK, steps))
+                progress.show(run, f"{name:6} ")
+                if interrupted():
+                    progress.end()
+                    return None
+            if run.training.characters > before[1]:
+                seconds, characters = run.seconds - before[0], run.training.characters - before[1]
+                taken[turn][name] = seconds / characters
+            run.evaluate()
+    progress.end()
+    whole = [numbers for numbers in taken if numbers.keys() == runs.keys()]
+    return {name: [numbers[name] for numbers in whole] for name in runs}
+
+
+def write_by_turns(runs: dict[str, Run], prompt: Tensor) -> dict[str, list[float]]:
+    """Seconds a character of generation, each turn's."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(GENERATIONS + 1):
+        for name in measure.order(list(runs), turn):
+            seconds = measure.wall_seconds(lambda: runs[name].training.sample(prompt, GENERATED))  # noqa: B023
+            if turn:  # the first one warms up
+                taken[name].append(seconds / GENERATED)
+    return taken
+
+
+def curve_of(run: Run, least: int | None = None) -> dict[str, Any]:
+    """A run's losses as they are drawn, in bits: 200 means and the readings of the held-out text.
+
+    least: of the runs that are drawn together, the fewest steps: their means are over as many each.
+    """
+    each = max(1, (least or len(run.losses)) // 200)
+    whole = range(0, len(run.losses) - each + 1, each)
+    return {
+        "name": run.training.backend,
+        "seconds": run.seconds,
+        "characters": run.training.characters,
+        "steps": run.training.steps,
+        "steps_a_mean": each,
+        "losses": [round(language.bits(run.losses[start : start + each]), 5) for start in whole],
+        "held_out": [(round(seconds, 3), steps, round(found, 5)) for seconds, steps, found in run.held_out],
+    }
+
+
+def apart(losses: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """The largest relative difference of two runs' losses, over the first 10, 100, 1,000 ... steps."""
+    most, found = 0.0, {}
+    for step, (loss, other) in enumerate(zip(losses, others, strict=False), 1):
+        most = max(most, abs(loss - other) / other)
+        if step in (10, 100, 1000, 10000):
+            found[str(step)] = most
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,435 @@
+"""A character language model on a recurrent layer, and how it is trained: what bench/charlm.py runs.
+
+    e_t = the embedding of character t, or its one-hot vector
+    h_t = the recurrent layers' state, carried on from window to window
+    p(character t + 1) = softmax(W_y h_t + b_y)
+
+The text lies in B columns, one after the other; a step of training takes a window of T characters of each,
+(T, B), and gradients stay within it: truncated backpropagation through time. All that happens is a
+function of the settings and of the number of steps so far, never of the clock: so a run goes on after a
+stop as if there had been none, and with every backend, and on several processes, it makes the same steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import elman
+from bench.contenders import arithmetic, described
+from bench.rows import BASELINE
+
+HELD_OUT = 0.1  # of the text, at its end
+EVALUATED = 1024  # characters of the held-out text at a time
+DTYPES = ("float32", "tf32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a training depends on but for the text; of what may be computed by, nothing.
+
+    metadata["help"] is what the command line says of a field. Raises ValueError for what can't be.
+    """
+
+    hidden: int = field(default=512, metadata={"help": "units of a layer, H"})
+    layers: int = field(default=1, metadata={"help": "recurrent layers"})
+    nonlinearity: str = field(default="tanh", metadata={"help": "tanh or relu"})
+    embedding: int = field(default=64, metadata={"help": "size of a character's vector; 0: one-hot"})
+    recurrent: str = field(default="orthogonal", metadata={"help": "W_hh at first: see elman.initialize"})
+    radius: float | None = field(default=None, metadata={"help": "its spectral radius at first"})
+    sigma: float | None = field(default=None, metadata={"help": "standard deviation of W_ih at first"})
+    batch: int = field(default=32, metadata={"help": "columns of text side by side, B"})
+    window: int = field(default=64, metadata={"help": "steps that gradients go back, T"})
+    rate: float = field(default=2e-3, metadata={"help": "Adam's, at its highest"})
+    warmup: int = field(default=100, metadata={"help": "steps until the rate is at its highest"})
+    decay: float = field(default=2000, metadata={"help": "steps after which the rate falls, as 1/sqrt"})
+    dropout: float = field(default=0.2, metadata={"help": "share of the states that the output misses"})
+    clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
+    average: float = field(default=0.999, metadata={"help": "decay of the weights' average; 0: the last"})
+    dtype: str = field(default="float32", metadata={"help": f"{', '.join(DTYPES)} (by autocast)"})
+    seed: int = field(default=0, metadata={"help": "of weights, dropout and the text's turns"})
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "batch", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("embedding", "warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("rate", "decay", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
+        for name in ("dropout", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more and less than 1")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of that step, the first being 0."""
+        return self.rate * min(1.0, (step + 1) / (self.warmup + 1)) / math.sqrt(1 + step / self.decay)
+
+
+# --- Text ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as numbers: training and held_out int64 (N,), by their place in the alphabet."""
+
+    name: str
+    alphabet: str  # the text's distinct characters, sorted
+    training: Tensor
+    held_out: Tensor
+    digest: str  # of the text
+
+    @classmethod
+    def of(cls, name: str, text: str) -> Corpus:
+        """ValueError if there is nothing to learn or to hold out."""
+        alphabet = "".join(sorted(set(text)))
+        if len(alphabet) < 2 or len(text) < 2 / HELD_OUT:
+            raise ValueError(
+                f"{name} has {len(text)} characters, {len(alphabet)} of them distinct; expected a text, of "
+                "several hundred thousand for a model worth reading"
+            )
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        ids = numbers(text, alphabet)
+        start = len(ids) - round(HELD_OUT * len(ids))
+        return cls(name, alphabet, ids[:start], ids[start:], digest)
+
+    @property
+    def size(self) -> int:
+        return len(self.training) + len(self.held_out)
+
+
+def numbers(text: str, alphabet: str) -> Tensor:
+    """int64 (N,): each character's place in the alphabet. ValueError for one that is not in it."""
+    places = {character: place for place, character in enumerate(alphabet)}
+    strange = sorted(set(text) - set(places))
+    if strange:
+        raise ValueError(
+            f"the text has {', '.join(map(repr, strange[:5]))}; expected characters that are in the text "
+            "that was learnt"
+        )
+    return torch.tensor([places[character] for character in text], dtype=torch.int64)
+
+
+def read(path: Path | None) -> Corpus:
+    """The text of a UTF-8 file; None for one that every Python carries, the help texts of pydoc.
+
+    OSError or ValueError if it can't be read.
+    """
+    if path is None:
+        from pydoc_data.topics import topics  # half a megabyte
+
+        return Corpus.of("pydoc_data.topics", "\n".join(topics[name] for name in sorted(topics)))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    return Corpus.of(path.name, text)
+
+
+class Windows:
+    """An endless text: windows of the training text's B columns, T characters each, one after the other.
+
+    At a column's end all columns begin anew, cut at another place of the text.
+    """
+
+    def __init__(self, ids: Tensor, T: int, B: int) -> None:
+        if len(ids) < B * (T + 1):
+            raise ValueError(
+                f"the training text has {len(ids)} characters; expected {B * (T + 1)} at least, for {B} "
+                f"columns of {T} and one more: take a longer text, or a smaller --batch or --window"
+            )
+        self.ids, self.T, self.B = ids, T, B
+        self.turn(0)
+
+    def turn(self, offset: int, at: int = 0) -> None:
+        """From `at` on in the columns of the text that begins at `offset`."""
+        self.offset, self.at = offset, at
+        length = len(self.ids) // self.B
+        self.columns = self.ids.roll(-offset)[: length * self.B].view(self.B, length).t()
+
+    def next(self, generator: torch.Generator) -> tuple[Tensor, bool]:
+        """int64 (T + 1, B), of which the last is only to be foretold; and whether the columns begin here."""
+        if self.at + self.T + 1 > len(self.columns):
+            self.turn(int(torch.randint(len(self.ids), (), generator=generator)))
+        start = self.at
+        self.at += self.T
+        return self.columns[start : start + self.T + 1], start == 0
+
+
+# --- The model ----------------------------------------------------------------------------------------
+
+
+class CharacterModel(nn.Module):
+    """Characters (T, B) to the scores (T, B, V) of each next one. The state stays from call to call."""
+
+    def __init__(self, V: int, settings: Settings, backend: str) -> None:
+        """backend: one of Elman's, or "nn.RNN" for that layer itself."""
+        super().__init__()
+        self.V, E = V, settings.embedding
+        self.embedding = nn.Embedding(V, E) if E else None
+        sizes = (E or V, settings.hidden, settings.layers)
+        layer: nn.Module
+        if backend == BASELINE:
+            layer = nn.RNN(*sizes, nonlinearity=settings.nonlinearity)
+        else:
+            layer = elman.Elman(*sizes, nonlinearity=settings.nonlinearity, backend=backend)
+        elman.initialize(layer, settings.recurrent, radius=settings.radius, sigma=settings.sigma)
+        self.rnn = elman.Stream(layer)
+        self.head = nn.Linear(settings.hidden, V)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids int64 (T, B); mask (1, B, H), what the outputs are multiplied by, or None."""
+        x = (
+            F.one_hot(ids, self.V).to(self.head.weight.dtype)
+            if self.embedding is None
+            else self.embedding(ids)
+        )
+        h, _ = self.rnn(x)
+        return self.head(h if mask is None else h * mask.to(h.dtype))
+
+
+def generate(
+    model: CharacterModel,
+    prompt: Tensor,
+    length: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """`length` characters after the prompt, int64 (N,): each drawn, and fed back by a call of one step.
+
+    The model begins with a state of zero, and is left with one. temperature: 1 as the model believes,
+    less for the likelier characters more often, 0 for the likeliest always.
+    """
+    device = model.head.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    model.rnn.reset()
+    with torch.no_grad():
+        scores = model(prompt.to(device)[:, None])[-1, 0]
+    for _ in range(length):
+        scores = scores.float().cpu()
+        if temperature:
+            chosen = int((scores / temperature).softmax(0).multinomial(1, generator=generator))
+        else:
+            chosen = int(scores.argmax())
+        yield chosen
+        with torch.no_grad():
+            scores = model(torch.full((1, 1), chosen, device=device))[0, 0]
+    model.rnn.reset()
+
+
+# --- Training -----------------------------------------------------------------------------------------
+
+
+class Training:
+    """A model and all that its next step depends on.
+
+    rank, world: this process's number and that of all; each takes its part of the B columns, and
+    DistributedDataParallel averages their gradients. All draw the same dropout, for all columns.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        settings: Settings,
+        backend: str,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if settings.batch % world:
+            raise ValueError(
+                f"batch is {settings.batch} and there are {world} processes; expected columns for each: a "
+                "multiple of that"
+            )
+        self.corpus, self.settings, self.backend, self.device = corpus, settings, backend, device
+        self.world = world
+        self.part = slice(rank * settings.batch // world, (rank + 1) * settings.batch // world)
+        self.windows = Windows(corpus.training, settings.window, settings.batch)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = CharacterModel(len(corpus.alphabet), settings, backend)
+        self.average = copy.deepcopy(self.model).to(device).eval()
+        self.model.to(device)
+        self.module: nn.Module = self.model
+        if world > 1:
+            self.module = DistributedDataParallel(
+                self.model, device_ids=[device] if device.type == "cuda" else None
+            )
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.rate, fused=True)
+        self.steps = 0
+
+    def route(self) -> str:
+        """What computes a window here: backend, kernel and config."""
+        if self.backend == BASELINE:
+            return BASELINE
+        s = self.settings
+        return described(
+            elman.explain(
+                batch=s.batch // self.world,
+                seq=s.window,
+                input=s.embedding or len(self.corpus.alphabet),
+                hidden=s.hidden,
+                dtype=torch.bfloat16 if s.dtype == "bfloat16" else torch.float32,
+                device=self.device,
+                backend=self.backend,
+            )
+        )
+
+    @property
+    def characters(self) -> int:
+        """That were learnt from so far, by all processes."""
+        return self.steps * self.settings.window * self.settings.batch
+
+    def step(self) -> Tensor:
+        """One window; the loss of this process's columns, in nats a character, not yet read."""
+        s = self.settings
+        window, begins = self.windows.next(self.generator)
+        if begins:
+            self.model.rnn.reset()
+        mask = None
+        if s.dropout:
+            kept = torch.rand(1, s.batch, s.hidden, generator=self.generator) >= s.dropout
+            mask = (kept[:, self.part] / (1 - s.dropout)).to(self.device)
+        window = window[:, self.part].to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.rate_at(self.steps)
+        with self.precision():
+            scores = self.module(window[:-1], mask)
+            loss = F.cross_entropy(scores.flatten(0, 1), window[1:].flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        self.optimizer.step()
+        self.steps += 1
+        self._average()
+        return loss.detach()
+
+    def _average(self) -> None:
+        """The weights' average, of which the first steps are forgotten sooner."""
+        decay = min(self.settings.average, self.steps / (self.steps + 10))
+        with torch.no_grad():
+            for mean, last in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(last, 1 - decay)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of all processes' values, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process; every one has to ask."""
+        if self.world == 1:
+            return here
+        return bool(self.total(torch.tensor([float(here)], device=self.device)).item())
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """The settings' dtype: TF32's switches, and autocast for 16 bits."""
+        with arithmetic(self.settings.dtype):
+            if self.settings.dtype == "bfloat16":
+                with torch.autocast(self.device.type, torch.bfloat16):
+                    yield
+            else:
+                yield
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Bits a character of the held-out text, by the average of the weights.
+
+        In one row from beginning to end, after a window of the training text.
+        """
+        context = self.corpus.training[-self.settings.window :]
+        ids = torch.cat([context, self.corpus.held_out]).to(self.device)
+        rnn = self.average.rnn
+        rnn.reset()
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        first = len(context) - 1  # whose next one is the first that counts
+        with self.precision():
+            if first:
+                self.average(ids[:first, None])
+            for start in range(first, len(ids) - 1, EVALUATED):
+                part = ids[start : start + EVALUATED + 1]
+                scores = self.average(part[:-1, None])[:, 0]
+                nats += F.cross_entropy(scores.float(), part[1:], reduction="sum")
+        rnn.reset()
+        return nats.item() / math.log(2) / len(self.corpus.held_out)
+
+    def sample(
+        self,
+        prompt: Tensor,
+        length: int,
+        each: Callable[[int], object] = lambda character: None,
+        **options: Any,
+    ) -> list[int]:
+        """generate(), in the settings' precision, by the weights' average; `each` gets every character."""
+        characters = []
+        with self.precision():
+            for character in generate(self.average, prompt, length, **options):
+                each(character)
+                characters.append(character)
+        return characters
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on but for text and settings; every process has to call it.
+
+        The columns' states are those of all processes, so that another number of them may go on.
+        """
+        state = self.model.rnn.state
+        if self.world > 1 and state is not None:
+            parts = [torch.empty_like(state) for _ in range(self.world)]
+            dist.all_gather(parts, state.contiguous())
+            state = torch.cat(parts, dim=1)
+        return {
+            "steps": self.steps,
+            "offset": self.windows.offset,
+            "at": self.windows.at,
+            "generator": self.generator.get_state(),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "state": state,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Goes on from there. RuntimeError or KeyError where it is not of such a model."""
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.windows.turn(saved["offset"], saved["at"])
+        self.generator.set_state(saved["generator"])
+        self.steps = saved["steps"]
+        state = saved["state"]
+        self.model.rnn.state = None if state is None else state[:, self.part].to(self.device).contiguous()
+
+    def warm(self) -> None:
+        """What a first call does, such as compiling, before any clock runs. Nothing is learnt by it."""
+        ids = self.windows.columns[: self.settings.window, self.part].to(self.device)
+        with self.precision():
+            loss = self.module(ids).float().square().mean()
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.rnn.reset()
+
+
+def bits(nats: Sequence[float]) -> float:
+    """The mean of losses in nats a character, in bits."""
+    return sum(nats) / len(nats) / math.log(2)
