@@ -31,7 +31,7 @@ NONLINEARITIES = ("tanh", "relu")
 # How each radius is drawn: they differ by dashes and in grey too.
 LOOKS = {0.5: ("#0068b5", (0, (1, 1))), 1.0: ("#000000", "-"), 1.5: ("#e07a00", (0, (7, 2)))}
 THIN = (0, (5, 4))
-EPS = torch.finfo(torch.float32).eps
+LOST = torch.finfo(torch.float32).eps / 2  # 1 + LOST is 1 in float32, rounded to even
 PICTURE = Path(__file__).parents[1] / "docs" / "gradients.png"
 
 Curves = dict[tuple[str, float], Tensor]  # by nonlinearity and radius: (seeds, T), at T - t = 1, 2 ... T
@@ -114,7 +114,7 @@ def draw(curves: Curves, path: Path, held: Sequence[str]) -> None:
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(NONLINEARITIES), sharey=True)
         for axis, nonlinearity in zip(panels, NONLINEARITIES, strict=True):
-            axis.axhline(EPS, color="#777777", lw=0.8)
+            axis.axhline(LOST, color="#777777", lw=0.8)
             for radius, (colour, dashes) in LOOKS.items():
                 # dh_T/dh_T is the identity, of norm 1.
                 low, middle, high = ([1.0, *line] for line in spread(curves[nonlinearity, radius]).tolist())
@@ -142,8 +142,12 @@ def draw(curves: Curves, path: Path, held: Sequence[str]) -> None:
                     place = max((math.log10(end) - bottom) / (top - bottom), place + 0.045)
                     style = {"color": LOOKS[radius][0], "weight": "bold", "va": "center"}
                     axis.text(1.015, place, f"{radius:g}", transform=axis.transAxes, **style)
-        said = {"s": f"{EPS:.1e}: float32 adds nothing smaller to 1", "ha": "right", "va": "bottom"}
-        panels[0].text(0.985, EPS, fontsize=9, transform=panels[0].get_yaxis_transform(), **said)
+        said = {
+            "s": f"{LOST:.0e}: all below is lost when float32 adds it to 1",
+            "ha": "right",
+            "va": "bottom",
+        }
+        panels[0].text(0.985, LOST, fontsize=9, transform=panels[0].get_yaxis_transform(), **said)
         radii = [
             Line2D([], [], color=colour, ls=dashes, lw=2.2, label=f"spectral radius {radius:g}")
             for radius, (colour, dashes) in LOOKS.items()

@@ -174,12 +174,14 @@ def test_no_columns():
 # From which generator
 
 
+@pytest.mark.parametrize("sigma", [None, 0.1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_generator_gives_the_same_numbers_in_any_dtype(kind):
-    truth = initialize(Elman(5, H, 2, dtype=torch.float64), kind, radius=0.9, generator=seeded(3))
+def test_a_generator_gives_the_same_numbers_in_any_dtype(kind, sigma):
+    options = {"recurrent": kind, "sigma": sigma, "radius": None if sigma else 0.9}
+    truth = initialize(Elman(5, H, 2, dtype=torch.float64), **options, generator=seeded(3))
     for dtype in DTYPES:
         layer = Elman(5, H, 2, device=DEVICE, dtype=dtype)
-        initialize(layer, kind, radius=0.9, generator=seeded(3))
+        initialize(layer, **options, generator=seeded(3))
         for name, parameter in layer.named_parameters():
             assert torch.equal(parameter.cpu(), truth.get_parameter(name).to(dtype)), (
                 dtype_name(dtype),
