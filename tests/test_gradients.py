@@ -150,9 +150,9 @@ def test_without_matplotlib_there_is_the_table_and_a_word(monkeypatch, capsys, t
     ],
     ids=str,
 )
-def test_wrong_options(monkeypatch, capsys, options, sentence):
+def test_wrong_options(monkeypatch, capsys, tmp_path, options, sentence):
     with pytest.raises(SystemExit) as stopped:
-        main(monkeypatch, *options)
+        main(monkeypatch, "--output", str(tmp_path / "picture.png"), *options)
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
 

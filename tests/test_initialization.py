@@ -1,6 +1,7 @@
 """elman.initialize: what is drawn, in which modules, and what stays as it is."""
 
 import copy
+import doctest
 import math
 from unittest import mock
 
@@ -453,3 +454,10 @@ def test_a_copy_is_untouched():
 def test_it_is_public():
     assert "initialize" in elman.__all__
     assert elman.initialize.__module__ == "elman.initialization"
+
+
+def test_the_docstring_s_recipes():
+    test = doctest.DocTestFinder().find(initialize, "initialize")[0]
+    results = doctest.DocTestRunner().run(test)
+    assert results.attempted == 3
+    assert results.failed == 0
