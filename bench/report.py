@@ -119,7 +119,7 @@ INDEX = """\
 
 One line and one picture for each machine; the tables behind the links say how they were measured and what
 was not. Every speedup is against nn.RNN on the same machine: above 1 is faster. `python -m bench.report`
-rebuilds all of it from the stored rows (rows.jsonl)."""
+rebuilds all of it from what is stored (rows.jsonl, charlm.jsonl)."""
 
 
 def index(results: Path) -> None:
