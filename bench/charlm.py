@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import io
 import math
 import os
 import pickle
@@ -50,6 +51,10 @@ PROMPT = 40  # characters of the held-out text, where there is no --prompt
 Interrupted = Callable[[], bool]
 
 
+class Diverged(Exception):
+    """A training has come to a loss that is no number."""
+
+
 @dataclass
 class Run:
     """A training and what came of it so far."""
@@ -60,14 +65,14 @@ class Run:
     held_out: list[tuple[float, int, float]] = field(default_factory=list)  # seconds, steps, bits a character
 
     def advance(self, count: int) -> None:
-        """`count` steps. ArithmeticError for a loss that is no number."""
+        """`count` steps. Diverged for a loss that is no number."""
         start = time.perf_counter()
         losses = torch.stack([self.training.step() for _ in range(count)]).double()
         found = (self.training.total(losses) / self.training.world).tolist()
         self.seconds += time.perf_counter() - start
         for number, loss in enumerate(found, len(self.losses)):
             if not math.isfinite(loss):
-                raise ArithmeticError(
+                raise Diverged(
                     f"the loss of step {number} is {loss}; expected a number: take a lower --rate or --clip"
                 )
         self.losses += found
@@ -137,21 +142,23 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0, 1 if a training diverged, 2 for wrong arguments, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text may have characters that a terminal has not
     known = parser()
     options = known.parse_args(arguments)
     try:
         device = device_of(options)
     except ValueError as error:
         known.error(str(error))
-    with process_group(device) as (rank, world, device):
+    # Signals first: torchrun sends its own to a process that is already done, too.
+    with interrupts() as interrupted, process_group(device) as (rank, world, device):
         try:
             work = (prepare_all if options.compare else prepare)(options, device, rank, world)
         except (ValueError, OSError, elman.BackendUnavailableError) as error:
             known.error(str(error))
         try:
-            with interrupts() as interrupted:
-                return work(interrupted)
-        except ArithmeticError as error:
+            return work(interrupted)
+        except Diverged as error:
             print(f"\n{known.prog}: {error}", file=sys.stderr)
             return 1
 
@@ -160,10 +167,10 @@ def device_of(options: argparse.Namespace) -> torch.device:
     """ValueError for options that no run can have."""
     for name in ("minutes", "steps", "length"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} is {value}; expected a number above 0")
-    if not options.temperature >= 0:
-        raise ValueError(f"--temperature is {options.temperature}; expected 0 or more")
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(f"--temperature is {options.temperature}; expected a number from 0 up")
     if options.prompt == "":
         raise ValueError("--prompt is empty; expected one character at least, or no --prompt")
     if options.compare and (options.resume or "RANK" in os.environ):
@@ -191,6 +198,7 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size(), device
+        dist.barrier()  # none ends while the first one still writes its sample
     finally:
         dist.destroy_process_group()
 
@@ -297,13 +305,13 @@ def prepare(
         run.training.warm()
     options.folder.mkdir(parents=True, exist_ok=True)
     limits = limits_of(options)
-    baselines = {}
-    if rank == 0:
-        print(introduction(run))
-        baselines = baselines_of(corpus)
-        print(f"Held out: {len(corpus.held_out):,} characters. {said_of(baselines)}.", flush=True)
 
     def work(interrupted: Interrupted) -> int:
+        baselines = {}
+        if rank == 0:
+            print(introduction(run))
+            baselines = baselines_of(corpus)
+            print(f"Held out: {len(corpus.held_out):,} characters. {said_of(baselines)}.", flush=True)
         stopped = train(run, limits, path, interrupted, first=rank == 0)
         if rank == 0:
             finish(run, limits, baselines, prompt, options)
@@ -435,27 +443,30 @@ def finish(
         above = f"; not below the {' nor the '.join(missed)}: train longer, or on more text" if missed else ""
         print(f"Held out: {reached:.3f} bits a character{below}{above}. ({said_of(baselines)})")
 
-    def show(character: int) -> None:
-        print(corpus.alphabet[character], end="", flush=True)
-
-    begin = "".join(corpus.alphabet[i] for i in prompt.tolist())
-    print(f"\nIt writes, after {begin!r}:\n\n{begin}", end="")
-    start = time.perf_counter()
-    ids = training.sample(
-        prompt, options.length, show, temperature=options.temperature, seed=training.settings.seed
-    )
-    seconds = time.perf_counter() - start
-    print(f"\n\n{len(ids) / seconds:,.0f} characters a second, one call each.")
-    sample = options.folder / "sample.txt"
-    sample.write_text(begin + "".join(corpus.alphabet[i] for i in ids) + "\n", encoding="utf-8", newline="\n")
-    written = [options.folder / "checkpoint.pt", sample]
+    folder = options.folder
+    written = [folder / "checkpoint.pt", folder / "sample.txt"]
     if importlib.util.find_spec("matplotlib") is None:
         print(NEEDS_MATPLOTLIB)
     else:
         from bench import curves  # imports matplotlib, which may be absent
 
         title = f"{corpus.name}, {training.settings.layers} x {training.settings.hidden}"
-        written.append(curves.losses(options.folder / "loss.png", title, [curve_of(run)], baselines))
+        written.append(curves.losses(folder / "loss.png", title, [curve_of(run)], baselines))
+    begin = "".join(corpus.alphabet[i] for i in prompt.tolist())
+    print(f"\nIt writes, after {begin!r}:\n\n{begin}", end="")
+    with written[1].open("w", encoding="utf-8", newline="") as sample:
+        sample.write(begin)
+
+        def show(character: int) -> None:
+            sample.write(corpus.alphabet[character])
+            print(corpus.alphabet[character], end="", flush=True)
+
+        start = time.perf_counter()
+        training.sample(
+            prompt, options.length, show, temperature=options.temperature, seed=training.settings.seed
+        )
+        seconds = time.perf_counter() - start
+    print(f"\n\n{options.length / seconds:,.0f} characters a second, one call each.")
     print(f"Wrote {', '.join(map(str, written))}.")
 
 

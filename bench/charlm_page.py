@@ -43,7 +43,8 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a sample may have others
+        records = [json.loads(line) for line in lines]
         return sorted(records, key=lambda record: (record["settings"]["dtype"], name_of(record)))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

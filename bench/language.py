@@ -45,17 +45,17 @@ class Settings:
 
     hidden: int = field(default=512, metadata={"help": "units of a layer, H"})
     layers: int = field(default=1, metadata={"help": "recurrent layers"})
-    nonlinearity: str = field(default="tanh", metadata={"help": "tanh or relu"})
+    nonlinearity: str = field(default="relu", metadata={"help": "tanh or relu"})
     embedding: int = field(default=64, metadata={"help": "size of a character's vector; 0: one-hot"})
-    recurrent: str = field(default="orthogonal", metadata={"help": "W_hh at first: see elman.initialize"})
+    recurrent: str = field(default="uniform", metadata={"help": "W_hh at first: see elman.initialize"})
     radius: float | None = field(default=None, metadata={"help": "its spectral radius at first"})
     sigma: float | None = field(default=None, metadata={"help": "standard deviation of W_ih at first"})
     batch: int = field(default=32, metadata={"help": "columns of text side by side, B"})
     window: int = field(default=64, metadata={"help": "steps that gradients go back, T"})
     rate: float = field(default=2e-3, metadata={"help": "Adam's, at its highest"})
-    warmup: int = field(default=100, metadata={"help": "steps until the rate is at its highest"})
-    decay: float = field(default=2000, metadata={"help": "steps after which the rate falls, as 1/sqrt"})
-    dropout: float = field(default=0.2, metadata={"help": "share of the states that the output misses"})
+    warmup: int = field(default=300, metadata={"help": "steps until the rate is at its highest"})
+    decay: float = field(default=3000, metadata={"help": "steps after which the rate falls, as 1/sqrt"})
+    dropout: float = field(default=0.45, metadata={"help": "share of the states that the output misses"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     average: float = field(default=0.999, metadata={"help": "decay of the weights' average; 0: the last"})
     dtype: str = field(default="float32", metadata={"help": f"{', '.join(DTYPES)} (by autocast)"})
@@ -223,9 +223,10 @@ def generate(
     with torch.no_grad():
         scores = model(prompt.to(device)[:, None])[-1, 0]
     for _ in range(length):
-        scores = scores.float().cpu()
+        scores = scores.double().cpu()
         if temperature:
-            chosen = int((scores / temperature).softmax(0).multinomial(1, generator=generator))
+            chances = ((scores - scores.max()) / temperature).softmax(0)
+            chosen = int(chances.multinomial(1, generator=generator))
         else:
             chosen = int(scores.argmax())
         yield chosen
@@ -266,6 +267,10 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = CharacterModel(len(corpus.alphabet), settings, backend)
+        # The output begins as the unigram: learnt through W_hh first, it drives relu's states up without end.
+        counts = torch.bincount(corpus.training, minlength=len(corpus.alphabet)) + 1
+        with torch.no_grad():
+            self.model.head.bias.copy_((counts / counts.sum()).log())
         self.average = copy.deepcopy(self.model).to(device).eval()
         self.model.to(device)
         self.module: nn.Module = self.model
@@ -311,11 +316,12 @@ class Training:
         window = window[:, self.part].to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = s.rate_at(self.steps)
-        with self.precision():
-            scores = self.module(window[:-1], mask)
-            loss = F.cross_entropy(scores.flatten(0, 1), window[1:].flatten())
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with arithmetic(s.dtype):  # the backward pass too, which autocast is not for
+            with self.autocast():
+                scores = self.module(window[:-1], mask)
+                loss = F.cross_entropy(scores.flatten(0, 1), window[1:].flatten())
+            loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
         self.optimizer.step()
         self.steps += 1
@@ -341,15 +347,10 @@ class Training:
             return here
         return bool(self.total(torch.tensor([float(here)], device=self.device)).item())
 
-    @contextlib.contextmanager
-    def precision(self) -> Iterator[None]:
-        """The settings' dtype: TF32's switches, and autocast for 16 bits."""
-        with arithmetic(self.settings.dtype):
-            if self.settings.dtype == "bfloat16":
-                with torch.autocast(self.device.type, torch.bfloat16):
-                    yield
-            else:
-                yield
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """What a forward pass in the settings' dtype is within."""
+        half = self.settings.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -363,7 +364,7 @@ class Training:
         rnn.reset()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         first = len(context) - 1  # whose next one is the first that counts
-        with self.precision():
+        with arithmetic(self.settings.dtype), self.autocast():
             if first:
                 self.average(ids[:first, None])
             for start in range(first, len(ids) - 1, EVALUATED):
@@ -382,7 +383,7 @@ class Training:
     ) -> list[int]:
         """generate(), in the settings' precision, by the weights' average; `each` gets every character."""
         characters = []
-        with self.precision():
+        with arithmetic(self.settings.dtype), self.autocast():
             for character in generate(self.average, prompt, length, **options):
                 each(character)
                 characters.append(character)
@@ -423,9 +424,10 @@ class Training:
     def warm(self) -> None:
         """What a first call does, such as compiling, before any clock runs. Nothing is learnt by it."""
         ids = self.windows.columns[: self.settings.window, self.part].to(self.device)
-        with self.precision():
-            loss = self.module(ids).float().square().mean()
-        loss.backward()
+        with arithmetic(self.settings.dtype):
+            with self.autocast():
+                loss = self.module(ids).float().square().mean()
+            loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.rnn.reset()
 

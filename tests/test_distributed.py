@@ -1,8 +1,10 @@
 """Training on 2 processes: DDP, FSDP2 and checkpoints; and swapped.py, which does all that at once."""
 
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -50,16 +52,21 @@ def launch(module: str, *arguments: object) -> Run:
 
     The processes end themselves after programs.LIMIT seconds, whatever happens to torchrun.
     """
+    with start(module, *arguments, stderr=subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=programs.LIMIT + 60)
+    return Run(process.returncode, out, out + err)
+
+
+def start(module: str, *arguments: object, **options: object) -> subprocess.Popen:
+    """What launch() waits for; unless options say otherwise, its errors are among its output."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONWARNINGS")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # the machine may not know its own name
-    options = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", module, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=programs.LIMIT + 60
-    )
-    return Run(done.returncode, done.stdout, done.stdout + done.stderr)
+    run = [sys.executable, "-m", "torch.distributed.run"]
+    run += ["--standalone", "--local-addr", "localhost", "--nproc-per-node", "2", "-m", module]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+    return subprocess.Popen([*run, *map(str, arguments)], cwd=ROOT, env=environment, text=True, **pipes)
 
 
 ON_TWO_GPUS = [
@@ -376,3 +383,27 @@ def test_columns_that_two_processes_can_not_share(language_models):
     run = launch("bench.charlm", "--text", folder / "rhyme.txt", "--batch", "3", "--window", "7")
     assert run.returncode != 0
     assert "batch is 3 and there are 2 processes; expected columns for each" in run.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals to other processes are of POSIX")
+def test_ctrl_c_ends_both_processes_with_one_checkpoint(language_models, tmp_path):
+    """The terminal sends it to torchrun and to both processes, and torchrun sends it to both again."""
+    _, folder = language_models
+    options = [
+        "--device",
+        "cpu",
+        "--text",
+        folder / "rhyme.txt",
+        *MODEL,
+        "--folder",
+        tmp_path,
+        "--minutes",
+        "3",
+    ]
+    with start("bench.charlm", *options, start_new_session=True) as process:
+        seen = list(itertools.takewhile(lambda line: not line.startswith("Held out: "), process.stdout))
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert "Stopped at step " in said, [*seen, said]
+    assert "terminate called" not in said
+    assert len(saved_in(tmp_path)["losses"]) % 10 == 0
