@@ -161,6 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Diverged as error:
             print(f"\n{known.prog}: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print(f"\n{known.prog}: ended at once", file=sys.stderr)
+            return 130
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -183,6 +186,11 @@ def device_of(options: argparse.Namespace) -> torch.device:
         raise ValueError(f"--device is {options.device!r}; expected cpu or cuda") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device is {device}, which this machine has not; expected cpu")
+    if device.type == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} GPUs, fewer than processes; expected one for "
+            "each: start fewer, or take --device cpu"
+        )
     return device
 
 
@@ -295,14 +303,13 @@ def prepare(
     prompt = prompt_of(options, corpus)
     backend = options.backend or (saved["backend"] if saved else "auto")
     run = Run(Training(corpus, settings, backend, device, rank, world))
+    run.training.warm()
     if saved:
         try:
             run.training.load_state_dict(saved["training"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} does not go with the settings it names: {error}") from error
         run.seconds, run.losses, run.held_out = saved["seconds"], saved["losses"], saved["held_out"]
-    else:
-        run.training.warm()
     options.folder.mkdir(parents=True, exist_ok=True)
     limits = limits_of(options)
 
@@ -314,10 +321,11 @@ def prepare(
             print(f"Held out: {len(corpus.held_out):,} characters. {said_of(baselines)}.", flush=True)
         stopped = train(run, limits, path, interrupted, first=rank == 0)
         if rank == 0:
-            finish(run, limits, baselines, prompt, options)
+            # Who has stopped the training gets a sample too; who stops the sample, what there is of it.
+            finish(run, baselines, prompt, options, enough=lambda: not stopped and interrupted())
             if stopped:
                 print(f"Stopped at step {run.training.steps:,}. --resume goes on from there.")
-        return 130 if stopped else 0
+        return 130 if interrupted() else 0
 
     return work
 
@@ -374,8 +382,17 @@ def load(path: Path, corpus: Corpus, given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"there is no {path} to go on with; expected a checkpoint there, or no --resume")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        name, digest, settings = saved["text"]["name"], saved["text"]["digest"], saved["settings"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        name, digest = saved["text"]["name"], saved["text"]["digest"]
+        settings = dataclasses.asdict(Settings(**saved["settings"]))
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
         raise ValueError(
             f"{path} is no checkpoint of this program ({type(error).__name__}: {error})"
         ) from error
@@ -426,7 +443,11 @@ def introduction(run: Run) -> str:
 
 
 def finish(
-    run: Run, limits: Limits, baselines: dict[str, float], prompt: Tensor, options: argparse.Namespace
+    run: Run,
+    baselines: dict[str, float],
+    prompt: Tensor,
+    options: argparse.Namespace,
+    enough: Callable[[], bool],
 ) -> None:
     """The sample and the picture, and in a few lines what came out."""
     training, corpus = run.training, run.training.corpus
@@ -457,16 +478,17 @@ def finish(
     with written[1].open("w", encoding="utf-8", newline="") as sample:
         sample.write(begin)
 
-        def show(character: int) -> None:
+        def show(character: int) -> bool:
             sample.write(corpus.alphabet[character])
             print(corpus.alphabet[character], end="", flush=True)
+            return enough()
 
         start = time.perf_counter()
-        training.sample(
+        drawn = training.sample(
             prompt, options.length, show, temperature=options.temperature, seed=training.settings.seed
         )
         seconds = time.perf_counter() - start
-    print(f"\n\n{options.length / seconds:,.0f} characters a second, one call each.")
+    print(f"\n\n{len(drawn) / seconds:,.0f} characters a second, one call each.")
     print(f"Wrote {', '.join(map(str, written))}.")
 
 
@@ -508,10 +530,10 @@ def prepare_all(
         baselines = baselines_of(corpus)
         print(f"Held out: {said_of(baselines)}.", flush=True)
         rounds = race(runs, limits, interrupted)
-        if rounds is None:
+        generated = write_by_turns(runs, prompt, interrupted)
+        if interrupted():
             print("Stopped: nothing is published.", file=sys.stderr)
             return 130
-        generated = write_by_turns(runs, prompt)
         record |= {
             "threads": torch.get_num_threads(),
             "settings": dataclasses.asdict(settings),
@@ -549,8 +571,8 @@ def prepare_all(
     return work
 
 
-def race(runs: dict[str, Run], limits: Limits, interrupted: Interrupted) -> dict[str, list[float]] | None:
-    """All trained by turns, ROUNDS of them; each turn's seconds a character, or None if interrupted.
+def race(runs: dict[str, Run], limits: Limits, interrupted: Interrupted) -> dict[str, list[float]]:
+    """All trained by turns, ROUNDS of them or until interrupted; each turn's seconds a character.
 
     What slows the machine down for a while so meets all of them, and a turn's numbers belong together. A
     turn in which one of them has nothing to do, having been slow to stop in the last, has no numbers.
@@ -568,7 +590,7 @@ def race(runs: dict[str, Run], limits: Limits, interrupted: Interrupted) -> dict
                 progress.show(run, f"{name:6} ")
                 if interrupted():
                     progress.end()
-                    return None
+                    return {}
             if run.training.characters > before[1]:
                 seconds, characters = run.seconds - before[0], run.training.characters - before[1]
                 taken[turn][name] = seconds / characters
@@ -578,11 +600,13 @@ def race(runs: dict[str, Run], limits: Limits, interrupted: Interrupted) -> dict
     return {name: [numbers[name] for numbers in whole] for name in runs}
 
 
-def write_by_turns(runs: dict[str, Run], prompt: Tensor) -> dict[str, list[float]]:
-    """Seconds a character of generation, each turn's."""
+def write_by_turns(runs: dict[str, Run], prompt: Tensor, interrupted: Interrupted) -> dict[str, list[float]]:
+    """Seconds a character of generation, each turn's, until interrupted."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(GENERATIONS + 1):
         for name in measure.order(list(runs), turn):
+            if interrupted():
+                return {}
             seconds = measure.wall_seconds(lambda: runs[name].training.sample(prompt, GENERATED))  # noqa: B023
             if turn:  # the first one warms up
                 taken[name].append(seconds / GENERATED)

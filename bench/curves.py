@@ -64,7 +64,7 @@ def losses(path: Path, title: str, runs: Sequence[Mapping[str, Any]], baselines:
             axis.set_axisbelow(True)
         if len(runs) > 1:
             by_characters.legend(frameon=False)
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # it has a file's name
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
     return path
 

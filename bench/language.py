@@ -43,7 +43,7 @@ class Settings:
     metadata["help"] is what the command line says of a field. Raises ValueError for what can't be.
     """
 
-    hidden: int = field(default=512, metadata={"help": "units of a layer, H"})
+    hidden: int = field(default=768, metadata={"help": "units of a layer, H"})
     layers: int = field(default=1, metadata={"help": "recurrent layers"})
     nonlinearity: str = field(default="relu", metadata={"help": "tanh or relu"})
     embedding: int = field(default=64, metadata={"help": "size of a character's vector; 0: one-hot"})
@@ -55,7 +55,8 @@ class Settings:
     rate: float = field(default=2e-3, metadata={"help": "Adam's, at its highest"})
     warmup: int = field(default=300, metadata={"help": "steps until the rate is at its highest"})
     decay: float = field(default=3000, metadata={"help": "steps after which the rate falls, as 1/sqrt"})
-    dropout: float = field(default=0.45, metadata={"help": "share of the states that the output misses"})
+    dropout: float = field(default=0.5, metadata={"help": "share of the states that the output misses"})
+    blanks: float = field(default=0.2, metadata={"help": "share of the inputs that the layers miss"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     average: float = field(default=0.999, metadata={"help": "decay of the weights' average; 0: the last"})
     dtype: str = field(default="float32", metadata={"help": f"{', '.join(DTYPES)} (by autocast)"})
@@ -71,7 +72,7 @@ class Settings:
         for name in ("rate", "decay", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
-        for name in ("dropout", "average"):
+        for name in ("dropout", "blanks", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more and less than 1")
         if self.dtype not in DTYPES:
@@ -193,15 +194,20 @@ class CharacterModel(nn.Module):
         self.rnn = elman.Stream(layer)
         self.head = nn.Linear(settings.hidden, V)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """ids int64 (T, B); mask (1, B, H), what the outputs are multiplied by, or None."""
+    def forward(self, ids: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """ids int64 (T, B); masks (1, B, I) and (1, B, H): what inputs and outputs are multiplied by.
+
+        They are the same for all steps: Y. Gal and Z. Ghahramani, 2016, arXiv 1512.05287.
+        """
         x = (
             F.one_hot(ids, self.V).to(self.head.weight.dtype)
             if self.embedding is None
             else self.embedding(ids)
         )
-        h, _ = self.rnn(x)
-        return self.head(h if mask is None else h * mask.to(h.dtype))
+        if masks is None:
+            return self.head(self.rnn(x)[0])
+        h, _ = self.rnn(x * masks[0])
+        return self.head(h * masks[1].to(h.dtype))
 
 
 def generate(
@@ -214,7 +220,7 @@ def generate(
 ) -> Iterator[int]:
     """`length` characters after the prompt, int64 (N,): each drawn, and fed back by a call of one step.
 
-    The model begins with a state of zero, and is left with one. temperature: 1 as the model believes,
+    The model begins with a state of zero. temperature: 1 as the model believes,
     less for the likelier characters more often, 0 for the likeliest always.
     """
     device = model.head.weight.device
@@ -232,7 +238,6 @@ def generate(
         yield chosen
         with torch.no_grad():
             scores = model(torch.full((1, 1), chosen, device=device))[0, 0]
-    model.rnn.reset()
 
 
 # --- Training -----------------------------------------------------------------------------------------
@@ -309,17 +314,15 @@ class Training:
         window, begins = self.windows.next(self.generator)
         if begins:
             self.model.rnn.reset()
-        mask = None
-        if s.dropout:
-            kept = torch.rand(1, s.batch, s.hidden, generator=self.generator) >= s.dropout
-            mask = (kept[:, self.part] / (1 - s.dropout)).to(self.device)
+        inputs = s.embedding or len(self.corpus.alphabet)
+        masks = self._mask(s.blanks, inputs), self._mask(s.dropout, s.hidden)
         window = window[:, self.part].to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = s.rate_at(self.steps)
         self.optimizer.zero_grad(set_to_none=True)
         with arithmetic(s.dtype):  # the backward pass too, which autocast is not for
             with self.autocast():
-                scores = self.module(window[:-1], mask)
+                scores = self.module(window[:-1], masks)
                 loss = F.cross_entropy(scores.flatten(0, 1), window[1:].flatten())
             loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
@@ -327,6 +330,12 @@ class Training:
         self.steps += 1
         self._average()
         return loss.detach()
+
+    def _mask(self, dropped: float, size: int) -> Tensor:
+        """(1, B, size), of this process's columns; drawn for all of them, as by any number of processes."""
+        s = self.settings
+        kept = torch.rand(1, s.batch, size, generator=self.generator) >= dropped
+        return (kept[:, self.part] / (1 - dropped)).to(self.device)
 
     def _average(self) -> None:
         """The weights' average, of which the first steps are forgotten sooner."""
@@ -381,12 +390,13 @@ class Training:
         each: Callable[[int], object] = lambda character: None,
         **options: Any,
     ) -> list[int]:
-        """generate(), in the settings' precision, by the weights' average; `each` gets every character."""
+        """generate(), in the settings' dtype, by the weights' average, until `each` says it is enough."""
         characters = []
         with arithmetic(self.settings.dtype), self.autocast():
             for character in generate(self.average, prompt, length, **options):
-                each(character)
                 characters.append(character)
+                if each(character):
+                    break
         return characters
 
     def state_dict(self) -> dict[str, Any]:

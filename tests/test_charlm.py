@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ TINY = Settings(
     rate=0.02,
     decay=2000,
     dropout=0.2,
+    blanks=0.1,
     clip=0.5,
 )
 OPTIONS = [f"--{name}={value}" for name, value in vars(TINY).items() if value is not None]
@@ -149,10 +151,12 @@ def by_hand(corpus: Corpus, s: Settings, steps: int) -> tuple[list[float], dict[
     for k in range(steps):
         window = columns[k * T : k * T + T + 1]
         assert len(window) == T + 1, "the text is too short for this test"
-        kept = torch.rand(1, B, s.hidden, generator=generator) >= s.dropout if s.dropout else 1.0
+        blank = torch.rand(1, B, s.embedding or V, generator=generator) < s.blanks
+        kept = torch.rand(1, B, s.hidden, generator=generator) >= s.dropout
         x = F.one_hot(window[:-1], V).float()
         if s.embedding:
             x = x @ weights["embedding.weight"]
+        x = x.masked_fill(blank, 0) / (1 - s.blanks)
         out, h = reference.elman(x, h.detach(), rnn, num_layers=s.layers, nonlinearity=s.nonlinearity)
         scores = (out * kept / (1 - s.dropout)) @ weights["head.weight"].t() + weights["head.bias"]
         loss = -scores.log_softmax(-1).gather(-1, window[1:, :, None]).mean()
@@ -171,7 +175,7 @@ def by_hand(corpus: Corpus, s: Settings, steps: int) -> tuple[list[float], dict[
     "options",
     [
         {},
-        {"embedding": 0, "nonlinearity": "relu", "recurrent": "identity", "dropout": 0.0},
+        {"embedding": 0, "nonlinearity": "relu", "recurrent": "identity", "dropout": 0.0, "blanks": 0.3},
         {"layers": 2, "recurrent": "normal", "sigma": 0.3, "radius": 1.2, "clip": 0.1},
     ],
     ids=["tanh", "one-hot relu", "two layers"],
@@ -314,6 +318,7 @@ def test_samples_are_drawn_as_the_model_believes(corpus):
     run = training(corpus)
     prompt = corpus.held_out[:1]
     drawn = [run.sample(prompt, 1, seed=seed)[0] for seed in range(2000)]
+    run.average.rnn.reset()
     with torch.no_grad():
         p = run.average(prompt.to(DEVICE)[:, None])[-1, 0].softmax(0)
     run.average.rnn.reset()
@@ -419,6 +424,25 @@ def test_ctrl_c_ends_a_run_where_its_time_would(text, tmp_path, monkeypatch, cap
     assert checkpoint(tmp_path / "stopped")["losses"] == checkpoint(tmp_path / "whole")["losses"]
 
 
+def test_ctrl_c_ends_the_sample_with_what_there_is(text, tmp_path, monkeypatch, capsys):
+    generate = language.generate
+
+    def interrupted(*args, **options):
+        for place, character in enumerate(generate(*args, **options)):
+            if place == 5:
+                signal.raise_signal(signal.SIGINT)
+            yield character
+
+    monkeypatch.setattr(language, "generate", interrupted)
+    assert run_main(text, tmp_path, "--steps", 10) == 130
+    assert len((tmp_path / "sample.txt").read_text(encoding="utf-8")) == charlm.PROMPT + 6
+    assert "Stopped" not in capsys.readouterr().out
+
+
+def test_a_name_that_looks_like_mathematics(text, tmp_path):
+    assert run_main(text.rename(tmp_path / "co$ts_{$.txt"), tmp_path / "run", "--steps", 10) == 0
+
+
 def test_a_second_ctrl_c_is_one(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -506,6 +530,12 @@ def test_a_checkpoint_is_neither_lost_nor_mistaken(text, tmp_path, capsys):
         assert said in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert run_main(text, tmp_path, "--steps", 20, "--overwrite") == 0
+    saved = checkpoint(tmp_path)
+    for settings in ({"hidden": 8}, {**saved["settings"], "colour": "red"}):
+        torch.save({**saved, "settings": settings}, tmp_path / "checkpoint.pt")
+        with pytest.raises(SystemExit):
+            run_main(text, tmp_path, "--resume")
+        assert f"{tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
     for content in (b"", b"no zip", before[:-100]):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(SystemExit):
@@ -585,6 +615,28 @@ def test_a_comparison_takes_the_place_of_the_one_before(compared, tmp_path, monk
         charlm_page.publish(tmp_path, record)
 
 
+def test_few_turns_have_no_interval(compared):
+    folder, page = compared
+    (record,) = charlm_page.read(folder / "charlm.jsonl")
+    assert "after equal steps" in page
+    few = [{**run, "training": run["training"][:3]} for run in record["runs"]]
+    training = charlm_page._speeds(few, few[0]).splitlines()[-1].split(" | ")[1:3]
+    assert not any("[" in cell for cell in training)
+    whole = charlm_page._speeds(record["runs"], record["runs"][0]).splitlines()[-1].split(" | ")[1:3]
+    assert all("[" in cell for cell in whole)
+
+
+def test_without_matplotlib_the_pictures_stay(compared, tmp_path, monkeypatch):
+    folder, page = compared
+    shutil.copytree(folder, tmp_path / "here")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    charlm_page.write(tmp_path / "here")
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == sorted(
+        path.name for path in folder.iterdir()
+    )
+    assert (tmp_path / "here" / "charlm.md").read_text(encoding="utf-8") == page
+
+
 def test_verdicts():
     held_out = [[1.0, 10, 5.0], [2.0, 20, 4.0], [3.0, 30, 2.5]]
     run = {"name": "eager", "seconds": 3.0, "held_out": held_out}
@@ -612,14 +664,15 @@ def test_a_turns_numbers_belong_together(corpus, monkeypatch):
     assert len(taken["nn.RNN"]) == len(taken["eager"]) == 3  # eager's 10 s are two turns
 
 
-def test_an_interrupted_comparison_publishes_nothing(text, tmp_path, monkeypatch, capsys):
-    step = Training.step
+@pytest.mark.parametrize("when", ["step", "sample"])
+def test_an_interrupted_comparison_publishes_nothing(when, text, tmp_path, monkeypatch, capsys):
+    function = getattr(Training, when)
 
-    def interrupted(self):
+    def interrupted(self, *args, **options):
         signal.raise_signal(signal.SIGINT)
-        return step(self)
+        return function(self, *args, **options)
 
-    monkeypatch.setattr(Training, "step", interrupted)
+    monkeypatch.setattr(Training, when, interrupted)
     assert (
         run_main(text, tmp_path / "run", "--compare", "--results", tmp_path / "results", "--steps", 60) == 130
     )

@@ -380,7 +380,17 @@ def test_two_processes_go_on_where_one_has_stopped(language_models):
 
 def test_columns_that_two_processes_can_not_share(language_models):
     _, folder = language_models
-    run = launch("bench.charlm", "--text", folder / "rhyme.txt", "--batch", "3", "--window", "7")
+    run = launch(
+        "bench.charlm",
+        "--text",
+        folder / "rhyme.txt",
+        "--batch",
+        "3",
+        "--window",
+        "7",
+        "--folder",
+        folder / "none",
+    )
     assert run.returncode != 0
     assert "batch is 3 and there are 2 processes; expected columns for each" in run.output
 
