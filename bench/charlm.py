@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import io
 import math
 import os
@@ -33,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import elman
-from bench import charlm_page, language, machine, measure, ngrams, report
+from bench import charlm_page, curves, language, machine, measure, ngrams, report
 from bench.language import Corpus, Settings, Training
 from bench.page import NEEDS_MATPLOTLIB
 from bench.rows import BASELINE
@@ -46,9 +45,13 @@ ROUNDS = 30  # turns of each backend in a comparison
 GENERATED = 500  # characters a turn
 GENERATIONS = 12  # turns
 ORDER = 5  # of the n-grams
+COUNTED = 4_000_000  # characters of which n-grams are counted, in half a minute
 PROMPT = 40  # characters of the held-out text, where there is no --prompt
 
 Interrupted = Callable[[], bool]
+
+
+LOWER = "take a lower --rate or --clip"
 
 
 class Diverged(Exception):
@@ -72,10 +75,13 @@ class Run:
         self.seconds += time.perf_counter() - start
         for number, loss in enumerate(found, len(self.losses)):
             if not math.isfinite(loss):
-                raise Diverged(
-                    f"the loss of step {number} is {loss}; expected a number: take a lower --rate or --clip"
-                )
+                raise Diverged(f"the loss of step {number} is {loss}; expected a number: {LOWER}")
         self.losses += found
+
+    def check(self) -> None:
+        """Diverged where a weight is no number, which the losses tell one step later."""
+        if not all(bool(weight.isfinite().all()) for weight in self.training.model.parameters()):
+            raise Diverged(f"after step {self.training.steps} a weight is no number; expected one: {LOWER}")
 
     def evaluate(self) -> None:
         self.held_out.append((self.seconds, self.training.steps, self.training.evaluate()))
@@ -109,8 +115,8 @@ def parser() -> argparse.ArgumentParser:
         "--backend", help=f"of the layer: auto, eager, cudnn, triton, triton:KERNEL, or {BASELINE} itself"
     )
     parser.add_argument("--device", help="cuda if there is one, else cpu")
-    parser.add_argument("--minutes", type=float, help="of training, 5 if neither this nor --steps is given")
-    parser.add_argument("--steps", type=int, help="of training")
+    parser.add_argument("--minutes", type=float, help="of training in all, 5 unless --steps is given")
+    parser.add_argument("--steps", type=int, help="of training in all")
     parser.add_argument("--folder", type=Path, default=Path("runs/charlm"), help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="go on with the checkpoint in the folder")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that has one")
@@ -159,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return work(interrupted)
         except Diverged as error:
-            print(f"\n{known.prog}: {error}", file=sys.stderr)
+            if rank == 0:
+                print(f"\n{known.prog}: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"\n{known.prog}: ended at once", file=sys.stderr)
@@ -176,10 +183,15 @@ def device_of(options: argparse.Namespace) -> torch.device:
         raise ValueError(f"--temperature is {options.temperature}; expected a number from 0 up")
     if options.prompt == "":
         raise ValueError("--prompt is empty; expected one character at least, or no --prompt")
-    if options.compare and (options.resume or "RANK" in os.environ):
+    if options.resume and options.overwrite:
+        raise ValueError("--resume and --overwrite came both; expected one: go on, or begin anew")
+    if options.compare and (options.resume or options.overwrite or "RANK" in os.environ):
         raise ValueError(
-            "--compare is for one process, from the beginning; expected no --resume, no torchrun"
+            "--compare is for one process, and leaves no checkpoint; expected no torchrun, no --resume and "
+            "no --overwrite"
         )
+    if options.compare and options.backend == BASELINE:
+        raise ValueError(f"--backend is {BASELINE}, which is what --compare compares with; expected another")
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -213,20 +225,21 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device
 
 @contextmanager
 def interrupts() -> Iterator[Interrupted]:
-    """Ctrl-C, and being told to end, become a question; a second Ctrl-C, a second later, is what it was.
+    """Ctrl-C, and being told to end, become a question; a second Ctrl-C is what it always was.
 
-    Not at once: torchrun passes on to its processes what the terminal has sent them too.
+    Under torchrun the third: it sends its processes once more what the terminal has sent them too.
     """
-    first: list[float] = []
+    asked: list[int] = []
+    patience = 2 if "RANK" in os.environ else 1
 
     def ask(number: int, frame: Any) -> None:
-        if first and number == signal.SIGINT and time.monotonic() - first[0] > 1:
+        asked.append(number)
+        if number == signal.SIGINT and asked.count(number) > patience:
             raise KeyboardInterrupt
-        first.append(time.monotonic())
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(first)
+        yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -238,7 +251,8 @@ class Progress:
     def __init__(self, limits: Limits) -> None:
         self.limits, self.terminal, self.shown = limits, sys.stderr.isatty(), time.monotonic()
 
-    def show(self, run: Run, name: str = "") -> None:
+    def show(self, run: Run, others: Sequence[Run] = ()) -> None:
+        """The run's line; others: what has to be trained beside it, which takes time too."""
         if not self.terminal and time.monotonic() - self.shown < 10:
             return
         self.shown = time.monotonic()
@@ -247,9 +261,11 @@ class Progress:
         loss = sum(run.losses[-100:]) / len(run.losses[-100:])
         held_out = f" (held out {run.held_out[-1][2]:.3f})" if run.held_out else ""
         speed = run.training.characters / run.seconds
+        left = sum(self.limits.left(each) for each in (run, *others))
+        name = f"{run.training.backend:6} " if others else ""
         said = (
             f"{name}[{bar:.<20}] {share:4.0%}  loss {loss:.3f}  {loss / math.log(2):.3f} bits/char"
-            f"{held_out}  {speed:,.0f} chars/s  {clock(self.limits.left(run))} left"
+            f"{held_out}  {speed:,.0f} chars/s  {clock(left)} left"
         )
         width = shutil.get_terminal_size().columns - 1
         print(
@@ -346,6 +362,7 @@ def train(run: Run, limits: Limits, path: Path, interrupted: Interrupted, first:
             progress.show(run)
         if due or over or stopped:
             mark = int(share * MARKS) + 1
+            run.check()
             if first and not stopped:
                 run.evaluate()
             save(path, run, first)
@@ -411,11 +428,16 @@ def prompt_of(options: argparse.Namespace, corpus: Corpus) -> Tensor:
     """int64 (N,); ValueError for characters that the text has not."""
     if options.prompt is None:
         return corpus.held_out[:PROMPT]
-    return language.numbers(options.prompt, corpus.alphabet)
+    try:
+        return language.numbers(options.prompt, corpus.alphabet)
+    except ValueError as error:
+        raise ValueError(f"--prompt can't be read: {error}") from None
 
 
 def baselines_of(corpus: Corpus) -> dict[str, float]:
-    """Bits a character of the held-out text, by what counts alone can tell."""
+    """Bits a character of the held-out text, by what counts can tell; none of a text too long for that."""
+    if len(corpus.training) > COUNTED:
+        return {}
     V = len(corpus.alphabet)
     return {
         name: ngrams.NGram(corpus.training, V, order).bits_per_character(corpus.held_out)
@@ -424,6 +446,8 @@ def baselines_of(corpus: Corpus) -> dict[str, float]:
 
 
 def said_of(baselines: dict[str, float]) -> str:
+    if not baselines:
+        return f"of more than {COUNTED:,} characters no n-grams are counted"
     return ", ".join(f"{name} {value:.3f} bits a character" for name, value in baselines.items())
 
 
@@ -462,20 +486,17 @@ def finish(
         missed = [name for name in baselines if name not in beaten]
         below = f"; below the {' and the '.join(beaten)}" if beaten else ""
         above = f"; not below the {' nor the '.join(missed)}: train longer, or on more text" if missed else ""
-        print(f"Held out: {reached:.3f} bits a character{below}{above}. ({said_of(baselines)})")
+        when = "" if run.held_out[-1][1] == training.steps else f" at step {run.held_out[-1][1]:,}"
+        print(f"Held out{when}: {reached:.3f} bits a character{below}{above}.")
 
     folder = options.folder
-    written = [folder / "checkpoint.pt", folder / "sample.txt"]
-    if importlib.util.find_spec("matplotlib") is None:
+    title = f"{corpus.name}, {training.settings.layers} x {training.settings.hidden}"
+    picture = curves.losses(folder / "loss.png", title, [curve_of(run)], baselines)
+    if picture is None:
         print(NEEDS_MATPLOTLIB)
-    else:
-        from bench import curves  # imports matplotlib, which may be absent
-
-        title = f"{corpus.name}, {training.settings.layers} x {training.settings.hidden}"
-        written.append(curves.losses(folder / "loss.png", title, [curve_of(run)], baselines))
     begin = "".join(corpus.alphabet[i] for i in prompt.tolist())
     print(f"\nIt writes, after {begin!r}:\n\n{begin}", end="")
-    with written[1].open("w", encoding="utf-8", newline="") as sample:
+    with (folder / "sample.txt").open("w", encoding="utf-8", newline="") as sample:
         sample.write(begin)
 
         def show(character: int) -> bool:
@@ -489,7 +510,8 @@ def finish(
         )
         seconds = time.perf_counter() - start
     print(f"\n\n{len(drawn) / seconds:,.0f} characters a second, one call each.")
-    print(f"Wrote {', '.join(map(str, written))}.")
+    names = ["checkpoint.pt", "sample.txt", *([picture.name] if picture else [])]
+    print(f"Wrote {', '.join(str(folder / name) for name in names)}.")
 
 
 # --- A comparison -------------------------------------------------------------------------------------
@@ -557,7 +579,10 @@ def prepare_all(
                     "generation": generated[name],
                     "apart": apart(run.losses, runs[BASELINE].losses),
                     "sample": "".join(
-                        corpus.alphabet[i] for i in run.training.sample(prompt, options.length)
+                        corpus.alphabet[i]
+                        for i in run.training.sample(
+                            prompt, options.length, temperature=options.temperature, seed=settings.seed
+                        )
                     ),
                 }
                 for name, run in runs.items()
@@ -587,13 +612,14 @@ def race(runs: dict[str, Run], limits: Limits, interrupted: Interrupted) -> dict
             while limits.share(run) < share:
                 steps = int(min(limits.steps, sys.maxsize)) - run.training.steps
                 run.advance(min(LOOK, steps))
-                progress.show(run, f"{name:6} ")
+                progress.show(run, [other for other in runs.values() if other is not run])
                 if interrupted():
                     progress.end()
                     return {}
             if run.training.characters > before[1]:
                 seconds, characters = run.seconds - before[0], run.training.characters - before[1]
                 taken[turn][name] = seconds / characters
+            run.check()
             run.evaluate()
     progress.end()
     whole = [numbers for numbers in taken if numbers.keys() == runs.keys()]

@@ -1,19 +1,18 @@
 """The published comparisons of character models: a machine's charlm.jsonl, and the page made of it.
 
 A line of charlm.jsonl is a comparison, what bench/charlm.py has recorded; a later one with the same text,
-layers, hidden size and dtype takes its place.
+layers, hidden size, nonlinearity and dtype takes its place.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import machine, measure
+from bench import curves, machine, measure
 from bench.page import NEEDS_MATPLOTLIB, conditions, load, pipes, ratio
 from bench.rows import BASELINE
 from bench.tables import digits, machine_name, times
@@ -35,7 +34,9 @@ def name_of(record: Record) -> str:
     """The model in a few letters: what tells a machine's comparisons apart."""
     s, text = record["settings"], record["text"]["name"]
     nonlinearity = "" if s["nonlinearity"] == "tanh" else f"-{s['nonlinearity']}"
-    source = "" if text == "pydoc_data.topics" else f"-{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')}"
+    source = ""
+    if text != "pydoc_data.topics":  # two files may have the same name
+        source = f"-{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')}-{record['text']['digest'][:6]}"
     return f"{s['layers']}x{s['hidden']}{nonlinearity}-{s['dtype']}{source}"
 
 
@@ -65,7 +66,8 @@ def publish(results: Path, record: Record) -> list[Path]:
     fresh = path.with_suffix(".new")
     fresh.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     fresh.replace(path)
-    machine.write(folder, record)
+    if not (folder / "machine.json").exists():
+        machine.write(folder, record)
     return [*write(folder), path]
 
 
@@ -75,13 +77,9 @@ def write(folder: Path) -> list[Path]:
     if not records:
         return []
     pictures = {name_of(record): folder / f"charlm-{name_of(record)}.png" for record in records}
-    if importlib.util.find_spec("matplotlib") is not None:
-        from bench import curves  # imports matplotlib, which may be absent
-
-        for record in records:
-            name = name_of(record)
-            title = f"{record['text']['name']}, {_model(record)}; {machine_name(record)}"
-            curves.losses(pictures[name], title, record["runs"], record["baselines"])
+    for record in records:
+        title = f"{record['text']['name']}, {_model(record)}; {machine_name(record)}"
+        curves.losses(pictures[name_of(record)], title, record["runs"], record["baselines"])
     for old in folder.glob("charlm-*.png"):
         if old not in pictures.values():
             old.unlink()
@@ -123,11 +121,14 @@ def _section(record: Record, picture: Path | None) -> list[str]:
     best = min(runs, key=lambda run: run["held_out"][-1][2])
     prompt = record["prompt"]
     parts += [
-        f"What {best['name']}'s writes, one call a character, after {len(prompt)} characters of the text:",
+        f"What {best['name']}'s model writes, a call for each character, after the first {len(prompt)}:",
         _fenced(prompt + best["sample"][:SAMPLE]),
     ]
     facts = [
-        ("text", f"{text['characters']:,} characters, {text['alphabet']} distinct, sha256 {text['digest']}"),
+        (
+            "text",
+            f"{text['characters']:,} characters, {text['alphabet']} distinct, sha256 {text['digest']}...",
+        ),
         ("held out", f"the last {text['held_out']:,}"),
         ("settings", ", ".join(f"{k} {v}" for k, v in record["settings"].items() if v is not None)),
         *((run["name"], run["route"]) for run in runs if run["route"] != run["name"]),
@@ -147,9 +148,9 @@ def verdicts(record: Record) -> list[str]:
         for name, value in record["baselines"].items():
             below = next((seconds for seconds, _, found in run["held_out"] if found < value), None)
             words.append(
-                f"not below the {name}'s in {run['seconds']:.0f} s"
+                f"not below the {name}'s in {digits(run['seconds'])} s"
                 if below is None
-                else f"below the {name}'s after {below:.0f} s"
+                else f"below the {name}'s after {digits(below)} s"
             )
         said.append(f"- {run['name']}: {', '.join(words)}.")
     return ["\n".join(said)]
@@ -182,7 +183,7 @@ def _bits(record: Record) -> str:
     runs, longest = record["runs"], len(record["runs"][0]["held_out"])
     places = list(dict.fromkeys(max(1, round(share * longest)) - 1 for share in SHARES))
     seconds = [max(run["held_out"][place][0] for run in runs) for place in places]
-    headings = ["", *(f"after {s:.0f} s" for s in seconds), "characters learnt from"]
+    headings = ["", *(f"after {digits(s)} s" for s in seconds), "characters learnt from"]
     body = [
         [run["name"], *(f"{run['held_out'][place][2]:.3f}" for place in places), f"{run['characters']:,}"]
         for run in runs

@@ -1,43 +1,47 @@
-"""The picture of a training: its losses, and the held-out text's over time. Needs matplotlib."""
+"""The picture of a training: its losses, and the held-out text's bits a character over time."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from bench.plots import BELOW, DPI, LOOKS, OTHER, STYLE
-
 BASELINE_LINES = ((0, (1, 2)), (0, (4, 2)))
 
 
-def losses(path: Path, title: str, runs: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> Path:
-    """Draws the runs, each as bench/charlm.py's curve_of(), to that file. baselines: bits a character."""
+def losses(
+    path: Path, title: str, runs: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]
+) -> Path | None:
+    """Draws the runs, each as bench/charlm.py's curve_of(), to that file; None if there is no matplotlib.
+
+    baselines: bits a character, by name.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from bench.plots import BELOW, DPI, LOOKS, OTHER, STYLE
+
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         by_characters, by_time = figure.subplots(1, 2, sharey=True)
         for number, run in enumerate(runs):
-            _by_characters(by_characters, run, below=number == 0 and len(runs) > 1)
             look = LOOKS.get(run["name"], OTHER)
-            times = [seconds for seconds, *_ in run["held_out"]]
-            found = [value for *_, value in run["held_out"]]
-            by_time.plot(
-                times,
-                found,
-                color=look.colour,
-                marker=look.marker,
-                markersize=3.5,
-                ls=look.line,
-                label=run["name"],
-            )
-        for (name, value), line in zip(baselines.items(), BASELINE_LINES, strict=True):
+            style: dict[str, Any] = {"color": look.colour, "ls": look.line, "label": run["name"]}
+            # The first one lies wide and pale under the others, which are to lie on it.
+            below = BELOW if number == 0 and len(runs) > 1 else {}
+            each = run["characters"] / max(1, run["steps"]) * run["steps_a_mean"] / 1e6
+            x = [(place + 0.5) * each for place in range(len(run["losses"]))]
+            by_characters.plot(x, run["losses"], **style, **below)
+            x = [seconds for seconds, *_ in run["held_out"]]
+            y = [value for *_, value in run["held_out"]]
+            by_time.plot(x, y, marker=look.marker, markersize=3.5, **style)
+        for (name, value), line in zip(baselines.items(), BASELINE_LINES, strict=False):
             by_time.axhline(value, color="#777777", ls=line, lw=1.2)
             by_time.annotate(
                 f"{name} {value:.2f}",
@@ -64,15 +68,7 @@ def losses(path: Path, title: str, runs: Sequence[Mapping[str, Any]], baselines:
             axis.set_axisbelow(True)
         if len(runs) > 1:
             by_characters.legend(frameon=False)
-        figure.suptitle(title, parse_math=False)  # it has a file's name
+        figure.suptitle(title, parse_math=False)  # a file's name is in it
+        # No version of matplotlib in the file: another one that draws the same is no change.
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
     return path
-
-
-def _by_characters(axis: Axes, run: Mapping[str, Any], below: bool) -> None:
-    """The training loss; below: wide and pale, under another one's that is to lie on it."""
-    look = LOOKS.get(run["name"], OTHER)
-    a_mean = run["characters"] / max(1, run["steps"]) * run["steps_a_mean"] / 1e6
-    x = [(place + 0.5) * a_mean for place in range(len(run["losses"]))]
-    more: dict[str, Any] = BELOW if below else {"ls": look.line}
-    axis.plot(x, run["losses"], color=look.colour, label=run["name"], **more)

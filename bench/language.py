@@ -32,13 +32,14 @@ from bench.contenders import arithmetic, described
 from bench.rows import BASELINE
 
 HELD_OUT = 0.1  # of the text, at its end
+MOST_HELD_OUT = 2**17  # characters: they are read one after the other, some 20 times in a run
 EVALUATED = 1024  # characters of the held-out text at a time
 DTYPES = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a training depends on but for the text; of what may be computed by, nothing.
+    """All that a training depends on but for the text; nothing of what computes it.
 
     metadata["help"] is what the command line says of a field. Raises ValueError for what can't be.
     """
@@ -69,6 +70,8 @@ class Settings:
         for name in ("embedding", "warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.rate == math.inf:
+            raise ValueError("rate is inf; expected a number")
         for name in ("rate", "decay", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
@@ -94,7 +97,7 @@ class Corpus:
     alphabet: str  # the text's distinct characters, sorted
     training: Tensor
     held_out: Tensor
-    digest: str  # of the text
+    digest: str  # how sha256 begins, of the text with \n for every end of a line
 
     @classmethod
     def of(cls, name: str, text: str) -> Corpus:
@@ -107,7 +110,7 @@ class Corpus:
             )
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         ids = numbers(text, alphabet)
-        start = len(ids) - round(HELD_OUT * len(ids))
+        start = len(ids) - min(MOST_HELD_OUT, round(HELD_OUT * len(ids)))
         return cls(name, alphabet, ids[:start], ids[start:], digest)
 
     @property
@@ -137,7 +140,7 @@ def read(path: Path | None) -> Corpus:
 
         return Corpus.of("pydoc_data.topics", "\n".join(topics[name] for name in sorted(topics)))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 ({error.reason} at byte {error.start})") from error
     return Corpus.of(path.name, text)
@@ -264,6 +267,8 @@ class Training:
                 f"batch is {settings.batch} and there are {world} processes; expected columns for each: a "
                 "multiple of that"
             )
+        if settings.dtype == "tf32" and device.type != "cuda":
+            raise ValueError(f"dtype is tf32 and the device {device}; expected float32, or an NVIDIA GPU")
         self.corpus, self.settings, self.backend, self.device = corpus, settings, backend, device
         self.world = world
         self.part = slice(rank * settings.batch // world, (rank + 1) * settings.batch // world)

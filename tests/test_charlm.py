@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +103,18 @@ def test_windows_go_on_where_the_last_ended():
         for window, _ in found[start : start + 8]:
             assert torch.equal((window + 1) % 103, torch.cat([window[1:], (window[-1:] + 1) % 103]))
     assert not torch.equal(found[0][0], found[8][0])  # cut at another place
+
+
+def test_a_long_text_holds_out_no_more_than_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "MOST_HELD_OUT", 50)
+    monkeypatch.setattr(charlm, "COUNTED", 500)
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("ran; ", "ran;\r\n").encode())
+    corpus = language.read(path)
+    assert len(corpus.held_out) == 50
+    assert not {"\ufeff", "\r"} & set(corpus.alphabet)
+    assert charlm.baselines_of(corpus) == {}
+    assert run_main(path, tmp_path / "run", "--steps", 10) == 0
 
 
 def test_a_text_too_short_for_its_columns():
@@ -272,7 +283,16 @@ def test_half_precision_learns_the_same(corpus):
     assert half.evaluate() == pytest.approx(full.evaluate(), rel=0.02)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        "bfloat16",
+        pytest.param(
+            "tf32", marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
+        ),
+    ],
+)
 def test_the_backward_pass_has_the_forward_passs_arithmetic(dtype, corpus):
     """PyTorch's switches for TF32 are on where it was asked for, and nowhere else."""
     run = training(corpus, dtype=dtype)
@@ -444,15 +464,18 @@ def test_a_name_that_looks_like_mathematics(text, tmp_path):
 
 
 def test_a_second_ctrl_c_is_one(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with charlm.interrupts() as interrupted:
         assert not interrupted()
         signal.raise_signal(signal.SIGINT)
         assert interrupted()
-        signal.raise_signal(signal.SIGINT)  # torchrun's, of the same keys
         signal.raise_signal(signal.SIGTERM)
-        now[0] = 2.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setenv("RANK", "0")
+    with charlm.interrupts() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # torchrun's, of the same keys
+        assert interrupted()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -485,23 +508,48 @@ def test_a_loss_that_is_no_number_ends_the_run(text, tmp_path, monkeypatch, caps
     assert len(checkpoint(tmp_path)["losses"]) <= 30
 
 
+def test_a_weight_that_is_no_number_reaches_no_checkpoint(text, tmp_path, monkeypatch, capsys):
+    step = Training.step
+
+    def last(self):
+        loss = step(self)
+        if self.steps == 20:
+            self.model.head.weight.detach()[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(Training, "step", last)
+    assert run_main(text, tmp_path, "--steps", 20) == 1
+    assert "after step 20 a weight is no number; expected one: take a lower --rate" in capsys.readouterr().err
+    assert len(checkpoint(tmp_path)["losses"]) == 10
+
+
 WRONG = {
     "no file": (["--text", "nowhere.txt"], "nowhere.txt"),
     "minutes": (["--minutes", "0"], "--minutes is 0.0; expected a number above 0"),
     "endless": (["--minutes", "inf"], "--minutes is inf; expected a number above 0"),
     "temperature": (["--temperature", "-1"], "--temperature is -1.0; expected a number from 0 up"),
     "prompt": (["--prompt", ""], "--prompt is empty; expected one character at least"),
-    "strange prompt": (["--prompt", "ø"], "the text has 'ø'; expected characters that are in the text"),
+    "strange prompt": (
+        ["--prompt", "ø"],
+        "--prompt can't be read: the text has 'ø'; expected characters that",
+    ),
     "device": (["--device", "gpu"], "--device is 'gpu'; expected cpu or cuda"),
     "backend": (["--backend", "fast"], "fast"),
     "settings": (["--dropout", "1"], "dropout is 1.0; expected 0 or more and less than 1"),
     "recurrent": (["--recurrent", "diagonal"], "diagonal"),
     "long window": (["--window", "1000"], "take a longer text, or a smaller --batch or --window"),
     "nothing to resume": (["--resume"], "to go on with; expected a checkpoint there, or no --resume"),
-    "compare and resume": (["--compare", "--resume"], "--compare is for one process, from the beginning"),
+    "compare and resume": (
+        ["--compare", "--resume"],
+        "--compare is for one process, and leaves no checkpoint",
+    ),
+    "compare with itself": (["--compare", "--backend", "nn.RNN"], "is what --compare compares with"),
+    "both ways": (["--resume", "--overwrite"], "--resume and --overwrite came both; expected one"),
+    "rate": (["--rate", "inf"], "rate is inf; expected a number"),
 }
 if DEVICE == "cpu":
     WRONG["absent backend"] = (["--backend", "cudnn"], "needs a CUDA GPU")
+    WRONG["tf32"] = (["--dtype", "tf32"], "dtype is tf32 and the device cpu; expected float32, or an NVIDIA")
     WRONG["absent device"] = (["--device", "cuda"], "--device is cuda, which this machine has not")
 
 
@@ -545,6 +593,7 @@ def test_a_checkpoint_is_neither_lost_nor_mistaken(text, tmp_path, capsys):
 
 def test_the_progress_line(corpus, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
     run = charlm.Run(training(corpus), held_out=[(0.0, 0, 4.5)])
     progress = charlm.Progress(charlm.Limits(math.inf, 40))
     run.advance(10)
@@ -552,8 +601,11 @@ def test_the_progress_line(corpus, monkeypatch, capsys):
     progress.show(run)
     loss = sum(run.losses) / 10
     said = capsys.readouterr().err
-    assert f"\r[#####...............]  25%  loss {loss:.3f}  {loss / math.log(2):.3f} bits/char" in said
-    assert "(held out 4.500)  5 chars/s  1:00 left"[:20] in said
+    bits = f"{loss / math.log(2):.3f} bits/char (held out 4.500)"
+    assert said == f"\r[#####...............]  25%  loss {loss:.3f}  {bits}  5 chars/s  1:00 left\x1b[K"
+    progress.show(run, [run])
+    assert "\reager  [#####" in (said := capsys.readouterr().err)
+    assert "  2:00 left" in said
 
 
 # --- Comparisons ---------------------------------------------------------------------------------------
@@ -642,7 +694,7 @@ def test_verdicts():
     run = {"name": "eager", "seconds": 3.0, "held_out": held_out}
     record = {"runs": [run], "baselines": {"unigram": 4.5, "5-gram": 2.0}}
     assert charlm_page.verdicts(record) == [
-        "- eager: below the unigram's after 2 s, not below the 5-gram's in 3 s."
+        "- eager: below the unigram's after 2.00 s, not below the 5-gram's in 3.00 s."
     ]
 
 
@@ -666,10 +718,12 @@ def test_a_turns_numbers_belong_together(corpus, monkeypatch):
 
 @pytest.mark.parametrize("when", ["step", "sample"])
 def test_an_interrupted_comparison_publishes_nothing(when, text, tmp_path, monkeypatch, capsys):
-    function = getattr(Training, when)
+    function, calls = getattr(Training, when), []
 
     def interrupted(self, *args, **options):
-        signal.raise_signal(signal.SIGINT)
+        calls.append(when)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
         return function(self, *args, **options)
 
     monkeypatch.setattr(Training, when, interrupted)
