@@ -56,7 +56,7 @@ class Settings:
     rate: float = field(default=2e-3, metadata={"help": "Adam's, at its highest"})
     warmup: int = field(default=300, metadata={"help": "steps until the rate is at its highest"})
     decay: float = field(default=3000, metadata={"help": "steps after which the rate falls, as 1/sqrt"})
-    dropout: float = field(default=0.5, metadata={"help": "share of the states that the output misses"})
+    dropout: float = field(default=0.6, metadata={"help": "share of the states that the output misses"})
     blanks: float = field(default=0.2, metadata={"help": "share of the inputs that the layers miss"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     average: float = field(default=0.999, metadata={"help": "decay of the weights' average; 0: the last"})
