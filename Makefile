@@ -14,7 +14,8 @@ test: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
-# ARGS: any of the options that `python -m bench.charlm --help` lists, e.g. make charlm ARGS="--compare"
+# ARGS: any of the options that `python -m bench.charlm --help` lists, e.g. make charlm ARGS="--compare"; to go on
+# with what the last one trained, ARGS=--resume
 charlm: .venv/ready
 	$(BIN)/python -m bench.charlm $(ARGS)
 

@@ -23,11 +23,11 @@ SAMPLE = 600  # characters shown
 
 TOP = """\
 The same character model, trained by turns with each contender, from the same weights on the same windows of
-text. Seconds are of training alone. Bits a character are of text held out, by the running average of the
-weights; the baselines are fitted on the same training text. The default settings were picked by the bits of
-the same held-out text. Speeds are medians over the turns, with their 95% interval; a ratio above 1 is faster
-than nn.RNN. `python -m bench.charlm --compare` measures it, `python -m bench.report` makes this page of
-charlm.jsonl."""
+text. Seconds are of training alone. Bits a character are of text held out, which the running average of the
+weights reads every thirtieth of a run; the baselines are fitted on the same training text. The default
+settings were picked by the bits of the same held-out text. Speeds are medians over the turns, with their 95%
+interval; a ratio above 1 is faster than nn.RNN. `python -m bench.charlm --compare` measures it, `python -m
+bench.report` makes this page of charlm.jsonl."""
 
 
 def name_of(record: Record) -> str:
@@ -104,7 +104,7 @@ def _section(record: Record, picture: Path | None) -> list[str]:
         f"## {_model(record)}, on {text['name']}",
         *verdicts(record),
         _speeds(runs, baseline),
-        f"Bits a character of the held-out text, after equal {'steps' if record['steps'] else 'times'}:",
+        "Bits a character of the held-out text:",
         _bits(record),
     ]
     names = " and ".join(run["name"] for run in runs)
@@ -115,7 +115,8 @@ def _section(record: Record, picture: Path | None) -> list[str]:
         else NEEDS_MATPLOTLIB
     )
     parts += [
-        "How far the losses of each step are from nn.RNN's, the largest relative difference up to that step:",
+        "How far the losses of each step are from nn.RNN's, the largest relative difference up to that step. "
+        "Sums in another order round otherwise, and training multiplies every difference:",
         _apart(runs),
     ]
     best = min(runs, key=lambda run: run["held_out"][-1][2])
@@ -163,13 +164,14 @@ def _speeds(runs: Sequence[Record], baseline: Record) -> str:
     def cells(run: Record) -> list[str]:
         said = [run["name"]]
         for kind in ("training", "generation"):
-            low, high = measure.median_interval(run[kind])
             found = measure.speedup(baseline[kind], run[kind])
-            said.append(_rate(measure.quantile(run[kind], 0.5)))
-            said.append("1" if run is baseline else times(found[0]))
-            if len(run[kind]) >= measure.MIN_ROUNDS:  # fewer have no such interval
-                said[-2] += f" [{_rate(high)} .. {_rate(low)}]"
-                said[-1] = "1" if run is baseline else ratio(*found)
+            if len(run[kind]) >= measure.MIN_ROUNDS:
+                low, high = measure.median_interval(run[kind])
+                interval, against = f" [{_rate(high)} .. {_rate(low)}]", ratio(*found)
+            else:  # so few have no such interval
+                interval, against = "", times(found[0])
+            said.append(_rate(measure.quantile(run[kind], 0.5)) + interval)
+            said.append("1" if run is baseline else against)
         return said
 
     return pipes(headings, (False, *(True,) * 4), [cells(run) for run in runs])
@@ -182,8 +184,11 @@ def _rate(seconds: float) -> str:
 def _bits(record: Record) -> str:
     runs, longest = record["runs"], len(record["runs"][0]["held_out"])
     places = list(dict.fromkeys(max(1, round(share * longest)) - 1 for share in SHARES))
-    seconds = [max(run["held_out"][place][0] for run in runs) for place in places]
-    headings = ["", *(f"after {digits(s)} s" for s in seconds), "characters learnt from"]
+    if len({run["steps"] for run in runs}) == 1:
+        when = [f"after {runs[0]['held_out'][place][1]:,} steps" for place in places]
+    else:
+        when = [f"after {digits(max(run['held_out'][place][0] for run in runs))} s" for place in places]
+    headings = ["", *when, "characters learnt from"]
     body = [
         [run["name"], *(f"{run['held_out'][place][2]:.3f}" for place in places), f"{run['characters']:,}"]
         for run in runs

@@ -37,6 +37,10 @@ EVALUATED = 1024  # characters of the held-out text at a time
 DTYPES = ("float32", "tf32", "bfloat16")
 
 
+class Diverged(Exception):
+    """A training has come to what is no number."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """All that a training depends on but for the text; nothing of what computes it.
@@ -112,6 +116,9 @@ class Corpus:
         ids = numbers(text, alphabet)
         start = len(ids) - min(MOST_HELD_OUT, round(HELD_OUT * len(ids)))
         return cls(name, alphabet, ids[:start], ids[start:], digest)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return "".join(self.alphabet[place] for place in ids)
 
     @property
     def size(self) -> int:
@@ -229,18 +236,18 @@ def generate(
     device = model.head.weight.device
     generator = torch.Generator().manual_seed(seed)
     model.rnn.reset()
-    with torch.no_grad():
-        scores = model(prompt.to(device)[:, None])[-1, 0]
-    for _ in range(length):
-        scores = scores.double().cpu()
+    ids = prompt
+    for place in range(length):
+        with torch.no_grad():
+            scores = model(ids.to(device)[:, None])[-1, 0].double().cpu()
+        if not scores.isfinite().all():
+            raise Diverged(f"after {place} characters of a sample the scores are no numbers; train otherwise")
         if temperature:
             chances = ((scores - scores.max()) / temperature).softmax(0)
-            chosen = int(chances.multinomial(1, generator=generator))
+            ids = chances.multinomial(1, generator=generator)
         else:
-            chosen = int(scores.argmax())
-        yield chosen
-        with torch.no_grad():
-            scores = model(torch.full((1, 1), chosen, device=device))[0, 0]
+            ids = scores.argmax().view(1)
+        yield int(ids)
 
 
 # --- Training -----------------------------------------------------------------------------------------
@@ -355,11 +362,14 @@ class Training:
             dist.all_reduce(values)
         return values
 
-    def any(self, here: bool) -> bool:
-        """Whether it is so in any process; every one has to ask."""
+    def any(self, *here: bool) -> list[bool]:
+        """What of this is so in any process; every one has to ask."""
         if self.world == 1:
-            return here
-        return bool(self.total(torch.tensor([float(here)], device=self.device)).item())
+            return list(here)
+        return [
+            count > 0
+            for count in self.total(torch.tensor(here, dtype=torch.float32, device=self.device)).tolist()
+        ]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """What a forward pass in the settings' dtype is within."""
@@ -367,8 +377,8 @@ class Training:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Bits a character of the held-out text, by the average of the weights.
+    def evaluate(self, enough: Callable[[], object] | None = None) -> float | None:
+        """Bits a character of the held-out text, by the average of the weights; None if enough() before.
 
         In one row from beginning to end, after a window of the training text.
         """
@@ -382,6 +392,8 @@ class Training:
             if first:
                 self.average(ids[:first, None])
             for start in range(first, len(ids) - 1, EVALUATED):
+                if enough and enough():
+                    return None
                 part = ids[start : start + EVALUATED + 1]
                 scores = self.average(part[:-1, None])[:, 0]
                 nats += F.cross_entropy(scores.float(), part[1:], reduction="sum")

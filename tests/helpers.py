@@ -15,6 +15,8 @@ import elman
 from elman import cudnn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: A text that is easily learnt by heart.
+RHYME = "the clock struck one and down he ran; the clock struck two and up she flew. " * 8
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 # Not asked of elman.available_backends(): a fault there must not make tests vanish.

@@ -16,14 +16,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench import charlm, charlm_page, language, machine, report
+from bench import charlm, charlm_compare, charlm_page, language, machine, report
+from bench import training as runs
 from bench.language import Corpus, Settings, Training, Windows
+from bench.training import Limits, Progress, Run, baselines_of
 from elman import reference
 from tests.helpers import DEVICE, error
+from tests.helpers import RHYME as TEXT
 from tests.tolerances import LOSS_CURVE, tolerance
 
 ROOT = Path(__file__).parents[1]
-TEXT = "the clock struck one and down he ran; the clock struck two and up she flew. " * 8
 #: Small enough for Triton's interpreter.
 TINY = Settings(
     hidden=8,
@@ -107,13 +109,13 @@ def test_windows_go_on_where_the_last_ended():
 
 def test_a_long_text_holds_out_no_more_than_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(language, "MOST_HELD_OUT", 50)
-    monkeypatch.setattr(charlm, "COUNTED", 500)
+    monkeypatch.setattr(runs, "COUNTED", 500)
     path = tmp_path / "long.txt"
     path.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("ran; ", "ran;\r\n").encode())
     corpus = language.read(path)
     assert len(corpus.held_out) == 50
     assert not {"\ufeff", "\r"} & set(corpus.alphabet)
-    assert charlm.baselines_of(corpus) == {}
+    assert baselines_of(corpus) == {}
     assert run_main(path, tmp_path / "run", "--steps", 10) == 0
 
 
@@ -324,7 +326,7 @@ def test_a_characters_worth_of_generation_is_one_step(any_backend, corpus):
     each: list[int] = []
     found = run.sample(prompt, length, each.append, temperature=0.0)
     assert found == each
-    assert calls == [7] + [1] * length
+    assert calls == [7] + [1] * (length - 1)
     layer = nn.RNN(TINY.embedding, TINY.hidden, 2).to(DEVICE)
     layer.load_state_dict(run.average.rnn.layer.state_dict())
     ids = prompt.tolist()
@@ -523,6 +525,78 @@ def test_a_weight_that_is_no_number_reaches_no_checkpoint(text, tmp_path, monkey
     assert len(checkpoint(tmp_path)["losses"]) == 10
 
 
+def test_a_state_that_grows_beyond_numbers(text, tmp_path, capsys):
+    """On the held-out text, which is one long row, while losses and weights are still numbers."""
+    changed = {
+        "nonlinearity": "relu",
+        "recurrent": "normal",
+        "radius": 9,
+        "hidden": 32,
+        "window": 2,
+        "rate": 1e-9,
+    }
+    options = [f"--{name}={value}" for name, value in changed.items()]
+    assert run_main(text, tmp_path / "run", *options, "--steps", 10) == 1
+    assert "at step 10 the held-out text has no finite bits" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert (
+        run_main(text, tmp_path, *options, "--steps", 10, "--compare", "--results", tmp_path / "results") == 1
+    )
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_a_sample_of_a_state_that_grows_beyond_numbers(corpus):
+    run = training(corpus, nonlinearity="relu", recurrent="normal", radius=3.0, hidden=32)
+    with pytest.raises(language.Diverged, match="characters of a sample the scores are no numbers"):
+        run.sample(corpus.held_out[:5], 200)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes that break are of POSIX")
+def test_a_reader_who_leaves_takes_nothing_away(text, tmp_path):
+    command = [sys.executable, "-m", "bench.charlm", "--text", text, "--folder", tmp_path / "run", *OPTIONS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*map(str, command), "--steps", "20", "--length", "10"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+    assert len((tmp_path / "run" / "sample.txt").read_text(encoding="utf-8")) == charlm.PROMPT + 10
+
+
+def test_a_signal_in_the_last_steps_leaves_the_last_reading(text, tmp_path, monkeypatch):
+    step = Training.step
+
+    def interrupted(self):
+        if self.steps == 25:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Training, "step", interrupted)
+    assert run_main(text, tmp_path, "--steps", 30) == 130
+    assert checkpoint(tmp_path)["held_out"][-1][1] == 30
+    assert len((tmp_path / "sample.txt").read_text(encoding="utf-8")) == charlm.PROMPT + 30
+
+
+def test_reading_stops_where_it_is_enough(corpus, monkeypatch):
+    monkeypatch.setattr(language, "EVALUATED", 10)
+    run = Run(training(corpus))
+    asked = []
+    assert run.evaluate(lambda: asked.append(0) or len(asked) == 3)
+    assert run.held_out == []
+    assert len(asked) == 3
+    assert run.evaluate()
+    assert len(run.held_out) == 1
+
+
+def test_how_far_apart_losses_are():
+    found = charlm_compare.apart([2.0] * 5 + [3.0] + [2.0] * 100, [2.0] * 106)
+    assert found == {"10": 0.5, "100": 0.5}
+
+
 WRONG = {
     "no file": (["--text", "nowhere.txt"], "nowhere.txt"),
     "minutes": (["--minutes", "0"], "--minutes is 0.0; expected a number above 0"),
@@ -545,6 +619,7 @@ WRONG = {
     ),
     "compare with itself": (["--compare", "--backend", "nn.RNN"], "is what --compare compares with"),
     "both ways": (["--resume", "--overwrite"], "--resume and --overwrite came both; expected one"),
+    "seed": (["--seed", str(2**64)], "--seed is 18446744073709551616; expected a number of 64 bits"),
     "rate": (["--rate", "inf"], "rate is inf; expected a number"),
 }
 if DEVICE == "cpu":
@@ -594,18 +669,21 @@ def test_a_checkpoint_is_neither_lost_nor_mistaken(text, tmp_path, capsys):
 def test_the_progress_line(corpus, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
-    run = charlm.Run(training(corpus), held_out=[(0.0, 0, 4.5)])
-    progress = charlm.Progress(charlm.Limits(math.inf, 40))
+    run = Run(training(corpus), held_out=[(0.0, 0, 4.5)])
+    progress = Progress(Limits(math.inf, 40))
     run.advance(10)
     run.seconds = 20.0
     progress.show(run)
     loss = sum(run.losses) / 10
     said = capsys.readouterr().err
-    bits = f"{loss / math.log(2):.3f} bits/char (held out 4.500)"
-    assert said == f"\r[#####...............]  25%  loss {loss:.3f}  {bits}  5 chars/s  1:00 left\x1b[K"
+    told = f"  25%  loss {loss:.3f}  {loss / math.log(2):.3f} bits/char  5 chars/s  1:00 left"
+    assert said == f"\r[#####...............]{told}  held out 4.500\x1b[K"
     progress.show(run, [run])
     assert "\reager  [#####" in (said := capsys.readouterr().err)
     assert "  2:00 left" in said
+    assert progress.line(run, [], len(told) + 12) == f"[##........]{told}"
+    assert progress.line(run, [], len(told) + 1) == told[1:]
+    assert progress.line(run, [], 30) == told[1:31]
 
 
 # --- Comparisons ---------------------------------------------------------------------------------------
@@ -630,8 +708,8 @@ def test_a_comparison_is_published(compared):
     assert theirs["name"] == "nn.RNN"
     assert {run["steps"] for run in record["runs"]} == {300}
     assert ours["apart"]["10"] < 1e-5
-    assert all(len(run["training"]) == charlm.ROUNDS for run in record["runs"])
-    assert all(len(run["generation"]) == charlm.GENERATIONS for run in record["runs"])
+    assert all(len(run["training"]) == charlm_compare.ROUNDS for run in record["runs"])
+    assert all(len(run["generation"]) == charlm_compare.GENERATIONS for run in record["runs"])
     assert f"| unigram |  |  |  |  | {record['baselines']['unigram']:.3f} |  |" in page
     for run in record["runs"]:
         assert f"- {run['name']}: " in page
@@ -670,7 +748,7 @@ def test_a_comparison_takes_the_place_of_the_one_before(compared, tmp_path, monk
 def test_few_turns_have_no_interval(compared):
     folder, page = compared
     (record,) = charlm_page.read(folder / "charlm.jsonl")
-    assert "after equal steps" in page
+    assert "| after 10 steps |" in page
     few = [{**run, "training": run["training"][:3]} for run in record["runs"]]
     training = charlm_page._speeds(few, few[0]).splitlines()[-1].split(" | ")[1:3]
     assert not any("[" in cell for cell in training)
@@ -700,19 +778,19 @@ def test_verdicts():
 
 def test_a_turns_numbers_belong_together(corpus, monkeypatch):
     """Also where a turn is shorter than what a contender does between two looks at the clock."""
-    monkeypatch.setattr(charlm, "ROUNDS", 6)
-    runs = {name: charlm.Run(training(corpus, name)) for name in ("nn.RNN", "eager")}
-    advance = charlm.Run.advance
+    monkeypatch.setattr(charlm_compare, "ROUNDS", 6)
+    both = {name: Run(training(corpus, name)) for name in ("nn.RNN", "eager")}
+    advance = Run.advance
 
     def slow(self, count):
         advance(self, count)
         self.seconds = self.training.steps * (1.0 if self.training.backend == "eager" else 0.3)
 
-    monkeypatch.setattr(charlm.Run, "advance", slow)
-    taken = charlm.race(runs, charlm.Limits(60.0, math.inf), lambda: False)
+    monkeypatch.setattr(Run, "advance", slow)
+    taken = charlm_compare.race(both, Limits(60.0, math.inf), lambda: 0)
     assert taken == {"nn.RNN": [pytest.approx(0.03)] * 6, "eager": [pytest.approx(0.1)] * 6}
-    runs = {name: charlm.Run(training(corpus, name)) for name in ("nn.RNN", "eager")}
-    taken = charlm.race(runs, charlm.Limits(30.0, math.inf), lambda: False)
+    both = {name: Run(training(corpus, name)) for name in ("nn.RNN", "eager")}
+    taken = charlm_compare.race(both, Limits(30.0, math.inf), lambda: 0)
     assert len(taken["nn.RNN"]) == len(taken["eager"]) == 3  # eager's 10 s are two turns
 
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 
 import elman
 from bench import charlm
-from tests.helpers import check
+from tests.helpers import RHYME, check
 from tests.tolerances import LOSS_CURVE, tolerance
 
 if not dist.is_available():
@@ -319,21 +319,8 @@ def test_a_failed_process_is_shown():
     assert "--model is 'nowhere'; expected package.module:function" in run.output
 
 
-RHYME = "the clock struck one and down he ran; the clock struck two and up she flew. " * 8
-MODEL = [
-    "--hidden",
-    "16",
-    "--layers",
-    "2",
-    "--embedding",
-    "4",
-    "--batch",
-    "4",
-    "--window",
-    "7",
-    "--length",
-    "20",
-]
+SIZES = {"hidden": 16, "layers": 2, "embedding": 4, "batch": 4, "window": 7, "length": 20}
+MODEL = [f"--{name}={size}" for name, size in SIZES.items()]
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=ON_TWO_GPUS)])
