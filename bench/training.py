@@ -97,14 +97,9 @@ class Progress:
             return
         self.shown = time.monotonic()
         columns = shutil.get_terminal_size().columns - 1 if self.terminal else 1000
-        print(
-            f"\r{self.line(run, others, columns)}\x1b[K"
-            if self.terminal
-            else self.line(run, others, columns),
-            end="" if self.terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = self.line(run, others, columns)
+        start, end = ("\r", "\x1b[K") if self.terminal else ("", "\n")
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
 
     def line(self, run: Run, others: Sequence[Run], columns: int) -> str:
         """All of it if there are so many columns; else without the held-out text, then without a bar."""
@@ -120,12 +115,10 @@ class Progress:
         room = columns - len(name) - len("[]") - len(said)
         if room >= BAR + len(held_out):
             said, room = said + held_out, BAR
-        cells = max(0, min(BAR, room))
-        return (
-            f"{name}[{'#' * int(cells * share):.<{cells}}]{said}"[:columns]
-            if cells
-            else said[1 : columns + 1]
-        )
+        if room < 1:
+            return said[1 : columns + 1]
+        cells = min(BAR, room)
+        return f"{name}[{'#' * int(cells * share):.<{cells}}]{said}"
 
     def end(self) -> None:
         if self.terminal:

@@ -363,6 +363,19 @@ def run_main(text: Path, folder: Path, *options: object) -> int:
     )
 
 
+def program(text: Path, folder: Path, *options: str, **environment: str) -> subprocess.Popen:
+    """The program by itself, its errors among its output."""
+    command = [sys.executable, "-m", "bench.charlm", "--text", str(text), "--folder", str(folder), *OPTIONS]
+    return subprocess.Popen(
+        [*command, "--length=10", *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def checkpoint(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
@@ -484,16 +497,7 @@ def test_a_second_ctrl_c_is_one(monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to another process are of POSIX")
 def test_ctrl_c_from_outside(text, tmp_path):
-    command = [sys.executable, "-m", "bench.charlm", "--text", text, "--folder", tmp_path / "run", *OPTIONS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*map(str, command), "--minutes", "3", "--length", "10"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    with program(text, tmp_path / "run", "--minutes=3") as process:
         seen = list(itertools.takewhile(lambda line: not line.startswith("Held out: "), process.stdout))
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
@@ -553,14 +557,7 @@ def test_a_sample_of_a_state_that_grows_beyond_numbers(corpus):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes that break are of POSIX")
 def test_a_reader_who_leaves_takes_nothing_away(text, tmp_path):
-    command = [sys.executable, "-m", "bench.charlm", "--text", text, "--folder", tmp_path / "run", *OPTIONS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*map(str, command), "--steps", "20", "--length", "10"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-    ) as process:
+    with program(text, tmp_path / "run", "--steps=20") as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.wait(timeout=60) == 0
@@ -828,14 +825,10 @@ def test_a_line_is_one_whatever_a_sample_has_in_it(compared, tmp_path, monkeypat
 
 def test_a_terminal_without_a_character(text, tmp_path):
     text.write_text(TEXT.replace("o", "\N{SNOWMAN}"), encoding="utf-8")
-    command = [sys.executable, "-m", "bench.charlm", "--text", text, "--folder", tmp_path / "run", *OPTIONS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
-    options = ["--steps", "10", "--length", "30"]
-    done = subprocess.run(
-        [*map(str, command), *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    assert "?" in done.stdout
+    with program(text, tmp_path / "run", "--steps=10", PYTHONIOENCODING="ascii") as process:
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert "?" in said
     assert "\N{SNOWMAN}" in (tmp_path / "run" / "sample.txt").read_text(encoding="utf-8")
 
 
