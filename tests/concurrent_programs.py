@@ -127,7 +127,7 @@ class Programs:
         running = [i for i in range(len(indices)) if i != missing]
         for i in running:
             mine = late if late is not None and late.program == i else None
-            self._connections[i].send(_Work(kernel, grid, indices[i], places, options, mine))
+            self._tell(i, _Work(kernel, grid, indices[i], places, options, mine))
         self._gather(running, LAUNCH_LIMIT)
         for offset, storage in storages:
             _bytes(storage).copy_(self._memory[offset : offset + storage.nbytes()])
@@ -180,6 +180,13 @@ class Programs:
         except BaseException:
             self._kill()
             raise
+
+    def _tell(self, worker: int, work: _Work) -> None:
+        try:
+            self._connections[worker].send(work)
+        except ConnectionError:  # it may die before as well as after
+            self._kill()
+            raise LaunchError(f"The process of program {worker} died.") from None
 
     def _hear(self, worker: int) -> None:
         try:

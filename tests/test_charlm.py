@@ -205,6 +205,13 @@ def test_every_backend_trains_as_the_reference(any_backend, options, corpus):
         assert error(value.cpu(), weights[name].detach()) < 1e-4, name
 
 
+def test_the_output_begins_as_the_unigram(corpus):
+    run = training(corpus)
+    counts = torch.bincount(corpus.training) + 1
+    for model in (run.model, run.average):
+        assert error(model.head.bias.detach().cpu().exp(), counts / counts.sum()) <= tolerance(torch.float32)
+
+
 def test_it_learns(corpus):
     """A rhyme of two lines: nearly all that comes next can be known."""
     run = training(corpus, hidden=32, dropout=0.1)

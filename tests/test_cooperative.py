@@ -279,8 +279,11 @@ def test_a_hang_and_a_dead_worker_fail_in_time():
         ):
             run_one_pass(kernel, p, backward=False)
         assert not few.processes
-        few.start()
-        few.processes[1].kill()
-        with few.at_once(2), pytest.raises(LaunchError, match="process of program 1 died"):
-            run_one_pass(kernel, p, backward=False)
-        assert not few.processes
+        for dead_before in (True, False):
+            few.start()
+            few.processes[1].kill()
+            if dead_before:
+                few.processes[1].join()
+            with few.at_once(2), pytest.raises(LaunchError, match="process of program 1 died"):
+                run_one_pass(kernel, p, backward=False)
+            assert not few.processes
