@@ -55,6 +55,7 @@ KINDS = {"int": int, "float": float, "float | None": float, "str": str}  # of Se
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.charlm",
+        usage="%(prog)s [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
