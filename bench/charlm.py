@@ -30,8 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import elman
-from bench import charlm_compare, curves, language
-from bench.language import Corpus, Diverged, Settings, Training
+from bench import charlm_compare, curves
+from bench import corpus as texts
+from bench.corpus import Corpus
+from bench.language import Diverged, Settings, Training
 from bench.page import NEEDS_MATPLOTLIB
 from bench.rows import BASELINE
 from bench.training import (
@@ -43,7 +45,7 @@ from bench.training import (
     clock,
     curve_of,
     introduction,
-    said_of,
+    task_of,
 )
 
 MARKS = 20  # times in a run that the held-out text is read and a checkpoint written
@@ -223,12 +225,12 @@ def prepare(
     options: argparse.Namespace, device: torch.device, rank: int, world: int
 ) -> Callable[[Interrupted], int]:
     """What has to be run, made and tried; raises before anything is written if it can't be."""
-    corpus = language.read(options.text)
-    prompt, limits = prompt_of(options, corpus), limits_of(options)
+    corpus = texts.read(options.text)
+    prompt, limits, given = prompt_of(options, corpus), limits_of(options), settings_of(options)
     if options.compare:
         return charlm_compare.prepare(
             corpus,
-            Settings(**settings_of(options)),
+            Settings(**given),
             device,
             limits,
             backend=options.backend,
@@ -237,7 +239,6 @@ def prepare(
             results=options.results,
         )
     path = options.folder / "checkpoint.pt"
-    given = settings_of(options)
     saved = None
     if options.resume:
         saved = load(path, corpus, given)
@@ -265,7 +266,7 @@ def prepare(
         if rank == 0:
             say(introduction(run))
             baselines = baselines_of(corpus)
-            say(f"Held out: {len(corpus.held_out):,} characters. {said_of(baselines)}.")
+            say(task_of(corpus, baselines))
         stopped = train(run, limits, path, interrupted, first=rank == 0)
         before = interrupted()
         if rank == 0:
@@ -362,7 +363,7 @@ def prompt_of(options: argparse.Namespace, corpus: Corpus) -> Tensor:
     if options.prompt is None:
         return corpus.held_out[:PROMPT]
     try:
-        return language.numbers(options.prompt, corpus.alphabet)
+        return texts.numbers(options.prompt, corpus.alphabet)
     except ValueError as error:
         raise ValueError(f"--prompt can't be read: {error}") from None
 

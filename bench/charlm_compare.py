@@ -13,9 +13,10 @@ from torch import Tensor
 
 import elman
 from bench import charlm_page, machine, measure, report
-from bench.language import Corpus, Settings, Training
+from bench.corpus import Corpus
+from bench.language import Settings, Training
 from bench.rows import BASELINE
-from bench.training import Interrupted, Limits, Progress, Run, baselines_of, curve_of, introduction, said_of
+from bench.training import Interrupted, Limits, Progress, Run, baselines_of, curve_of, introduction, task_of
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 30  # turns of each backend
@@ -49,17 +50,14 @@ def prepare(
         for run in runs.values():
             print(introduction(run))
         baselines = baselines_of(corpus)
-        print(f"Held out: {len(corpus.held_out):,} characters. {said_of(baselines)}.", flush=True)
+        print(task_of(corpus, baselines), flush=True)
         trained = race(runs, limits, interrupted)
         generated = write_by_turns(runs, prompt, interrupted)
-        samples = (
-            {}
-            if interrupted()
-            else {
-                name: corpus.text(run.training.sample(prompt, length, seed=settings.seed))
-                for name, run in runs.items()
-            }
-        )
+        samples = {
+            name: corpus.text(run.training.sample(prompt, length, seed=settings.seed))
+            for name, run in runs.items()
+            if not interrupted()
+        }
         if interrupted():
             print("Stopped: nothing is published.", file=sys.stderr)
             return 130

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import curves, machine, measure
+from bench import curves, machine, measure, rows
 from bench.page import NEEDS_MATPLOTLIB, conditions, load, pipes, ratio
 from bench.rows import BASELINE
 from bench.tables import digits, machine_name, times
@@ -46,13 +46,16 @@ def read(path: Path) -> list[Record]:
         return []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a sample may have others
-        records = [json.loads(line) for line in lines]
-        return sorted(records, key=lambda record: (record["settings"]["dtype"], name_of(record)))
+        return _ordered([json.loads(line) for line in lines])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path.name} has a line that is no comparison ({type(error).__name__}: {error}). Move the file "
             "away and compare again, or use the commit that wrote it."
         ) from error
+
+
+def _ordered(records: Sequence[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: (record["settings"]["dtype"], name_of(record)))
 
 
 def publish(results: Path, record: Record) -> list[Path]:
@@ -61,19 +64,17 @@ def publish(results: Path, record: Record) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "charlm.jsonl"
     kept = [other for other in read(path) if name_of(other) != name_of(record)]
+    records = _ordered([*kept, record])
     (folder / f"charlm-{name_of(record)}.png").unlink(missing_ok=True)  # it shows the one before
-    lines = [json.dumps(one, ensure_ascii=False, allow_nan=False) for one in [*kept, record]]
-    fresh = path.with_suffix(".new")
-    fresh.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-    fresh.replace(path)
+    lines = [json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n" for one in records]
+    rows.replace(path, "".join(lines))
     if not (folder / "machine.json").exists():
         machine.write(folder, record)
-    return [*write(folder), path]
+    return [*write(folder, records), path]
 
 
-def write(folder: Path) -> list[Path]:
-    """charlm.md and its pictures, of the folder's charlm.jsonl; nothing where there is none."""
-    records = read(folder / "charlm.jsonl")
+def write(folder: Path, records: Sequence[Record]) -> list[Path]:
+    """charlm.md and its pictures, of the folder's comparisons; nothing where there are none."""
     if not records:
         return []
     pictures = {name_of(record): folder / f"charlm-{name_of(record)}.png" for record in records}

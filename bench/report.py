@@ -200,14 +200,12 @@ def main() -> None:
             "written: run that first, or name its folder"
         )
     try:
-        stored = {folder: _tables(folder) for folder in folders}
-        for folder in folders:
-            charlm_page.read(folder / "charlm.jsonl")
+        stored = {folder: (_tables(folder), charlm_page.read(folder / "charlm.jsonl")) for folder in folders}
     except ValueError as error:
         parser.error(str(error))
-    for folder, tables in stored.items():
+    for folder, (tables, models) in stored.items():
         written = [path for name, found in tables.items() for path in publish(folder, name, *found)]
-        for path in (*written, *charlm_page.write(folder)):
+        for path in (*written, *charlm_page.write(folder, models)):
             print(f"Wrote {path}")
     if folders != [results]:
         index(results)

@@ -128,6 +128,11 @@ def write(path: Path, tables: dict[str, tuple[Run, list[Row]]]) -> None:
     lines = []
     for table, (run, rows) in sorted(tables.items()):
         lines += [line(table, run=run), *(line(table, row=row) for row in rows)]
+    replace(path, "".join(lines))
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes the file in one move."""
     fresh = path.with_suffix(".new")
-    fresh.write_text("".join(lines), encoding="utf-8", newline="\n")
+    fresh.write_text(text, encoding="utf-8", newline="\n")
     fresh.replace(path)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from bench import language, ngrams
-from bench.language import Corpus, Diverged, Training
+from bench.corpus import Corpus
+from bench.language import Diverged, Training
 
 LOOK = 10  # steps between two looks at clock, signals and losses
 ORDER = 5  # of the n-grams
@@ -140,10 +141,11 @@ def baselines_of(corpus: Corpus) -> dict[str, float]:
     }
 
 
-def said_of(baselines: dict[str, float]) -> str:
-    if not baselines:
-        return f"of more than {COUNTED:,} characters no n-grams are counted"
-    return ", ".join(f"{name} {value:.3f} bits a character" for name, value in baselines.items())
+def task_of(corpus: Corpus, baselines: dict[str, float]) -> str:
+    """How much is held out, and what counts alone can tell of it."""
+    said = ", ".join(f"{name} {value:.3f} bits a character" for name, value in baselines.items())
+    counted = said or f"of more than {COUNTED:,} characters no n-grams are counted"
+    return f"Held out: {len(corpus.held_out):,} characters. {counted}."
 
 
 def introduction(run: Run) -> str:

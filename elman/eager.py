@@ -96,7 +96,7 @@ def _forward_one(
         bias = None if bias is None else bias.to(compute)
     x = x[0]
     states = []
-    linear = product if x.shape[0] >= 128 else F.linear  # which is product's choice for fewer rows
+    linear = product if x.shape[0] >= ROWS else F.linear  # which is product's choice for fewer rows
     for d in range(w_hh.shape[0]):
         h = h0[d]
         if resets is not None and d == 0:  # reversed, a row's only step begins nothing: h0 stays
@@ -201,7 +201,7 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
 
 def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """a w^T + bias, for a (N, K) and w (M, K)."""
-    if not _is_onednns(a, w) or a.numel() * len(w) < 2**21 or len(a) < 128:  # fewer don't repay w's copies
+    if not _is_onednns(a, w) or a.numel() * len(w) < 2**21 or len(a) < ROWS:
         return F.linear(a, w, bias)
     parts = _parts(a.shape[1], LONGEST)
     weights = [w[:, part].contiguous() for part in parts]
@@ -418,6 +418,7 @@ def _adds_apart(m: Tensor, B: int, T: int) -> bool:
 
 
 BLOCKS = 8  # for a vector's product; 4 and 16 are as fast on two cores
+ROWS = 128  # fewer do not repay the copies of the weights that oneDNN makes
 FEW = 8  # steps of several rows that do not repay a copy of W_hh
 
 # The operators that torch.compile itself uses for linear layers on x86, and the one behind the derivative of

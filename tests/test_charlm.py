@@ -17,8 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench import charlm, charlm_compare, charlm_page, language, machine, report
+from bench import corpus as corpora
 from bench import training as runs
-from bench.language import Corpus, Settings, Training, Windows
+from bench.corpus import Corpus, Windows
+from bench.language import Settings, Training
 from bench.training import Limits, Progress, Run, baselines_of
 from elman import reference
 from tests.helpers import DEVICE, error
@@ -71,10 +73,10 @@ def test_a_text_is_cut_in_two(corpus):
 
 
 def test_the_text_that_every_python_has():
-    corpus = language.read(None)
+    corpus = corpora.read(None)
     assert corpus.size > 300_000
     assert 50 < len(corpus.alphabet) < 300
-    assert language.read(None).digest == corpus.digest
+    assert corpora.read(None).digest == corpus.digest
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_what_is_no_text(content, said, tmp_path):
     path = tmp_path / "some.txt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        language.read(path)
+        corpora.read(path)
 
 
 def test_windows_go_on_where_the_last_ended():
@@ -108,11 +110,11 @@ def test_windows_go_on_where_the_last_ended():
 
 
 def test_a_long_text_holds_out_no_more_than_can_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(language, "MOST_HELD_OUT", 50)
+    monkeypatch.setattr(corpora, "MOST_HELD_OUT", 50)
     monkeypatch.setattr(runs, "COUNTED", 500)
     path = tmp_path / "long.txt"
     path.write_bytes(b"\xef\xbb\xbf" + TEXT.replace("ran; ", "ran;\r\n").encode())
-    corpus = language.read(path)
+    corpus = corpora.read(path)
     assert len(corpus.held_out) == 50
     assert not {"\ufeff", "\r"} & set(corpus.alphabet)
     assert baselines_of(corpus) == {}
@@ -764,7 +766,7 @@ def test_without_matplotlib_the_pictures_stay(compared, tmp_path, monkeypatch):
     folder, page = compared
     shutil.copytree(folder, tmp_path / "here")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    charlm_page.write(tmp_path / "here")
+    charlm_page.write(tmp_path / "here", charlm_page.read(tmp_path / "here" / "charlm.jsonl"))
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == sorted(
         path.name for path in folder.iterdir()
     )
