@@ -1,7 +1,7 @@
 """The published comparisons of character models: a machine's charlm.jsonl, and the page made of it.
 
-A line of charlm.jsonl is a comparison, what bench/charlm.py has recorded; a later one with the same text,
-layers, hidden size, nonlinearity and dtype takes its place.
+A line of charlm.jsonl is a comparison, what bench/charlm_compare.py has recorded; a later one with the same
+text, layers, hidden size, nonlinearity and dtype takes its place.
 """
 
 from __future__ import annotations

@@ -14,27 +14,24 @@ BASELINE_LINES = ((0, (1, 2)), (0, (4, 2)))
 def losses(
     path: Path, title: str, runs: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]
 ) -> Path | None:
-    """Draws the runs, each as bench/charlm.py's curve_of(), to that file; None if there is no matplotlib.
+    """Draws the runs, each as bench/training.py's curve_of(), to that file; None if there is no matplotlib.
 
     baselines: bits a character, by name.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from bench.plots import BELOW, DPI, LOOKS, OTHER, STYLE
+    from bench import plots
 
-    with matplotlib.style.context(["default", STYLE]):
+    with plots.style():
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
         by_characters, by_time = figure.subplots(1, 2, sharey=True)
         for number, run in enumerate(runs):
-            look = LOOKS.get(run["name"], OTHER)
+            look = plots.LOOKS.get(run["name"], plots.OTHER)
             style: dict[str, Any] = {"color": look.colour, "ls": look.line, "label": run["name"]}
             # The first one lies wide and pale under the others, which are to lie on it.
-            below = BELOW if number == 0 and len(runs) > 1 else {}
+            below = plots.BELOW if number == 0 and len(runs) > 1 else {}
             each = run["characters"] / max(1, run["steps"]) * run["steps_a_mean"] / 1e6
             x = [(place + 0.5) * each for place in range(len(run["losses"]))]
             by_characters.plot(x, run["losses"], **style, **below)
@@ -69,6 +66,4 @@ def losses(
         if len(runs) > 1:
             by_characters.legend(frameon=False)
         figure.suptitle(title, parse_math=False)  # a file's name is in it
-        # No version of matplotlib in the file: another one that draws the same is no change.
-        figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    return path
+        return plots.save(figure, path)

@@ -98,20 +98,17 @@ def table(curves: Curves) -> str:
 
 def draw(curves: Curves, path: Path, held: Sequence[str]) -> None:
     """The picture, a panel for each nonlinearity. held: what was held constant, lines below the title."""
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    from bench.plots import DPI, STYLE
+    from bench import plots
 
     seeds, steps = next(iter(curves.values())).shape
     distances = range(steps + 1)
-    with matplotlib.style.context(["default", STYLE]):
+    with plots.style():
         figure = Figure(figsize=(11, 6.6), layout="constrained")
-        FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(NONLINEARITIES), sharey=True)
         for axis, nonlinearity in zip(panels, NONLINEARITIES, strict=True):
             axis.axhline(LOST, color="#777777", lw=0.8)
@@ -158,8 +155,7 @@ def draw(curves: Curves, path: Path, held: Sequence[str]) -> None:
         handles = [radii[0], band, radii[1], power, radii[2]]  # columns of two
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, handlelength=3.6)
         figure.suptitle("\n".join(["How much of a change in $h_t$ is left in $h_T$", *held]))
-        # No version of matplotlib in the file: another one that draws the same is no change.
-        figure.savefig(path, dpi=DPI, metadata={"Software": None})
+        plots.save(figure, path)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The pictures beside a page. Only bench/report.py imports this, and only if there is a matplotlib.
+"""The pictures beside a page, and how all pictures look. Imported only where there is a matplotlib.
 
 Contenders differ by marker, line style, hatch and letter as well as by colour: all of it reads in grey.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,16 +91,25 @@ def write(folder: Path, table: str, run: Run, rows: Sequence[Row]) -> list[Path]
         "roofline": roofline,
     }
     written = []
-    with matplotlib.style.context(["default", STYLE]):
+    with style():
         for kind, draw in pictures.items():
             figure = draw(read)
             if figure is not None:
-                FigureCanvasAgg(figure)
-                path = folder / f"{table}-{kind}.png"
-                # No version of matplotlib in the file: another one that draws the same is no change.
-                figure.savefig(path, dpi=DPI, metadata={"Software": None})
-                written.append(path)
+                written.append(save(figure, folder / f"{table}-{kind}.png"))
     return written
+
+
+def style() -> AbstractContextManager[None]:
+    """What every picture of the project is drawn and saved within."""
+    return matplotlib.style.context(["default", STYLE])
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes the picture, as a PNG."""
+    FigureCanvasAgg(figure)
+    # No version of matplotlib in the file: another one that draws the same is no change.
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    return path
 
 
 # --- Which rows --------------------------------------------------------------------------------------
