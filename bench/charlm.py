@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
+import importlib
 import io
 import math
 import os
@@ -110,20 +112,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Signals first: torchrun sends its own to a process that is already done, too.
     with interrupts() as interrupted:
         try:
-            with process_group(device) as (rank, world, device):
-                try:
-                    work = prepare(options, device, rank, world)
-                except (ValueError, OSError, elman.BackendUnavailableError) as error:
-                    known.error(str(error))
-                try:
-                    return work(interrupted)
-                except Diverged as error:
-                    if rank == 0:
-                        print(f"\n{known.prog}: {error}", file=sys.stderr)
-                    return 1
+            with process_group(device) as group:
+                return answer(known, options, *group, interrupted)
         except KeyboardInterrupt:
             print(f"\n{known.prog}: ended at once", file=sys.stderr)
             return 130
+
+
+def answer(
+    known: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    rank: int,
+    world: int,
+    device: torch.device,
+    interrupted: Interrupted,
+) -> int:
+    """The exit status; a function, as no training may be left when the group ends."""
+    try:
+        work = prepare(options, device, rank, world)
+    except (ValueError, OSError, elman.BackendUnavailableError) as error:
+        known.error(str(error))
+    try:
+        return work(interrupted)
+    except Diverged as error:
+        if rank == 0:
+            print(f"\n{known.prog}: {error}", file=sys.stderr)
+        return 1
 
 
 def check(options: argparse.Namespace) -> None:
@@ -177,11 +191,17 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # DistributedDataParallel would import it, and make the group a default argument of its functions.
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size(), device
         dist.barrier()  # none ends while the first one still writes its sample
     finally:
+        # Nobody else may hold the group now, as DistributedDataParallel does. Its threads end with it: later,
+        # they touch tensors while Python ends, and PyTorch aborts (pytorch/pytorch#190489), or whoever drops
+        # it waits for them with the lock that they wait for.
+        gc.collect()
         dist.destroy_process_group()
 
 

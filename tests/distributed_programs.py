@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +60,7 @@ def process_group(device: str, limit: float = LIMIT) -> Iterator[torch.device]:
         torch.cuda.set_device(here)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield here
+    gc.collect()  # DDP may be left in a cycle and hold the group: see bench.charlm.process_group
     dist.destroy_process_group()
     faulthandler.cancel_dump_traceback_later()
 
@@ -335,6 +338,8 @@ def main() -> None:
             line = {"check": name} | function(device, options.folder)
             if dist.get_rank() == 0:
                 print(json.dumps(line), flush=True)
+    # DTensor's caches hold FSDP's group beyond its end, so Python's own end could be an abort; all is said.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+"""Runs a module as `python -m` does, and says on stderr which of gloo's threads outlive their process group.
+
+    torchrun --standalone --nproc-per-node 2 -m tests.threads_left MODULE [arguments]
+
+There are some if anybody else holds the group, see bench.charlm.process_group. Python collects no garbage
+meanwhile unless it is told to: nobody lets go of the group by luck. Reads Linux's /proc.
+"""
+
+import gc
+import runpy
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def say() -> None:
+    names = ((task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir())
+    left = sorted(name for name in names if "gloo" in name)
+    print(f"threads left: {', '.join(left) or 'none'}", file=sys.stderr)
+
+
+def destroy_process_group(*arguments: object) -> None:
+    destroy(*arguments)
+    say()
+
+
+if __name__ == "__main__":
+    gc.disable()
+    destroy, dist.destroy_process_group = dist.destroy_process_group, destroy_process_group
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
