@@ -127,7 +127,7 @@ def answer(
     device: torch.device,
     interrupted: Interrupted,
 ) -> int:
-    """The exit status; a function, as no training may be left when the group ends."""
+    """The exit status; a function, as no training may be left where the group is destroyed."""
     try:
         work = prepare(options, device, rank, world)
     except (ValueError, OSError, elman.BackendUnavailableError) as error:
@@ -191,18 +191,17 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # DistributedDataParallel would import it, and make the group a default argument of its functions.
+    # Imported later, as by DistributedDataParallel, its functions have the group as a default argument. (An
+    # import statement would make `torch` a local name.)
     importlib.import_module("torch.distributed.nn")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size(), device
-        dist.barrier()  # none ends while the first one still writes its sample
-    finally:
-        # Nobody else may hold the group now, as DistributedDataParallel does. Its threads end with it: later,
-        # they touch tensors while Python ends, and PyTorch aborts (pytorch/pytorch#190489), or whoever drops
-        # it waits for them with the lock that they wait for.
-        gc.collect()
-        dist.destroy_process_group()
+    yield dist.get_rank(), dist.get_world_size(), device
+    dist.barrier()  # none ends while the first one still writes its sample
+    # The last reference goes here, so the training has to be gone. Kept longer, gloo's threads run into
+    # Python's end, and PyTorch aborts (pytorch/pytorch#190489); dropped later by DistributedDataParallel,
+    # Python waits for them while they wait for its lock. So not after an exception, which holds the training.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Runs a module as `python -m` does, and says on stderr which of gloo's threads outlive their process group.
+"""Runs a module as `python -m` does, and says on stderr how many of gloo's threads outlive their group.
 
     torchrun --standalone --nproc-per-node 2 -m tests.threads_left MODULE [arguments]
 
@@ -14,15 +14,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 
-def say() -> None:
-    names = ((task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir())
-    left = sorted(name for name in names if "gloo" in name)
-    print(f"threads left: {', '.join(left) or 'none'}", file=sys.stderr)
+def threads() -> int:
+    names = ((task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+    return sum("gloo" in name for name in names)
 
 
-def destroy_process_group(*arguments: object) -> None:
-    destroy(*arguments)
-    say()
+def destroy_process_group() -> None:
+    before = threads()
+    destroy()
+    sys.stderr.write(f"threads of gloo: {before}, then {threads()}\n")
 
 
 if __name__ == "__main__":
