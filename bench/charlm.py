@@ -115,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with process_group(device) as group:
                 return answer(known, options, *group, interrupted)
         except KeyboardInterrupt:
-            print(f"\n{known.prog}: ended at once", file=sys.stderr)
+            print(f"\n{known.prog}: ended at once", file=sys.stderr, flush=True)
+            if "RANK" in os.environ:
+                os._exit(130)  # the group is still there, and Python's own end could be an abort
             return 130
 
 
@@ -199,7 +201,8 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device
     dist.barrier()  # none ends while the first one still writes its sample
     # The last reference goes here, so the training has to be gone. Kept longer, gloo's threads run into
     # Python's end, and PyTorch aborts (pytorch/pytorch#190489); dropped later by DistributedDataParallel,
-    # Python waits for them while they wait for its lock. So not after an exception, which holds the training.
+    # Python waits for them while they wait for its lock. So not after an exception, which holds the training:
+    # better now and then an abort, beside the traceback, than never an end.
     gc.collect()
     dist.destroy_process_group()
 
