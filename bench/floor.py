@@ -216,8 +216,8 @@ def _matrix(
 def _flops_a_second(device: torch.device, dtype: str, sides: Sequence[int], seconds: float) -> float:
     """The best rate of the sides, from the smallest up to the last one that fits the time.
 
-    On a CPU PyTorch's products of float32 are MKL's, which on AMD's processors does at half the rate what
-    oneDNN does: both are asked, as whoever is to stay behind this rate may use either.
+    On a CPU PyTorch's products of float32 are MKL's; oneDNN's are the quicker ones on some processors. Both
+    are measured, as a provider may use either.
     """
     best, taken = 0.0, 0.0
     for side in sorted(sides):
@@ -225,7 +225,7 @@ def _flops_a_second(device: torch.device, dtype: str, sides: Sequence[int], seco
             break
         a, b, out = torch.rand(3, side, side, device=device).to(storage(dtype))
         ways: list[Callable[[], object]] = [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]  # type: ignore[misc]
-        if device.type == "cpu" and dtype == "float32" and eager.ONEDNN:
+        if device.type == "cpu" and dtype == "float32" and eager.HAS_ONEDNN:
             ways.append(lambda a=a, b=b: eager.LINEAR(a, b, None, "none", [], ""))  # type: ignore[misc]
         with arithmetic(dtype):
             taken = min(_shortest(way, device, seconds) for way in ways)

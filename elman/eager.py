@@ -18,10 +18,12 @@ to the storage dtype every step, exactly as `output` holds it.
 
 from __future__ import annotations
 
+import os
 import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -224,19 +226,38 @@ def sums_of_products(a: Tensor, others: list[Tensor], T: int) -> list[Tensor]:
     """
     a, others = a.flatten(0, -2), [b.flatten(0, -2) for b in others]
     N, P = a.shape
-    if a.device.type != "cpu" or N < 8:
+    if a.device.type != "cpu":
         return [a.t() @ b for b in others]
     if _is_onednns(a, *others) and N * P * min(b.shape[1] for b in others) >= 2**24:
         if T >= 192 and N >= 3072:
             return _sums_by_its_operator(a, others)
         if P >= 128:
             return _sums_by_linear_layers(a, others)
-    n = N // 8
-    blocks = a[: 8 * n].unflatten(0, (8, n)).transpose(1, 2)
-    return [
-        torch.bmm(blocks, b[: 8 * n].unflatten(0, (8, n))).sum(0) + a[8 * n :].t() @ b[8 * n :]
-        for b in others
-    ]
+    longest = min(max(T, SHORTEST_SUM), LONGEST_SUM)
+    with _threads_for(a, N * P * max(b.shape[1] for b in others)):
+        return [_sum_by_parts(a, b, longest) for b in others]
+
+
+def _sum_by_parts(a: Tensor, b: Tensor, longest: int) -> Tensor:
+    """a^T b as the sum of products of at most `longest` rows.
+
+    MKL cuts long sums too, but at another length on each maker's processors. Small results are made in one
+    call, which costs less than many calls do; large ones are added to in place, because a batch of them
+    leaves the cache.
+    """
+    N, P = a.shape
+    count = -(-N // longest)
+    if count > 1 and count * P * b.shape[1] <= 2**20:
+        n = N // count
+        blocks, rest = slice(count * n), slice(count * n, None)
+        columns = a[blocks].unflatten(0, (count, n)).transpose(1, 2)
+        total = torch.bmm(columns, b[blocks].unflatten(0, (count, n))).sum(0)
+        return total if count * n == N else total.addmm_(a[rest].t(), b[rest])
+    total = a[:longest].t() @ b[:longest]
+    for start in range(longest, N, longest):
+        part = slice(start, start + longest)
+        total.addmm_(a[part].t(), b[part])
+    return total
 
 
 def _sums_by_its_operator(a: Tensor, others: list[Tensor]) -> list[Tensor]:
@@ -280,12 +301,17 @@ LONGEST = 288
 LONGEST_STEP = 384
 LONGEST_GRADIENT = 224
 
+# Rows in one sum of a weight's gradient by MKL: T of them, in B sums, where nn.RNN adds up B rows T times.
+# In both the longest chain of additions has T + B links, and terms of random sign lose 0.14 sqrt(T + B) of
+# float32's eps. Below 64 rows the calls cost more than the sums; above 256 the library cuts them itself.
+SHORTEST_SUM = 64
+LONGEST_SUM = 256
+
 
 def _is_onednns(*tensors: Tensor) -> bool:
-    """Whether oneDNN's operators, which have no derivatives, can be given these; type first, sizes never.
+    """Whether these go to oneDNN's operators, which have no derivatives; type first, sizes never.
 
-    They have AVX-512 kernels for every maker's processor, where MKL on AMD's stays at half that speed, but
-    take longer to start. A graph that is traced, and a batch under vmap, have tensors that stand for others.
+    A graph that is traced, and a batch under vmap, have tensors that stand for others.
     """
     return (
         ONEDNN
@@ -422,15 +448,36 @@ ROWS = 128  # fewer do not repay the copies of the weights that oneDNN makes
 FEW = 8  # steps of several rows that do not repay a copy of W_hh
 
 # The operators that torch.compile itself uses for linear layers on x86, and the one behind the derivative of
-# torch's own mkldnn_linear; elsewhere they are not measured.
-ONEDNN = (
+# torch's own mkldnn_linear.
+HAS_ONEDNN = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     and hasattr(torch.ops.aten, "mkldnn_linear_backward_weights")
 )
-if ONEDNN:
+if HAS_ONEDNN:
     LINEAR = torch.ops.mkldnn._linear_pointwise.default
     _LINEAR_ADD = torch.ops.mkldnn._linear_pointwise.binary
     _WEIGHTS = torch.ops.aten.mkldnn_linear_backward_weights.default
+
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def _onednn_pays() -> bool:
+    """Whether oneDNN's products are the quicker ones: on AMD's processors with AVX-512.
+
+    oneDNN has AVX-512 kernels for every maker's processor. MKL has them for Intel's alone, where it is the
+    quicker one; without AVX-512 they are equal. The choice is not measured: one that depends on the moment
+    would change a result's bits from one process to the next.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if _CPUINFO.exists():  # Linux
+        with _CPUINFO.open(errors="replace") as file:
+            return "AuthenticAMD" in file.read(1024)  # the first core's lines
+    return "AuthenticAMD" in os.environ.get("PROCESSOR_IDENTIFIER", "")  # Windows
+
+
+ONEDNN = HAS_ONEDNN and _onednn_pays()

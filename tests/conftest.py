@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
     if importlib.util.find_spec("triton"):
         importlib.import_module("elman.kernels.common")  # now: some tests take the variable away
 
-from tests.helpers import ANY_BACKEND, BACKENDS
+from bench import machine
+from tests.helpers import ANY_BACKEND, BACKENDS, DEVICE
 
 # The tests' matrices are small: threads cost more than they bring, and the machine may be shared.
 torch.set_num_threads(1)
@@ -22,6 +23,15 @@ if torch.cuda.is_available():
     # The float32 tolerances are those of float32 products; TF32 has a test of its own.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def pytest_report_header() -> str:
+    """Which processor the tests run on: libraries order their sums by its maker and instructions."""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    versions = ", ".join(
+        f"{name} {version}" for name, version in machine.software(torch.device(DEVICE)).items()
+    )
+    return f"CPU: {machine.cpu_model()}, {machine.cores()} cores, {instructions}; {versions}"
 
 
 def _params(names: list[str]) -> list:

@@ -21,9 +21,11 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import elman
 from elman import Elman, ElmanCell, ElmanNetwork, eager
+from tests.tolerances import tolerance
 
 F64 = torch.float64
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -1148,7 +1150,9 @@ def test_network_passes_its_options_on():
     ],
     ids=str,
 )
-def test_agrees_with_nn_rnn_where_onednn_multiplies(batch, hidden, options):
+@pytest.mark.parametrize("onednn", [False, True] if eager.HAS_ONEDNN else [False])
+def test_agrees_with_nn_rnn_where_onednn_multiplies(onednn, batch, hidden, options, monkeypatch):
+    monkeypatch.setattr(eager, "ONEDNN", onednn)
     options = dict(options)
     packed, steps = options.pop("packed", False), options.pop("steps", 9)
     inputs = options.pop("inputs", hidden)
@@ -1180,7 +1184,8 @@ def test_agrees_with_nn_rnn_where_onednn_multiplies(batch, hidden, options):
         assert (own - expected).abs().max() <= 1e-6 * steps**0.5 * (1 + expected.abs().max())
 
 
-@pytest.mark.skipif(not eager.ONEDNN, reason="oneDNN's operators are not used here")
+@pytest.mark.skipif(not eager.HAS_ONEDNN, reason="this torch has no oneDNN operators")
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize(
     ("shape", "used"),
     [
@@ -1190,7 +1195,8 @@ def test_agrees_with_nn_rnn_where_onednn_multiplies(batch, hidden, options):
         ((20, 4, 32), set()),
     ],
 )
-def test_where_onednn_multiplies(shape, used, monkeypatch):
+def test_where_onednn_multiplies(shape, used, onednn, monkeypatch):
+    monkeypatch.setattr(eager, "ONEDNN", onednn)
     seen = set()
 
     def spy(name):
@@ -1206,4 +1212,49 @@ def test_where_onednn_multiplies(shape, used, monkeypatch):
         monkeypatch.setattr(eager, name, spy(name))
     T, B, H = shape
     Elman(H, H, backend="eager")(torch.randn(T, B, H))[0].sum().backward()
-    assert seen == used
+    assert seen == (used if onednn else set())
+
+
+@pytest.mark.parametrize(
+    ("maker", "instructions", "chosen"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+        (None, "AVX512", False),
+    ],
+)
+@pytest.mark.parametrize("system", ["Linux", "Windows"])
+def test_onednn_is_chosen_by_maker_and_instructions(
+    system, maker, instructions, chosen, monkeypatch, tmp_path
+):
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(eager, "_CPUINFO", info)
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    if system == "Linux":
+        info.write_text(f"processor\t: 0\nvendor_id\t: {maker}\ncpu family\t: 25\n")
+    else:
+        monkeypatch.setenv("PROCESSOR_IDENTIFIER", f"AMD64 Family 25 Model 17 Stepping 1, {maker}")
+    assert eager._onednn_pays() is chosen
+
+
+@pytest.mark.parametrize(("T", "B", "H"), [(64, 32, 64), (16, 1, 32), (300, 8, 16), (64, 8, 320)])
+def test_no_gradient_is_a_longer_sum_than_the_recurrence(T, B, H, monkeypatch):
+    """On any processor: the libraries cut long sums as they like, or not at all."""
+    rows = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.bmm):
+                rows.append(args[-1].shape[-2])
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(eager, "ONEDNN", False)
+    a, b = torch.randn(T, B, H), torch.randn(T, B, H)
+    with Watch():
+        (total,) = eager.sums_of_products(a, [b], T)
+    truth = a.flatten(0, 1).double().t() @ b.flatten(0, 1).double()
+    assert (total - truth).norm() <= tolerance(torch.float32) * truth.norm()
+    assert max(rows) <= min(max(T, 64), 256)
+    assert len(rows) == 1 or T * B > 64  # a short sum is one product: many cost more than they add
