@@ -729,7 +729,7 @@ def test_doctor_names_the_variables_that_decide(monkeypatch, capsys):
 # The import
 
 IMPORT = """
-import json, os, sys, time
+import json, os, sys
 import torch
 
 def queried(*args, **kwargs):
@@ -738,14 +738,10 @@ def queried(*args, **kwargs):
 for name in ("is_available", "device_count", "get_device_properties", "get_device_capability", "init"):
     setattr(torch.cuda, name, queried)
 before, environment, state = set(sys.modules), dict(os.environ), torch.get_rng_state()
-# Of this process alone: what else the machine does meanwhile is not the import's.
-start = time.process_time()
 import elman
-seconds = time.process_time() - start
 new = set(sys.modules) - before
 print(json.dumps({
-    "milliseconds": 1000 * seconds,
-    "heavy": sorted(m for m in new if m.split(".")[0] in ("triton", "matplotlib", "numpy", "tabulate")),
+    "others": sorted(m for m in new if m.split(".")[0] != "elman"),
     "kernels": sorted(m for m in new if "kernels" in m),
     "same environment": dict(os.environ) == environment,
     "same generator": torch.equal(torch.get_rng_state(), state),
@@ -755,17 +751,13 @@ print(json.dumps({
 
 
 def test_import_is_light_and_changes_nothing():
-    times = []
-    for _ in range(3):
-        done = python("-c", IMPORT)
-        assert done.returncode == 0, done.stderr
-        report = json.loads(done.stdout)
-        times.append(report.pop("milliseconds"))
-        assert report == {
-            "heavy": [],
-            "kernels": ["elman.kernels", "elman.kernels.errors"],  # the exception alone
-            "same environment": True,
-            "same generator": True,
-            "cuda": False,
-        }
-    assert min(times) < 50, times
+    """Light: after torch, no module but ours. A limit in seconds would be the limit of one machine."""
+    done = python("-c", IMPORT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "others": [],
+        "kernels": ["elman.kernels", "elman.kernels.errors"],  # the exception alone
+        "same environment": True,
+        "same generator": True,
+        "cuda": False,
+    }
