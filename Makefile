@@ -8,7 +8,7 @@ OLDEST := .venv/triton-3.6.0
 .PHONY: test bench charlm check fuzz compile-matrix clean
 
 test: .venv/ready
-	@echo "make test: some 3,600 tests, those marked gpu only where there is a GPU."
+	@echo "make test: some 3,600 tests (those marked gpu only where there is one); plan half an hour or more on two slow cores."
 	$(BIN)/python -m pytest
 
 # ARGS: any of the options that `pytest bench --help` lists, e.g. make bench ARGS="--sweep smallest"
