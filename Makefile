@@ -8,6 +8,7 @@ OLDEST := .venv/triton-3.6.0
 .PHONY: test bench charlm check fuzz compile-matrix clean
 
 test: .venv/ready
+	@echo "make test: some 3,600 tests (those marked gpu only where there is one); plan half an hour or more on two slow cores."
 	$(BIN)/python -m pytest
 
 # ARGS: any of the options that `pytest bench --help` lists, e.g. make bench ARGS="--sweep smallest"
@@ -37,6 +38,8 @@ compile-matrix: .venv/ready $(OLDEST)/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"{sys.executable} is Python {sys.version.split()[0]}; elman needs 3.10 or newer: make PYTHON=python3.11")'
+	@echo "Setting up .venv, once: torch, triton, pytest and the rest, at the versions of constraints.txt. A CPU build"
+	@echo "of torch makes 2 GB of it; the CUDA build, which is PyPI's on Linux, is a download of several GB: minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots]'
 	@touch $@

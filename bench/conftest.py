@@ -12,7 +12,7 @@ import pytest
 
 from bench import compare, machine, page
 from bench.rows import Row, Run
-from bench.session import PLAN, ROOT, Cell, Plan, Session
+from bench.session import PLAN, RESULTS, ROOT, Cell, Plan, Session
 from bench.workloads import PASSES, SWEEPS
 
 SESSION = pytest.StashKey[Session]()
@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--results",
         type=Path,
-        default=ROOT / "results",
+        default=RESULTS,
         metavar="DIR",
         help="where <machine>/ is written (default: results/ in the repository)",
     )
@@ -74,6 +74,20 @@ def pytest_configure(config: pytest.Config) -> None:
             config.stash[BASE] = compare.load(config.getoption("baseline"), ROOT, folder, plan.table)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """What is about to run, how long it takes and where it is written, before anything is measured."""
+    plan, budget = config.stash[PLAN], config.getoption("budget")
+    if config.option.collectonly:
+        return []
+    takes = plan.takes if budget is None else f"{plan.takes}; --budget ends it after {budget:g} min"
+    folder = plan.destination(config.getoption("results"))
+    unpublished = "" if folder == config.getoption("results") else f" ({plan.sweep} is never published)"
+    return [
+        f"elman bench: {plan.table}, {len(plan.workloads)} shapes on {plan.device.type}: {takes}",
+        f"writes {folder}/<machine>/{unpublished}; after Ctrl-C the same command goes on",
+    ]
 
 
 class Progress:
@@ -120,12 +134,13 @@ def clock_time(seconds: float) -> str:
 def run(request: pytest.FixtureRequest) -> Session:
     config = request.config
     plan, progress = config.stash[PLAN], Progress(config)
+    results = plan.destination(config.getoption("results"))
     try:
-        alone(config.getoption("results"))
+        alone(results)
         session = Session(
             plan,
             selected(request.session),
-            config.getoption("results"),
+            results,
             # pytest-benchmark's own options count too: one second unless told scales the sweep's seconds.
             scale=float(config.getoption("benchmark_max_time")),
             min_rounds=config.getoption("benchmark_min_rounds"),
@@ -208,3 +223,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         what = f"Not a complete run, so no published table was touched: {session.record['partial']}"
         terminalreporter.write_line(f"{what} The same command goes on from here.")
     terminalreporter.write_line(f"Wrote {', '.join([str(written[0]), *(path.name for path in written[1:])])}")
+    asked = config.getoption("results")
+    if session.plan.destination(asked) != asked:
+        terminalreporter.write_line(
+            f"The sweep {session.plan.sweep} is never published: {asked} is as it was. It shows that all of "
+            f"this runs, and its numbers mean little."
+        )

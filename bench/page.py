@@ -497,7 +497,7 @@ def alternative(picture: str, table: Table) -> str:
     shows = {
         "us-a-step": "Microseconds a step over the hidden size H, a line per contender",
         "speedup": f"Speedup of {leader} against nn.RNN over batch B and hidden size H",
-        "winners": "The fastest contender at each batch B and hidden size H, ties together",
+        "winners": "The contender with the shortest time at each batch B and hidden size H, ties together",
         "growth": "Milliseconds over T, over B and over H, with fitted exponents",
         "roofline": "FLOP/s over FLOP a byte, under the measured roofs",
     }

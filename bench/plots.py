@@ -326,7 +326,7 @@ def speedup_map(table: Table) -> Figure | None:
 
 
 def winners_map(table: Table) -> Figure | None:
-    """The fastest contender over B and H; those that tie with it beside it."""
+    """The contender with the shortest time over B and H; those that tie with it beside it."""
     rows = main_form(table)
     # auto runs what one of the others runs.
     others = {
@@ -360,7 +360,7 @@ def winners_map(table: Table) -> Figure | None:
         f"{_lengths_text(lengths)}{_form_text(rows[0].workload)}; "
         f"E=N: a tie of E, the faster, with N (95% interval of the ratio)"
     )
-    _title(figure, table, "the fastest contender", detail, shown)
+    _title(figure, table, "the shortest time", detail, shown)
     return figure
 
 

@@ -22,6 +22,9 @@ from bench.rows import BASELINE, FAILED, FAILURES, LEFT_OUT, SHED, TIMED, UNAVAI
 from bench.workloads import DTYPES, PASSES, SWEEPS, Sweep, Workload, by_hand
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+# Where tables go that are never published: git ignores it, and bench/report.py does not read it.
+SCRATCH = ROOT / ".benchmarks" / "unpublished"
 
 Cell = tuple[Workload, str]
 
@@ -44,6 +47,22 @@ class Plan:
     workloads: tuple[Workload, ...]
     passes: tuple[str, ...]
     contenders: tuple[str, ...]
+
+    @property
+    def takes(self) -> str:
+        """How long a run takes, in words: known of a whole sweep on a CPU, else its sampling alone."""
+        sweep = SWEEPS.get(self.table)
+        if sweep and sweep.takes and self.device.type == "cpu":
+            return sweep.takes
+        rows = sum(not absence(name, workload, self.device) for workload, _, name in self.keys)
+        minutes = max(1, round(self.seconds * rows / 60))
+        return f"sampling alone takes {minutes} min ({rows} rows of {self.seconds:g} s), checks come on top"
+
+    def destination(self, results: Path) -> Path:
+        """The folder of the machines' folders: the one that was asked for, unless it is the repository's
+        results/ and the sweep is one that is never published there; then SCRATCH."""
+        never = self.sweep in SWEEPS and not SWEEPS[self.sweep].published
+        return SCRATCH if never and results.resolve().is_relative_to(RESULTS) else results
 
     @property
     def keys(self) -> list[Key]:

@@ -92,7 +92,8 @@ class Sweep:
     """Shapes, the seconds of sampling that each contender gets per shape and pass, and what is run of it.
 
     gpu_dtypes: the dtypes of the shapes on a GPU unless --dtype says others; on a CPU it is float32.
-    contenders: names, if not all take part.
+    contenders: names, if not all take part. published: whether its table may stand in results/. takes: how
+    long all of it takes, where that is known.
     """
 
     workloads: tuple[Workload, ...]
@@ -100,6 +101,8 @@ class Sweep:
     passes: tuple[str, ...] = ("forward", "training")
     gpu_dtypes: tuple[str, ...] = ("bfloat16", "float32", "tf32")
     contenders: tuple[str, ...] | None = None
+    published: bool = True
+    takes: str = ""
 
 
 def _square(B: int, T: int, *sizes: int) -> tuple[Workload, ...]:
@@ -141,6 +144,8 @@ SWEEPS = {
         seconds=0.1,
         gpu_dtypes=("float32",),
         contenders=("nn.RNN", "eager", "triton:resident", "cudnn", "naive loop"),
+        published=False,
+        takes="less than a minute",
     ),
     # Every B with small, middle and large H; T from 64 to 1024; one H that is no power of two; one
     # narrow input. On two slow cores it has to end within five minutes.
@@ -159,6 +164,7 @@ SWEEPS = {
             Workload(128, 128, 512, 512),
         ),
         gpu_dtypes=("bfloat16", "float32"),
+        takes="about five minutes on two slow cores",
     ),
     "standard": Sweep(_standard(), passes=("forward", "backward", "training")),
     # Where the kernels hand over to one another, and where cuDNN has its cliffs.

@@ -1,4 +1,4 @@
-"""The fastest Elman RNN: nn.RNN's drop-in replacement on Triton, cuDNN or plain torch.
+"""Elman RNN layers: nn.RNN's drop-in replacement on Triton, cuDNN or plain torch.
 
 >>> from elman import Elman
 >>> layer = Elman(input_size=64, hidden_size=128)      # nn.RNN's arguments, parameters and results

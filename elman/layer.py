@@ -16,7 +16,7 @@ MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 
 
 class Elman(nn.RNNBase):
-    """nn.RNN with the same arguments, parameters, results and errors, run by the fastest backend.
+    """nn.RNN with the same arguments, parameters, results and errors, and a choice of backends.
 
         h_t = act(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)        act = tanh or relu
 

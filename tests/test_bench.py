@@ -525,6 +525,28 @@ def test_every_sweep_has_work_for_a_cpu_and_no_shape_twice(sweep):
     assert len({workload.id for workload in workloads}) == len(workloads)
 
 
+def test_how_long_a_run_takes_is_known_before_it():
+    assert Plan.make("quick", device="cpu").takes == "about five minutes on two slow cores"
+    own = Plan.make(shapes="1,1000,8,8;1,1001,8,8", device="cpu", passes="forward", contenders="eager")
+    # nn.RNN and eager at two shapes
+    assert own.takes == "sampling alone takes 1 min (4 rows of 1 s), checks come on top"
+    quick = dataclasses.replace(Plan.make("quick", device="cpu"), device=torch.device("cuda"))
+    assert quick.takes.startswith("sampling alone takes ")  # what two cores need says nothing of a GPU
+
+
+def test_the_smallest_sweep_is_never_published():
+    for plan in (Plan.make("smallest", device="cpu"), Plan.make("smallest", device="cpu", passes="forward")):
+        for published in (session.RESULTS, session.RESULTS / "own", Path(os.path.relpath(session.RESULTS))):
+            assert plan.destination(published) == session.SCRATCH
+        assert plan.destination(Path("elsewhere")) == Path("elsewhere")
+    assert not session.SCRATCH.is_relative_to(session.RESULTS)
+    ignored = subprocess.run(["git", "check-ignore", "-q", str(session.SCRATCH / "a")], cwd=ROOT, check=False)
+    assert ignored.returncode in (0, 128)  # 128: not a git checkout
+    by_hand = Plan.make("smallest", shapes="1,16,32,32", device="cpu")
+    for plan in (Plan.make("quick", device="cpu"), by_hand):
+        assert plan.destination(session.RESULTS) == session.RESULTS
+
+
 # The session: what is measured once is not measured again
 
 
@@ -790,6 +812,31 @@ def test_the_smallest_sweep_ends_with_a_table_and_files(published):
     assert len(rows) == 2 * 2 * len(SWEEPS["smallest"].contenders)
     assert {row.contender for row in rows if row.status == TIMED} >= {BASELINE, "eager", NAIVE}
     assert all(row.reason for row in rows if row.status != TIMED)
+
+
+def test_the_smallest_sweep_leaves_the_published_results_as_they_are(published):
+    def contents():
+        return {path: path.read_bytes() for path in (ROOT / "results").rglob("*") if path.is_file()}
+
+    before = contents()
+    done = pytest_bench("--sweep", "smallest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert contents() == before
+    assert "The sweep smallest is never published" in done.stdout
+    assert f"writes {session.SCRATCH}/<machine>/ (smallest is never published)" in done.stdout
+    (wrote,) = re.findall(r"^Wrote (.*?smallest\.md), ", done.stdout, re.M)
+    assert Path(wrote).is_relative_to(session.SCRATCH)
+    folder, printed = published
+    assert f"writes {folder.parent}/<machine>/; after" in printed  # a --results of its own is its own
+
+
+def test_the_run_says_first_how_long_it_takes(published):
+    _, printed = published
+    said = printed.index("elman bench: smallest, 2 shapes on ")
+    assert said < printed.index("collected ") < printed.index("[1/4]")
+    done = pytest_bench("--collect-only", "-k", "nothing")
+    assert "collected " in done.stdout
+    assert "elman bench" not in done.stdout
 
 
 def test_the_files_name_neither_host_nor_path(published):
