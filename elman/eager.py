@@ -9,7 +9,7 @@ and backward, in the opposite order,
     g_t += W_hh^T dz_{t+1}      in place
     dz_t = act'(h_t) * g_t      in place
 
-("In place" but for oneDNN's product, which comes in memory of its own and is read once.)
+oneDNN's product is not in place: it comes in memory of its own.
 
 Rows that differ in length are packed (see packing.py), so that a step computes the rows that it has and
 no others, and there is no padding. float16 and bfloat16 are computed in float32, the state being rounded
