@@ -1,0 +1,177 @@
+"""What other people's code does with an nn.RNN, done with ours: tracers, exporters, quantizers, counters.
+
+Each test is a snippet that succeeds with nn.RNN, or a sentence where ours can't follow.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import elman
+from elman import Elman, ElmanCell, ElmanNetwork, Stream
+from tests.helpers import copy_of
+
+T, B, I, H = 5, 2, 3, 4
+# What torch says of its older parts, which people still use; the category differs from version to version.
+OF_TORCHSCRIPT = pytest.mark.filterwarnings("ignore:.torch.jit")
+OF_QUANTIZATION = pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor"
+)
+
+
+class Tagger(nn.Module):
+    """A model that holds a layer, as people write them."""
+
+    def __init__(self, kind: type[nn.RNNBase] = Elman, **options):
+        super().__init__()
+        self.rnn = kind(I, H, **options)
+        self.head = nn.Linear(H * (2 if self.rnn.bidirectional else 1), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, _ = self.rnn(x)
+        return self.head(h)
+
+
+class Stepper(nn.Module):
+    """A model that holds a cell."""
+
+    def __init__(self, kind: type[nn.RNNCellBase] = ElmanCell):
+        super().__init__()
+        self.cell = kind(I, H)
+        self.head = nn.Linear(H, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x))
+
+
+def sequence() -> Tensor:
+    return torch.randn(T, B, I)
+
+
+# Options and attributes
+
+
+def test_a_bool_of_numpy_is_a_bool():
+    numpy = pytest.importorskip("numpy")
+    layer = Elman(I, H, bidirectional=numpy.bool_(True))
+    assert layer.bidirectional is True
+    assert layer(sequence())[0].shape == (T, B, 2 * H)
+
+
+def test_assigned_flat_weights_are_computed_with():
+    ours, x = Elman(I, H), sequence()
+    theirs = copy_of(ours)
+    before = ours(x)
+    for layer in (ours, theirs):
+        layer._flat_weights = [0.5 * w for w in layer._flat_weights]
+    assert_close(ours(x), theirs(x))
+    assert not torch.equal(ours(x)[0], before[0])
+    for layer in (ours, theirs):
+        layer.float()  # nn.RNN takes its parameters up again
+    assert_close(ours(x), before)
+    assert_close(theirs(x), before)
+
+
+def test_a_parameter_set_later_ends_the_assignment():
+    ours, x = Elman(I, H), sequence()
+    theirs = copy_of(ours)
+    for layer in (ours, theirs):
+        layer._flat_weights = [0.5 * w for w in layer._flat_weights]
+        layer.bias_hh_l0 = nn.Parameter(torch.ones(H))
+    assert_close(ours(x), theirs(x))
+
+
+def test_flat_weights_assigned_before_replace():
+    model, x = Tagger(nn.RNN), sequence()
+    model.rnn._flat_weights = [0.5 * w for w in model.rnn._flat_weights]
+    expected = model(x)
+    elman.replace(model)
+    assert_close(model(x), expected)
+
+
+def test_initialisers_belong_before_replace(caplog):
+    def initialise(model):
+        for module in model.modules():
+            if isinstance(module, nn.RNN):
+                nn.init.zeros_(module.weight_hh_l0)
+
+    before, after = Tagger(nn.RNN), Tagger(nn.RNN)
+    initialise(before)
+    with caplog.at_level(logging.INFO, "elman"):
+        assert len(elman.replace(before)) == len(elman.replace(after)) == 1
+    initialise(after)
+    assert before.rnn.weight_hh_l0.abs().sum() == 0
+    assert after.rnn.weight_hh_l0.abs().sum() > 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "replace made 1 of nn.RNN and nn.RNNCell ours: ['rnn']"
+    ] * 2
+    assert "initialise before replace" in elman.replace.__doc__
+
+
+# Files
+
+
+def _saved(module: nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("module", [Elman(I, H, 2), ElmanCell(I, H), Stream(Elman(I, H))], ids=str)
+def test_a_whole_module_is_loaded_as_weights_only(module):
+    x = sequence()[0] if isinstance(module, ElmanCell) else sequence()
+    loaded = torch.load(_saved(module))  # weights_only is True by default
+    assert type(loaded) is type(module)
+    assert_close(loaded(x), module(x))
+
+
+def test_a_whole_network_needs_leave_for_torch_s_linear_alone():
+    network, x = ElmanNetwork(I, H, 2), sequence()
+    with torch.serialization.safe_globals([nn.Linear]):
+        loaded = torch.load(_saved(network))
+    assert_close(loaded(x), network(x))
+
+
+# TorchScript
+
+
+@OF_TORCHSCRIPT
+@pytest.mark.parametrize(
+    ("model", "kind", "original"),
+    [(Tagger(), "Elman", "nn.RNN"), (Elman(I, H), "Elman", "nn.RNN"), (Stepper(), "ElmanCell", "nn.RNNCell")],
+    ids=["inside a model", "alone", "cell"],
+)
+def test_script_names_what_to_use(model, kind, original):
+    with pytest.raises(RuntimeError, match=f"an {kind}, .*use one of these, .*{original} in its place"):
+        torch.jit.script(model)
+
+
+@OF_TORCHSCRIPT
+def test_the_remedy_for_script():
+    ours, x = Tagger(), sequence()
+    theirs = Tagger(nn.RNN)
+    theirs.load_state_dict(ours.state_dict())
+    assert_close(torch.jit.script(theirs)(x), ours(x))
+
+
+# Quantization
+
+
+@OF_QUANTIZATION
+def test_quantize_dynamic_leaves_a_cell_in_float():
+    kinds = {}
+    for kind in (ElmanCell, nn.RNNCell):
+        quantized = torch.ao.quantization.quantize_dynamic(Stepper(kind), {nn.RNNCell, nn.Linear, ElmanCell})
+        assert quantized(sequence()[0]).shape == (B, 2)
+        kinds[kind] = [type(quantized.cell), type(quantized.head)]
+    assert kinds[ElmanCell][0] is ElmanCell
+    assert kinds[nn.RNNCell][0] is torch.ao.nn.quantized.dynamic.RNNCell
+    assert kinds[ElmanCell][1] is kinds[nn.RNNCell][1] is torch.ao.nn.quantized.dynamic.Linear
+    assert "leaves it in float" in ElmanCell.__doc__
