@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import cudnn, eager, ops, packing, routing
 from .reference import ACTIVATIONS, stacked_weights
@@ -48,6 +49,8 @@ def elman(
     taken as zero, and no gradient passes. Reversed, likewise, nothing passes from that step to the one
     before it: the segments between resets are sequences of their own. All in the same launch.
     backend: one of elman.routing.NAMES, None for "auto"; cudnn has no resets.
+    Objects with a __torch_function__ that are no tensors, such as torch.fx's proxies, take the call over; a
+    subclass of Tensor sees the operators beneath.
 
     dtypes: float64, float32, float16, bfloat16, all tensors alike; under autocast its dtype.
     Returns output (T, B, D * H), of the input's kind and layout, and h_n, shaped as hx.
@@ -57,6 +60,27 @@ def elman(
     BackendUnavailableError for a backend that can't run. While torch.compile, torch.export or torch.jit.trace
     looks on, a PackedSequence's numbers and lengths are not checked.
     """
+    tensors = (input, hx, weights, lengths, resets)
+    if has_torch_function(tensors) or (type(weights) is list and has_torch_function(weights)):
+        overriding = _overriding(*tensors, *(weights if type(weights) is list else ()))
+        if overriding:
+            return handle_torch_function(
+                elman,
+                overriding,
+                input,
+                hx,
+                weights,
+                num_layers=num_layers,
+                bias=bias,
+                nonlinearity=nonlinearity,
+                dropout=dropout,
+                training=training,
+                bidirectional=bidirectional,
+                batch_first=batch_first,
+                lengths=lengths,
+                resets=resets,
+                backend=backend,
+            )
     D = 2 if bidirectional else 1
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
     if num_layers < 1:
@@ -192,6 +216,13 @@ def elman_step(
     (H,) or both None. Returns h', shaped as hx. dtypes, autocast and errors as `elman`'s, but that
     tensors of different dtypes are a RuntimeError, as nn.RNNCell's are.
     """
+    tensors = (input, hx, w_ih, w_hh, b_ih, b_hh)
+    if has_torch_function(tensors):
+        overriding = _overriding(*tensors)
+        if overriding:
+            return handle_torch_function(
+                elman_step, overriding, *tensors, nonlinearity=nonlinearity, backend=backend
+            )
     if (b_ih is None) != (b_hh is None):
         raise ValueError("one of b_ih and b_hh is None; expected both or neither: pass zeros for it")
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
@@ -218,6 +249,14 @@ def elman_step(
             )
             new = sequence[0][0]
     return new if batched else new.squeeze(0)
+
+
+def _overriding(*arguments: object) -> list[Any]:
+    """The arguments whose class takes the whole call over, by torch's protocol, such as a torch.fx.Proxy.
+
+    A subclass of Tensor does not: it is given to the operators, as it is by nn.RNN.
+    """
+    return [a for a in arguments if not isinstance(a, Tensor) and hasattr(type(a), "__torch_function__")]
 
 
 def check_hx(hx: object, shape: tuple[int, ...], dims: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import Input, check_option, elman, elman_step
@@ -85,6 +86,8 @@ class Elman(nn.RNNBase):
         it zero; see `elman.elman`. Returns output, of the input's kind with D * H in place of I, and h_n,
         shaped as hx.
         """
+        if isinstance(input, Proxy) and _has_root(input, self):
+            return _called(self, input, hx=hx, resets=resets)
         if self._flat_weights_are_assigned:
             self._update_flat_weights()  # as nn.RNN does: a parameter set since then ends the assignment
             weights = list(self._flat_weights)
@@ -152,6 +155,8 @@ class ElmanCell(nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, I) or (I,), hx (B, H) or (H,) or None for zeros -> h', shaped as hx."""
+        if isinstance(input, Proxy) and _has_root(input, self):
+            return _called(self, input, hx=hx)
         if self.nonlinearity not in tuple(MODES):
             raise RuntimeError(f"nonlinearity is {self.nonlinearity!r}; expected 'tanh' or 'relu'")
         return elman_step(
@@ -241,6 +246,21 @@ class ElmanNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         return f"readout={self.readout!r}"
+
+
+def _has_root(input: Proxy, module: nn.Module) -> bool:
+    """Whether torch.fx traces a model that has the module inside: it is not the whole model itself."""
+    return getattr(input.tracer, "root", module) is not module
+
+
+def _called(module: nn.Module, input: Proxy, **more: Any) -> Any:
+    """The module's call as one node of the graph that torch.fx traces, as it makes of nn.RNN's.
+
+    Traced into, the graph would keep the mode of today, and so the dropout, for good.
+    """
+    tracer: Any = input.tracer
+    given = {name: value for name, value in more.items() if value is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), given)
 
 
 def _not_scriptable(module: nn.Module, original: str) -> RuntimeError:

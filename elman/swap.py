@@ -24,9 +24,9 @@ def replace(model: nn.Module, backend: str = "auto") -> dict[str, nn.Module]:
     buffers, mode, dtype and device, so optimizers, shared weights, checkpoints and references to the layer
     go on as they were. Only its class changes, and with it isinstance(layer, nn.RNN), which is False
     afterwards: isinstance(layer, nn.RNNBase) holds before and after. So initialise before replace: code that
-    draws weights where isinstance(layer, nn.RNN) finds nothing afterwards. quantize_dynamic too comes first: it
-    leaves an ElmanCell in float. torch.jit.script can't compile our classes. backend: one of elman.routing.NAMES,
-    for every layer replaced.
+    draws weights where isinstance(layer, nn.RNN) finds nothing afterwards. Quantize before it too:
+    quantize_dynamic leaves an ElmanCell in float. torch.jit.script can't compile our classes. backend: one
+    of elman.routing.NAMES, for every layer replaced.
 
     Returns the replaced layers by their qualified names, "" for the model itself; of several names the
     first, as in model.named_modules(). Its len() is how many, which the logger "elman" says too, at INFO.

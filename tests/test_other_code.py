@@ -21,7 +21,9 @@ T, B, I, H = 5, 2, 3, 4
 # What torch says of its older parts, which people still use; the category differs from version to version.
 OF_TORCHSCRIPT = pytest.mark.filterwarnings("ignore:.torch.jit")
 OF_QUANTIZATION = pytest.mark.filterwarnings(
-    "ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor"
+    "ignore:torch.ao.quantization is deprecated",
+    "ignore:torch.quantize_per_tensor",
+    "ignore:Please use quant_min",
 )
 
 
@@ -137,6 +139,119 @@ def test_a_whole_network_needs_leave_for_torch_s_linear_alone():
     with torch.serialization.safe_globals([nn.Linear]):
         loaded = torch.load(_saved(network))
     assert_close(loaded(x), network(x))
+
+
+# torch.fx, and what else overrides torch's functions
+
+
+def assert_same_graphs(ours: torch.fx.Graph, theirs: torch.fx.Graph) -> None:
+    """Node by node; str(node.args) names the nodes that a node reads."""
+    names = [[(n.op, n.name, n.target, str(n.args), n.kwargs) for n in g.nodes] for g in (ours, theirs)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "dropout": 0.5}])
+def test_fx_takes_a_layer_for_one_node(options):
+    ours, theirs = Tagger(**options), Tagger(nn.RNN, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x, traced = sequence(), [torch.fx.symbolic_trace(model) for model in (ours, theirs)]
+    assert_same_graphs(traced[0].graph, traced[1].graph)
+    for module in (ours, theirs, *traced):
+        module.eval()  # the graph has no mode of its own
+    assert_close(traced[0](x), ours(x))
+    assert_close(traced[0](x), traced[1](x))
+    traced[0](x).sum().backward()
+    assert ours.rnn.weight_hh_l0.grad.abs().sum() > 0
+
+
+def test_fx_takes_a_cell_for_one_node():
+    ours = Stepper()
+    graphs = [torch.fx.symbolic_trace(model) for model in (ours, Stepper(nn.RNNCell))]
+    assert_same_graphs(graphs[0].graph, graphs[1].graph)
+    x = sequence()[0]
+    assert_close(graphs[0](x), ours(x))
+
+
+@pytest.mark.parametrize("module", [Elman(I, H, 2), ElmanCell(I, H), ElmanNetwork(I, H, 2)], ids=str)
+def test_fx_traces_our_modules_alone(module):
+    """Which nn.RNN and nn.RNNCell are not able to."""
+    traced = torch.fx.symbolic_trace(module, concrete_args={"hx": None, "resets": None})
+    x = sequence()[0] if isinstance(module, ElmanCell) else sequence()
+    assert_close(traced(x), module(x))
+
+
+def test_fx_refuses_a_stream():
+    with pytest.raises(RuntimeError, match=r"the stream is traced, .*use stream.layer"):
+        torch.fx.symbolic_trace(nn.Sequential(Stream(Elman(I, H))))
+
+
+@OF_QUANTIZATION
+def test_prepare_fx_and_convert_fx():
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    ours, x = Tagger().eval(), sequence()
+    expected = ours(x)
+    prepared = prepare_fx(ours, get_default_qconfig_mapping(), (x,))
+    assert_close(prepared(x), expected)
+    converted = convert_fx(prepared)
+    assert type(converted.rnn) is Elman
+    assert type(converted.head) is torch.ao.nn.quantized.Linear
+    assert_close(converted(x), expected, rtol=0, atol=0.05)
+
+
+class Overriding:
+    """An object that is no tensor and answers for torch's functions."""
+
+    calls: list[tuple]
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.calls.append((function, types, args, kwargs))
+        return "answer", "h_n"
+
+
+@pytest.mark.parametrize("where", ["input", "hx", "weights"])
+def test_an_overriding_object_gets_the_call(where):
+    Overriding.calls = []
+    layer, x, hx = Elman(I, H), sequence(), torch.zeros(1, B, H)
+    weights = list(layer.parameters())
+    arguments = {"input": x, "hx": hx, "weights": weights}
+    arguments[where] = Overriding() if where != "weights" else [Overriding(), *weights[1:]]
+    assert elman.elman(**arguments, dropout=0.5) == ("answer", "h_n")
+    function, types, args, kwargs = Overriding.calls.pop()
+    assert function is elman.elman
+    assert set(types) == {Overriding}
+    assert dict(zip(arguments, args, strict=True)) == arguments
+    assert kwargs["dropout"] == 0.5
+    if where != "weights":
+        assert layer(*[arguments[name] for name in ("input", "hx")]) == ("answer", "h_n")
+
+
+@pytest.mark.parametrize("where", ["input", "hx", "weight"])
+def test_an_overriding_object_gets_the_step(where):
+    Overriding.calls = []
+    cell, x, h = ElmanCell(I, H), sequence()[0], torch.zeros(B, H)
+    arguments = {"input": x, "hx": h, "weight": cell.weight_ih} | {where: Overriding()}
+    result = elman.elman_step(*arguments.values(), cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    assert result == ("answer", "h_n")
+    assert Overriding.calls.pop()[0] is elman.elman_step
+
+
+def test_a_mode_that_overrides_sees_the_operators():
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    layer, cell, x = Elman(I, H), ElmanCell(I, H), sequence()
+    with Mode():
+        found = layer(x), cell(x[0])
+    assert_close(found, (layer(x), cell(x[0])))
+    assert [name for name in seen if "layer" in name]
+    assert [name for name in seen if "rnn_tanh_cell" in name]
 
 
 # TorchScript
