@@ -7,9 +7,9 @@
 from torch.serialization import add_safe_globals
 
 from . import reference
+from .errors import DeviceHangError
 from .functional import elman, elman_step
 from .initialization import initialize
-from .kernels.errors import DeviceHangError
 from .layer import Elman, ElmanCell, ElmanNetwork
 from .routing import BackendUnavailableError, Route, available_backends, explain, use_backend
 from .stream import Stream

@@ -90,7 +90,7 @@ class Elman(nn.RNNBase):
             return _called(self, input, hx=hx, resets=resets)
         if self._flat_weights_are_assigned:
             self._update_flat_weights()  # as nn.RNN does: a parameter set since then ends the assignment
-            weights = list(self._flat_weights)
+            weights: list[Any] = list(self._flat_weights)
         else:
             # By name and at every call: a parametrization or functional_call puts other tensors there.
             weights = [getattr(self, name) for name in self._flat_weights_names]
