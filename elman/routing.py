@@ -68,9 +68,9 @@ def _no_kernels() -> str | None:
     if folder.is_dir():
         return None
     return (
-        f"{folder} is no folder: it is a symlink to ../kernels, which git writes as a text file where it makes "
-        "no symlinks, as on Windows; set git config core.symlinks true and check it out again (git checkout -- "
-        "elman/kernels), or install the package with pip, or use 'cudnn' or 'eager'"
+        f"{folder} is no folder: it is a symlink to ../kernels, which git writes as a text file where it "
+        "makes no symlinks, as on Windows; set git config core.symlinks true and check it out again (git "
+        "checkout -- elman/kernels), or install the package with pip, or use 'cudnn' or 'eager'"
     )
 
 
@@ -182,6 +182,33 @@ def route(
     if kernel and not is_traced():
         _expect_runs(kernel, _passes(device, dtype, (hidden, batch, directions, ragged or resets)), device)
     return Route("triton", kernel or "triton", reason)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Within the block torch.jit.trace records nothing, and sizes are numbers: for checks, which a trace
+    would warn of one by one.
+    """
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(tracing)
+
+
+def is_exported_as_nn_rnn() -> bool:
+    """Whether torch.onnx.export looks on, and nobody imported elman.onnx, which tells it of our operator.
+
+    The older exporter, which traces, can't be told of it.
+    """
+    traces = torch.jit.is_tracing()
+    if not traces and not (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()):
+        return False
+    exporter = sys.modules.get("torch.onnx")
+    if exporter is None or not exporter.is_in_onnx_export():
+        return False
+    return traces or "elman.onnx" not in sys.modules
 
 
 def is_traced() -> bool:

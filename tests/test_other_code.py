@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
 import elman
@@ -290,3 +293,128 @@ def test_quantize_dynamic_leaves_a_cell_in_float():
     assert kinds[nn.RNNCell][0] is torch.ao.nn.quantized.dynamic.RNNCell
     assert kinds[ElmanCell][1] is kinds[nn.RNNCell][1] is torch.ao.nn.quantized.dynamic.Linear
     assert "leaves it in float" in ElmanCell.__doc__
+
+
+@OF_TORCHSCRIPT
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_trace_warns_of_nothing(packed):
+    """nn.RNN warns of the sizes that it compares; other warnings than these are errors here anyway."""
+    layer, cell, x = Elman(I, H, 2, bidirectional=True), ElmanCell(I, H), sequence()
+    with torch.no_grad():
+        if packed:
+            sizes = torch.tensor([2, 2, 1])
+            weights = [p.detach() for p in Elman(I, H).parameters()]
+
+            def run(data, sizes):
+                return elman.elman(PackedSequence(data, sizes), None, weights)[1]
+
+            traced = torch.jit.trace(run, (x.flatten(0, 1)[:5], sizes))
+            other = x.flatten(0, 1)[:6], torch.tensor([3, 2, 1])
+            assert_close(traced(*other), run(*other))
+        else:
+            hx = torch.randn(4, B, H)
+            assert_close(torch.jit.trace(layer, (x, hx))(x[:3], hx), layer(x[:3], hx))
+            assert_close(torch.jit.trace(layer, (x,))(x[:, :1]), layer(x[:, :1]))
+            assert_close(torch.jit.trace(cell, (x[0],))(x[1]), cell(x[1]))
+
+
+@OF_TORCHSCRIPT
+def test_a_trace_still_checks():
+    with pytest.raises(RuntimeError, match="input has size 4 in its last dimension"):
+        torch.jit.trace(Elman(I, H), (torch.randn(T, B, 4),))
+
+
+# ONNX
+
+
+@pytest.fixture
+def plain_exporter(monkeypatch):
+    """As where nobody imported elman.onnx, which tells the exporter of our operator."""
+    pytest.importorskip("onnxscript")
+    monkeypatch.delitem(sys.modules, "elman.onnx", raising=False)
+
+
+@OF_TORCHSCRIPT
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # the exporters', of nn.RNN too
+@pytest.mark.parametrize("dynamo", [False, True], ids=["older", "newer"])
+@pytest.mark.parametrize(
+    "model", [Tagger(num_layers=2, bidirectional=True), Stepper()], ids=["layer", "cell"]
+)
+def test_torch_s_own_onnx_export(model, dynamo, plain_exporter, tmp_path):
+    """As Lightning's and darts' to_onnx call it."""
+    runtime = pytest.importorskip("onnxruntime")
+    x = sequence()[0] if isinstance(model, Stepper) else sequence()
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model.eval(), (x,), path, dynamo=dynamo, input_names=["x"], verbose=False)
+    found = runtime.InferenceSession(path).run(None, {"x": x.numpy()})[0]
+    assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@OF_TORCHSCRIPT
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_nn_rnn_has_not_is_elman_onnx_s_matter(plain_exporter, tmp_path):
+    class Resetting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = Elman(I, H)
+
+        def forward(self, x, resets):
+            return self.rnn(x, None, resets)
+
+    arguments = sequence(), torch.zeros(T, B, dtype=torch.bool)
+    with pytest.raises(NotImplementedError, match=r"use elman\.onnx\.export"):
+        torch.onnx.export(Resetting().eval(), arguments, tmp_path / "model.onnx", dynamo=False)
+
+
+# Gradients of each sample
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "nonlinearity": "relu"}])
+def test_call_for_per_sample_grads(options, packed):
+    class Model(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.rnn = kind(I, H, batch_first=True, **options)
+
+        def forward(self, x):
+            if packed:
+                x = pack_padded_sequence(x, [T, T - 2], batch_first=True)
+                return self.rnn(x)[0].data.square()
+            return self.rnn(x)[0].square()
+
+    ours, theirs = Model(Elman), Model(nn.RNN)
+    theirs.load_state_dict(ours.state_dict())
+    x = sequence().transpose(0, 1)
+    for model in (ours, theirs):
+        call_for_per_sample_grads(model)(x).sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert p.grad_sample.shape == (B, *p.shape)
+        assert_close(p.grad_sample, q.grad_sample, msg=name)
+    ours.zero_grad()
+    ours(x).sum().backward()
+    for name, p in ours.named_parameters():
+        assert_close(p.grad_sample.sum(0), p.grad, msg=name)
+
+
+def test_expanded_weights_have_no_resets():
+    layer, x = Elman(I, H, batch_first=True), sequence().transpose(0, 1)
+    with pytest.raises(NotImplementedError, match=r"expected None: .*torch\.func's vmap"):
+        call_for_per_sample_grads(layer)(x, resets=torch.zeros(B, T, dtype=torch.bool))
+
+
+@pytest.mark.filterwarnings("ignore")  # Opacus's own
+def test_opacus_s_expanded_weights():
+    opacus = pytest.importorskip("opacus")
+    ours = Tagger(batch_first=True)
+    model = opacus.grad_sample.GradSampleModuleExpandedWeights(ours, loss_reduction="sum")
+    x = sequence().transpose(0, 1)
+    model(x).square().sum().backward()
+    for p in ours.parameters():
+        assert p.grad_sample.shape == (B, *p.shape)
+    found = ours.rnn.weight_hh_l0.grad_sample.sum(0)
+    plain = Tagger(batch_first=True)
+    plain.load_state_dict(ours.state_dict())
+    plain(x).square().sum().backward()
+    assert_close(found, plain.rnn.weight_hh_l0.grad)
