@@ -65,7 +65,7 @@ def elman(
     overridden = has_torch_function(tensors) or (type(weights) is list and has_torch_function(weights))
     if overridden or routing.is_exported_as_nn_rnn():
         overriding = _overriding(*tensors, *(weights if type(weights) is list else ()))
-        options: dict[str, Any] = {
+        given: dict[str, Any] = {
             "num_layers": num_layers,
             "bias": bias,
             "nonlinearity": nonlinearity,
@@ -77,10 +77,11 @@ def elman(
             "resets": resets,
         }
         if overriding:
-            options["backend"] = backend
-            return handle_torch_function(elman, overriding, input, hx, weights, **options)
+            given["backend"] = backend
+            function: Callable[..., Any] = elman
+            return handle_torch_function(function, overriding, input, hx, weights, **given)
         if routing.is_exported_as_nn_rnn() or any(map(_is_expanded, weights)):
-            return _by_nn_rnn(input, hx, weights, **options)
+            return _by_nn_rnn(input, hx, weights, **given)
     D = 2 if bidirectional else 1
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
     if num_layers < 1:
@@ -287,8 +288,8 @@ def _by_nn_rnn(
     if lengths is not None or resets is not None:
         raise NotImplementedError(
             "lengths or resets came within torch.onnx.export or call_for_per_sample_grads, where nn.RNN's "
-            "operator is taken, which has none; expected None: use elman.onnx.export, or torch.func's vmap of "
-            "grad"
+            "operator is taken, which has none; expected None: use elman.onnx.export, or torch.func's vmap of"
+            " grad"
         )
     with routing.untraced(), torch.device("meta"):  # its own weights are not computed with
         H, I = weights[0].shape

@@ -189,12 +189,13 @@ def untraced() -> Iterator[None]:
     """Within the block torch.jit.trace records nothing, and sizes are numbers: for checks, which a trace
     would warn of one by one.
     """
-    tracing = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch_c: Any = torch._C  # its stubs have only one of the two
+    tracing = torch_c._get_tracing_state()
+    torch_c._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(tracing)
+        torch_c._set_tracing_state(tracing)
 
 
 def is_exported_as_nn_rnn() -> bool:

@@ -12,9 +12,11 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import elman
 from elman import Elman, ElmanCell, ElmanNetwork, Stream
@@ -418,3 +420,29 @@ def test_opacus_s_expanded_weights():
     plain.load_state_dict(ours.state_dict())
     plain(x).square().sum().backward()
     assert_close(found, plain.rnn.weight_hh_l0.grad)
+
+
+# Operations counted
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["plain", "deep"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both passes"])
+def test_flops_are_counted_as_nn_rnn_s(options, backward):
+    ours, x = Elman(I, H, **options), sequence()
+    counts = []
+    for layer in (ours, copy_of(ours)):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            output, _ = layer(x)
+            if backward:
+                output.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_flops_of_tensors_without_numbers():
+    counts = []
+    for kind in (Elman, nn.RNN):
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+            kind(I, H)(torch.randn(T, B, I))[0].sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
