@@ -4,10 +4,12 @@
 >>> layer = Elman(input_size=64, hidden_size=128)      # nn.RNN's arguments, parameters and results
 """
 
+from torch.serialization import add_safe_globals
+
 from . import reference
+from .errors import DeviceHangError
 from .functional import elman, elman_step
 from .initialization import initialize
-from .kernels.errors import DeviceHangError
 from .layer import Elman, ElmanCell, ElmanNetwork
 from .routing import BackendUnavailableError, Route, available_backends, explain, use_backend
 from .stream import Stream
@@ -30,5 +32,8 @@ __all__ = [
     "replace",
     "use_backend",
 ]
+
+# For torch.load of a whole module, whose default is weights_only=True: these hold tensors and options alone.
+add_safe_globals([Elman, ElmanCell, ElmanNetwork, Stream])
 
 __version__ = "0.1.0"

@@ -103,6 +103,8 @@ def doctor() -> str:
 
 def _tables() -> list[str]:
     """Where the tuned tables of this machine's GPUs are, and how many entries they have."""
+    if routing.NO_KERNELS:
+        return ["  tuned tables: they can't be read without the kernels, see above"]
     from . import tables  # these import kernels, which importing elman must not
 
     gpus = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})

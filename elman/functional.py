@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import cudnn, eager, ops, packing, routing
 from .reference import ACTIVATIONS, stacked_weights
@@ -48,15 +50,38 @@ def elman(
     taken as zero, and no gradient passes. Reversed, likewise, nothing passes from that step to the one
     before it: the segments between resets are sequences of their own. All in the same launch.
     backend: one of elman.routing.NAMES, None for "auto"; cudnn has no resets.
+    Objects with a __torch_function__ that are no tensors, such as torch.fx's proxies, take the call over; a
+    subclass of Tensor sees the operators beneath.
 
     dtypes: float64, float32, float16, bfloat16, all tensors alike; under autocast its dtype.
     Returns output (T, B, D * H), of the input's kind and layout, and h_n, shaped as hx.
 
     Raises, before anything runs: TypeError or ValueError for a wrong kind, rank, dtype or option,
     RuntimeError for sizes or devices that don't fit each other, as nn.RNN does; and
-    BackendUnavailableError for a backend that can't run. While torch.compile, torch.export or torch.jit.trace
-    looks on, a PackedSequence's numbers and lengths are not checked.
+    BackendUnavailableError for a backend that can't run. While torch.compile or torch.export looks on, a
+    PackedSequence's numbers and lengths are not checked.
     """
+    tensors = (input, hx, weights, lengths, resets)
+    overridden = has_torch_function(tensors) or (type(weights) is list and has_torch_function(weights))
+    if overridden or routing.is_exported_as_nn_rnn():
+        overriding = _overriding(*tensors, *(weights if type(weights) is list else ()))
+        given: dict[str, Any] = {
+            "num_layers": num_layers,
+            "bias": bias,
+            "nonlinearity": nonlinearity,
+            "dropout": dropout,
+            "training": training,
+            "bidirectional": bidirectional,
+            "batch_first": batch_first,
+            "lengths": lengths,
+            "resets": resets,
+        }
+        if overriding:
+            given["backend"] = backend
+            function: Callable[..., Any] = elman
+            return handle_torch_function(function, overriding, input, hx, weights, **given)
+        if routing.is_exported_as_nn_rnn() or any(map(_is_expanded, weights)):
+            return _by_nn_rnn(input, hx, weights, **given)
     D = 2 if bidirectional else 1
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
     if num_layers < 1:
@@ -77,13 +102,17 @@ def elman(
         x, hx = x.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
     elif batch_first and packed is None:
         x = x.transpose(0, 1)
-    # item(), not int(), which torch.export can't leave to the run.
-    B: Any = x.shape[1] if packed is None else packed.batch_sizes[0].item()
+    B: Any = x.shape[1] if packed is None else _first_number(packed.batch_sizes)
     H = weights[1].shape[0]
     if lengths is not None:
-        lengths = _check_lengths(lengths, x.shape[0], B, x.device)
+        _check_lengths(lengths, x.shape[0], B, x.device)
+        lengths = lengths.to(x.device)
     if resets is not None:
-        resets = _check_resets(resets, x, batched, batch_first, packed)
+        _check_resets(resets, x, batched, batch_first, packed)
+        if not batched:
+            resets = resets.unsqueeze(1)
+        elif batch_first:
+            resets = resets.transpose(0, 1)
     if hx is None:
         # Of a packed batch by its tensor: torch.jit.trace would keep a number for good.
         rows: Any = B if packed is None else packed.batch_sizes[0]
@@ -192,6 +221,13 @@ def elman_step(
     (H,) or both None. Returns h', shaped as hx. dtypes, autocast and errors as `elman`'s, but that
     tensors of different dtypes are a RuntimeError, as nn.RNNCell's are.
     """
+    tensors = (input, hx, w_ih, w_hh, b_ih, b_hh)
+    if has_torch_function(tensors):
+        overriding = _overriding(*tensors)
+        if overriding:
+            return handle_torch_function(
+                elman_step, overriding, *tensors, nonlinearity=nonlinearity, backend=backend
+            )
     if (b_ih is None) != (b_hh is None):
         raise ValueError("one of b_ih and b_hh is None; expected both or neither: pass zeros for it")
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
@@ -202,7 +238,7 @@ def elman_step(
     if not batched:
         x, h = x.unsqueeze(0), None if h is None else h.unsqueeze(0)
     if h is None:
-        h = x.new_zeros(x.shape[0], len(weights[1]))
+        h = x.new_zeros(x.shape[0], weights[1].shape[0])
     route = routing.route(backend, x.device, x.dtype, h.shape[1], x.shape[0], one_step=True)
     with plain:
         if route.backend == "eager":
@@ -220,6 +256,49 @@ def elman_step(
     return new if batched else new.squeeze(0)
 
 
+def _overriding(*arguments: object) -> list[Any]:
+    """The arguments whose class takes the whole call over, by torch's protocol, such as a torch.fx.Proxy.
+
+    A subclass of Tensor does not: it is given to the operators, as it is by nn.RNN.
+    """
+    return [a for a in arguments if not isinstance(a, Tensor) and hasattr(type(a), "__torch_function__")]
+
+
+def _is_expanded(weight: object) -> bool:
+    """Whether torch's call_for_per_sample_grads made it, which computes with the functions it knows alone."""
+    return type(weight).__name__ == "ExpandedWeight"
+
+
+def _by_nn_rnn(
+    input: Input,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int,
+    bias: bool,
+    nonlinearity: str,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Input, Tensor]:
+    """elman() by nn.RNN itself, for what knows its operator and not ours, whatever the backend."""
+    if lengths is not None or resets is not None:
+        raise NotImplementedError(
+            "lengths or resets came within torch.onnx.export or call_for_per_sample_grads, where nn.RNN's "
+            "operator is taken, which has none; expected None: use elman.onnx.export, or torch.func's vmap of"
+            " grad"
+        )
+    with routing.untraced(), torch.device("meta"):  # its own weights are not computed with
+        H, I = weights[0].shape
+        rnn = nn.RNN(I, H, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional)
+    rnn.train(training)
+    rnn._flat_weights = list(weights)
+    return rnn.forward(input, hx)
+
+
 def check_hx(hx: object, shape: tuple[int, ...], dims: str) -> None:
     """Raises unless hx is a tensor of that shape, whose dimensions `dims` names."""
     _check_tensor("hx", hx)
@@ -234,6 +313,25 @@ def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, options))}")
 
 
+def _untraced(check: Callable[..., Any]) -> Callable[..., Any]:
+    """The check, of which torch.jit.trace sees nothing: it would warn of every size that is compared."""
+
+    @wraps(check)
+    def untraced(*arguments: Any) -> Any:
+        if not torch.jit.is_tracing():
+            return check(*arguments)
+        with routing.untraced():
+            return check(*arguments)
+
+    return untraced
+
+
+@_untraced
+def _first_number(sizes: Tensor) -> Any:
+    return sizes[0].item()  # not int(), which torch.export can't leave to the run
+
+
+@_untraced
 def _check_sequence(
     input: Tensor,
     hx: Tensor | None,
@@ -313,6 +411,7 @@ def _check_packed(packed: PackedSequence) -> None:
             )
 
 
+@_untraced
 def _check_step(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> None:
     _check_tensor("input", input)
     if input.dim() not in (1, 2):
@@ -363,7 +462,8 @@ def _check_tensor(name: str, value: object) -> None:
         )
 
 
-def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Tensor:
+@_untraced
+def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> None:
     _check_tensor("lengths", lengths)
     if lengths.shape != (B,) or lengths.dtype != torch.int64:
         raise ValueError(
@@ -375,19 +475,18 @@ def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Ten
             f"lengths is on {lengths.device}; expected the CPU or the input's {device}: move it with .to()"
         )
     if routing.is_traced():
-        return lengths.to(device)  # what follows looks at numbers, which a graph does not have
+        return  # what follows looks at numbers, which a graph does not have
     if B and not 1 <= int(lengths.min()) <= int(lengths.max()) <= T:
         raise ValueError(
             f"lengths runs from {int(lengths.min())} to {int(lengths.max())}; expected 1 to {T}, the "
             "sequence length: leave empty rows out"
         )
-    return lengths.to(device)
 
 
+@_untraced
 def _check_resets(
     resets: Tensor, x: Tensor, batched: bool, batch_first: bool, packed: PackedSequence | None
-) -> Tensor:
-    """resets (T, B), for x as the layers take it."""
+) -> None:
     _check_tensor("resets", resets)
     if packed is None:
         T, B = x.shape[:2]
@@ -405,9 +504,6 @@ def _check_resets(
         raise RuntimeError(
             f"resets is on {resets.device} and the input on {x.device}; expected one: move with .to()"
         )
-    if not batched:
-        return resets.unsqueeze(1)
-    return resets.transpose(0, 1) if batch_first else resets
 
 
 # Asked once: a graph that torch 2.11 traces can't.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import Input, check_option, elman, elman_step
@@ -30,6 +31,7 @@ class Elman(nn.RNNBase):
 
     nonlinearity: str
     backend: str
+    _flat_weights_are_assigned = False
 
     def __init__(
         self,
@@ -54,7 +56,8 @@ class Elman(nn.RNNBase):
         check_option("nonlinearity", nonlinearity, tuple(MODES))
         if not isinstance(num_layers, Integral):
             raise TypeError(f"num_layers is a {type(num_layers).__name__}; expected an int")
-        if not isinstance(bidirectional, bool):
+        # NumPy's bool, which is no subclass of Python's, is named "bool" too, or "bool_" before NumPy 2.
+        if type(bidirectional).__name__ not in ("bool", "bool_"):
             raise TypeError(f"bidirectional is a {type(bidirectional).__name__}; expected a bool")
         check_name(backend)
         # nn.RNNBase, not nn.RNN: torch.compile refuses nn.RNN's subclasses.
@@ -66,7 +69,7 @@ class Elman(nn.RNNBase):
             bias,
             batch_first,
             dropout,
-            bidirectional,
+            bool(bidirectional),
             device=device,
             dtype=dtype,
         )
@@ -83,8 +86,14 @@ class Elman(nn.RNNBase):
         it zero; see `elman.elman`. Returns output, of the input's kind with D * H in place of I, and h_n,
         shaped as hx.
         """
-        # By name and at every call: a parametrization or functional_call puts other tensors there.
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        if isinstance(input, Proxy) and _has_root(input, self):
+            return _called(self, input, hx=hx, resets=resets)
+        if self._flat_weights_are_assigned:
+            self._update_flat_weights()  # as nn.RNN does: a parameter set since then ends the assignment
+            weights: list[Any] = list(self._flat_weights)
+        else:
+            # By name and at every call: a parametrization or functional_call puts other tensors there.
+            weights = [getattr(self, name) for name in self._flat_weights_names]
         return elman(
             input,
             hx,
@@ -100,6 +109,19 @@ class Elman(nn.RNNBase):
             backend=self.backend,
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_flat_weights":
+            # nn.RNN computes with what was assigned. Where a name has no parameter (a parametrization, a
+            # replica), nn.RNNBase's own methods assign something else too.
+            parameters = [self._parameters.get(n) for n in self._flat_weights_names]
+            self._flat_weights_are_assigned = len(value) != len(parameters) or any(
+                p is not None and w is not p for w, p in zip(value, parameters, strict=True)
+            )
+
+    def __prepare_scriptable__(self) -> Any:
+        raise _not_scriptable(self, "nn.RNN")
+
     def extra_repr(self) -> str:
         nonlinearity = "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity!r}"
         return super().extra_repr() + nonlinearity + _backend_repr(self.backend)
@@ -111,6 +133,8 @@ class ElmanCell(nn.RNNCellBase):
         h' = act(W_ih x + b_ih + W_hh h + b_hh)
 
     Parameters: weight_ih (H, I), weight_hh (H, H), bias_ih (H,), bias_hh (H,). backend as Elman's.
+
+    quantize_dynamic, which replaces an nn.RNNCell, does not know this class and leaves it in float.
     """
 
     def __init__(
@@ -131,6 +155,8 @@ class ElmanCell(nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, I) or (I,), hx (B, H) or (H,) or None for zeros -> h', shaped as hx."""
+        if isinstance(input, Proxy) and _has_root(input, self):
+            return _called(self, input, hx=hx)
         if self.nonlinearity not in tuple(MODES):
             raise RuntimeError(f"nonlinearity is {self.nonlinearity!r}; expected 'tanh' or 'relu'")
         return elman_step(
@@ -143,6 +169,9 @@ class ElmanCell(nn.RNNCellBase):
             nonlinearity=self.nonlinearity,
             backend=self.backend,
         )
+
+    def __prepare_scriptable__(self) -> Any:
+        raise _not_scriptable(self, "nn.RNNCell")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _backend_repr(self.backend)
@@ -217,6 +246,33 @@ class ElmanNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         return f"readout={self.readout!r}"
+
+
+def _has_root(input: Proxy, module: nn.Module) -> bool:
+    """Whether torch.fx traces a model that has the module inside: it is not the whole model itself."""
+    return getattr(input.tracer, "root", module) is not module
+
+
+def _called(module: nn.Module, input: Proxy, **more: Any) -> Any:
+    """The module's call as one node of the graph that torch.fx traces, as it makes of nn.RNN's.
+
+    Traced into, the graph would keep the mode of today, and so the dropout, for good.
+    """
+    tracer: Any = input.tracer
+    given = {name: value for name, value in more.items() if value is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), given)
+
+
+def _not_scriptable(module: nn.Module, original: str) -> RuntimeError:
+    """What torch.jit.script raises, which asks each module for a `__prepare_scriptable__`.
+
+    One that returned an nn.RNN would leave that in the caller's model: torch.jit.script puts it there.
+    """
+    return RuntimeError(
+        f"torch.jit.script came to an {type(module).__name__}, which TorchScript can't compile; expected "
+        "torch.export.export, torch.compile or torch.jit.trace: use one of these, or script the model with "
+        f"{original} in its place, which loads this one's state_dict"
+    )
 
 
 def _backend_repr(backend: str) -> str:

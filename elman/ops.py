@@ -70,7 +70,12 @@ def layer(
         if torch.compiler.is_compiling():
             _hold_whole()
         return _in_transform(*arguments)
-    if torch.is_grad_enabled() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    if watched:
+        from . import flops  # not above: it names the operators, which this file makes
+
+        flops.tell_counters()
+    if torch.is_grad_enabled() or type(x) is not Tensor or watched:
         return torch.ops.elman.layer.default(*arguments)
     return _layer(*arguments)  # with nothing to record, the dispatcher only costs time
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,9 +62,22 @@ def _no_compiler() -> str | None:
     )
 
 
+def _no_kernels() -> str | None:
+    """None if elman/kernels is the folder with the kernels, else why not."""
+    folder = Path(__file__).with_name("kernels")
+    if folder.is_dir():
+        return None
+    return (
+        f"{folder} is no folder: it is a symlink to ../kernels, which git writes as a text file where it "
+        "makes no symlinks, as on Windows; set git config core.symlinks true and check it out again (git "
+        "checkout -- elman/kernels), or install the package with pip, or use 'cudnn' or 'eager'"
+    )
+
+
 # Found out once, and Triton not imported: torch.compile can't trace the searches.
 TRITON_IS_INSTALLED = _is_installed("triton")
 NO_COMPILER = _no_compiler()
+NO_KERNELS = _no_kernels()
 NO_CUDA = "this machine has no CUDA device (torch.cuda.is_available() is False); use 'eager'"
 
 # A plain global, as PyTorch's own switches are: torch.compile guards on it and so compiles again when it
@@ -170,6 +184,34 @@ def route(
     return Route("triton", kernel or "triton", reason)
 
 
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Within the block torch.jit.trace records nothing, and sizes are numbers: for checks, which a trace
+    would warn of one by one.
+    """
+    torch_c: Any = torch._C  # its stubs have only one of the two
+    tracing = torch_c._get_tracing_state()
+    torch_c._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch_c._set_tracing_state(tracing)
+
+
+def is_exported_as_nn_rnn() -> bool:
+    """Whether torch.onnx.export looks on, and nobody imported elman.onnx, which tells it of our operator.
+
+    The older exporter, which traces, can't be told of it.
+    """
+    traces = torch.jit.is_tracing()
+    if not traces and not (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()):
+        return False
+    exporter = sys.modules.get("torch.onnx")
+    if exporter is None or not exporter.is_in_onnx_export():
+        return False
+    return traces or "elman.onnx" not in sys.modules
+
+
 def is_traced() -> bool:
     """Whether a graph is being traced, whose tensors have no numbers and may have no sizes."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -213,6 +255,8 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype, resets: 
                 "'triton' or 'eager'"
             )
         return _cudnn_unavailable(device, dtype)
+    if NO_KERNELS:
+        return NO_KERNELS
     if not TRITON_IS_INSTALLED:
         return "Triton is not installed; install the triton package, or use backend 'eager'"
     if device.type == "cpu":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import Input, is_autocast
@@ -233,7 +234,7 @@ class Stream(nn.Module):
                     "the stream is static, compiled and training, which gives gradients of another state; "
                     "expected two of the three at most: compile stream.layer instead"
                 )
-        elif torch.jit.is_tracing():
+        elif torch.jit.is_tracing() or isinstance(input, Proxy):
             raise RuntimeError(_OUTSIDE.format("traced"))
         elif torch._C._are_functorch_transforms_active():
             raise RuntimeError(_OUTSIDE.format("called within a transform of torch.func"))

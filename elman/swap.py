@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from .layer import MODES, Elman, ElmanCell
 from .routing import check_name
 
 KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: Elman, nn.RNNCell: ElmanCell}
+LOGGER = logging.getLogger("elman")
 NONLINEARITIES = {mode: name for name, mode in MODES.items()}
 
 
@@ -21,12 +23,15 @@ def replace(model: nn.Module, backend: str = "auto") -> dict[str, nn.Module]:
     In place: each stays the same object with the same parameters, and keeps its hooks, parametrizations,
     buffers, mode, dtype and device, so optimizers, shared weights, checkpoints and references to the layer
     go on as they were. Only its class changes, and with it isinstance(layer, nn.RNN), which is False
-    afterwards: isinstance(layer, nn.RNNBase) holds before and after. backend: one of elman.routing.NAMES,
-    for every layer replaced.
+    afterwards: isinstance(layer, nn.RNNBase) holds before and after. So initialise before replace: code that
+    draws weights where isinstance(layer, nn.RNN) finds nothing afterwards. Quantize before it too:
+    quantize_dynamic leaves an ElmanCell in float. torch.jit.script can't compile our classes. backend: one
+    of elman.routing.NAMES, for every layer replaced.
 
     Returns the replaced layers by their qualified names, "" for the model itself; of several names the
-    first, as in model.named_modules(). What is no registered submodule isn't found, just as
-    model.parameters() doesn't find it. An Elman that was there before stays as it is.
+    first, as in model.named_modules(). Its len() is how many, which the logger "elman" says too, at INFO.
+    What is no registered submodule isn't found, just as model.parameters() doesn't find it. An Elman that
+    was there before stays as it is.
 
     A subclass of nn.RNN or nn.RNNCell, and a layer whose forward was set on the object, may compute
     something else: they are left alone, and a UserWarning names them. Scripted and traced modules keep the
@@ -51,6 +56,7 @@ def replace(model: nn.Module, backend: str = "auto") -> dict[str, nn.Module]:
             )
     for module in replaced.values():
         _become(module, KINDS[parametrize.type_before_parametrizations(module)], backend)
+    LOGGER.info("replace made %d of nn.RNN and nn.RNNCell ours: %s", len(replaced), [*replaced])
     if left:
         warnings.warn(
             f"replace left {', '.join(left)} alone: a subclass of nn.RNN or nn.RNNCell, or a layer whose "
@@ -68,6 +74,7 @@ def _become(module: nn.Module, kind: type[nn.Module], backend: str) -> None:
     cast(Any, module).__class__ = kind
     if isinstance(module, Elman):
         module.nonlinearity = NONLINEARITIES[module.mode]  # what nn.RNN runs by
+        module._flat_weights = module._flat_weights  # Elman looks at what is assigned, and so at this
     cast(Any, module).backend = backend
 
 

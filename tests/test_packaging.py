@@ -1,8 +1,10 @@
 """The wheel and the sdist: what is in them, and that an installed copy works away from the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -74,6 +76,44 @@ with elman.use_backend("triton"):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "torch.Size([2, 1, 4])"
+
+
+def test_a_checkout_without_symlinks_runs_eager(tmp_path):
+    """As on Windows, where git writes a text file with the symlink's target."""
+    shutil.copytree(
+        ROOT / "elman", tmp_path / "elman", ignore=shutil.ignore_patterns("kernels", "__pycache__")
+    )
+    (tmp_path / "elman" / "kernels").write_text("../kernels")
+    code = """
+import pathlib, torch, elman
+assert pathlib.Path(elman.__file__).parents[1] == pathlib.Path.cwd()
+assert issubclass(elman.DeviceHangError, RuntimeError)
+layer, x = elman.Elman(3, 4), torch.ones(2, 1, 3)
+layer(x)[0].sum().backward()
+assert layer.weight_hh_l0.grad.abs().sum() > 0
+elman.ElmanCell(3, 4)(x[0])
+try:
+    elman.Elman(3, 4, backend="triton")(x)
+except elman.BackendUnavailableError as error:
+    print(error)
+"""
+    # Without site, which would find the package that is installed from the checkout.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")]),
+    }
+    for arguments in (["-c", code], ["-m", "elman", "doctor"]):
+        done = subprocess.run(
+            [sys.executable, "-S", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "is no folder: it is a symlink to ../kernels" in done.stdout
+        assert "core.symlinks true" in done.stdout
 
 
 def test_runs_in_place_from_the_root():
