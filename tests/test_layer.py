@@ -859,7 +859,7 @@ def test_exports(options):
     assert "elman.layer" in str(exported.graph), "one operator a layer, not a traced loop"
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
 def test_traces_as_one_operator():
     ours, theirs = pair(num_layers=2)
     with torch.no_grad():
@@ -868,7 +868,7 @@ def test_traces_as_one_operator():
         assert_close(traced(longer), theirs(longer))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
 def test_a_trace_takes_other_lengths():
     weights = [p.detach() for p in Elman(3, 4, dtype=F64).parameters()]
 
