@@ -2,14 +2,17 @@
 # second run is quick.
 PYTHON ?= python3
 BIN := .venv/bin
-# The oldest Triton that is supported, beside the tested one; inside .venv, where clean finds it.
-OLDEST := .venv/triton-3.6.0
+# What the tests run on: newest is the tested set of constraints.txt; the others have a .venv inside, where clean
+# finds it.
+STACK := newest
+VENV := $(patsubst %/newest,%,.venv/$(STACK))
 
 .PHONY: test bench charlm check fuzz compile-matrix clean
 
-test: .venv/ready
-	@echo "make test: some 3,600 tests (those marked gpu only where there is one); plan half an hour or more on two slow cores."
-	$(BIN)/python -m pytest
+# STACK: newest, oldest or middle; ARGS: any of pytest's, e.g. make test STACK=oldest ARGS=tests/test_layer.py
+test: $(VENV)/ready
+	@echo "make test: all tests take ten to thirty minutes on two cores; those marked gpu run where there is one."
+	$(VENV)/bin/python -m pytest $(ARGS)
 
 # ARGS: any of the options that `pytest bench --help` lists, e.g. make bench ARGS="--sweep smallest"
 bench: .venv/ready
@@ -29,11 +32,12 @@ check: .venv/ready
 fuzz: .venv/ready
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-# Compiles for GPUs that are not here, into results/compile/; takes most of an hour on two cores.
+# Compiles for GPUs that are not here, into results/compile/; takes more than an hour on two cores.
 # ARGS: e.g. make compile-matrix ARGS="--targets sm_90"
-compile-matrix: .venv/ready $(OLDEST)/ready
+compile-matrix: .venv/ready .venv/middle/ready .venv/oldest/ready
 	$(BIN)/python -m tests.cross_compile rows $(ARGS)
-	$(OLDEST)/bin/python -m tests.cross_compile rows $(ARGS)
+	.venv/middle/bin/python -m tests.cross_compile rows $(ARGS)
+	.venv/oldest/bin/python -m tests.cross_compile rows $(ARGS)
 	$(BIN)/python -m tests.cross_compile report $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
@@ -44,11 +48,13 @@ compile-matrix: .venv/ready $(OLDEST)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots]'
 	@touch $@
 
-# NumPy: what the oldest Triton was made for. By itself: the CUDA build of torch asks for another.
-$(OLDEST)/ready: .venv/ready
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt) 'numpy<2.4'
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+# NumPy: with a newer one the interpreter of Triton 3.6 takes no loop to a number of run time.
+.venv/oldest/ready: VERSIONS := 'numpy<2.4' torch==2.11.0 triton==3.6.0
+.venv/middle/ready: VERSIONS := torch==2.13.0 triton==3.7.1
+.venv/oldest/ready .venv/middle/ready: .venv/%/ready: .venv/ready
+	$(PYTHON) -m venv .venv/$*
+	grep -vE '^(numpy|torch|triton)==' constraints.txt >.venv/$*/constraints.txt
+	.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/$*/constraints.txt $(VERSIONS) -e '.[test,plots]'
 	@touch $@
 
 clean:

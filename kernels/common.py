@@ -59,10 +59,20 @@ def row_lengths(lengths, rb, T, B, HAS_LENGTHS: tl.constexpr):
 
 
 @triton.jit
+def is_step(t, ends, rows):
+    """Whether t lies in a sequence that ends at `ends`, for each of the rows.
+
+    Compared as often as there are rows: in the interpreter of Triton 3.9 a scalar's comparison keeps the
+    scalar's integer type, and is no mask.
+    """
+    t = tl.broadcast_to(t, rows.shape)
+    return (t >= 0) & (t < ends)
+
+
+@triton.jit
 def is_cut(resets, t, rb, T, B):
     """Whether the rows rb begin anew at step t, so that no state passes between it and the step before."""
-    t = t.to(tl.int64)
-    return tl.load(resets + t * B + rb, mask=(rb < B) & (t >= 0) & (t < T), other=0) != 0
+    return tl.load(resets + t.to(tl.int64) * B + rb, mask=(rb < B) & is_step(t, T, rb), other=0) != 0
 
 
 @triton.jit
@@ -170,8 +180,14 @@ def expect_sequence(
 
 
 def launch_options() -> dict[str, int]:
-    """What is said to NVIDIA's compiler alone, beside the config."""
-    return {} if INTERPRETED or torch.version.hip else {"maxnreg": configs.MAXNREG}
+    """What the compiler is told beside the config; the registers, NVIDIA's alone.
+
+    Triton 3.9 warns where nobody says whether multiply-adds are fused, and 3.10 no longer fuses them.
+    """
+    if INTERPRETED:
+        return {}
+    registers = {} if torch.version.hip else {"maxnreg": configs.MAXNREG}
+    return {"enable_fp_fusion": True, **registers}
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:

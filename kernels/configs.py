@@ -12,6 +12,7 @@ The model orders and prunes; it is not a measurement, and no table of results sh
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ from typing import Any
 import torch
 
 KIB = 1024
+#: Triton's version, of its distribution: the tables are read where there is no Triton, too.
+_TRITON = [d.version for d in importlib.metadata.distributions(name="triton")]
+TRITON = tuple(int(number) for number in (*_TRITON, "0.0")[0].split(".")[:2])
 KERNELS = ("resident", "cooperative", "step")
 
 
@@ -305,6 +309,8 @@ def _estimate_step(config: StepConfig, problem: Problem, chip: Chip) -> Estimate
 
 #: The tiles are unrolled: above 5 x 5 of them a kernel may take 10 seconds and more to compile.
 MAX_CHUNKS = 5
+#: Registers that Triton 3.9 takes more with wide tiles in three rows: its reports at H = 264 and 320.
+NEWER_REGISTERS = 30
 #: Microseconds until what a program asks for is there, from memory.
 FETCH_US = 0.5
 
@@ -385,6 +391,8 @@ def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, ro
         # The compiler holds both halves by itself.
         weights = 2.4 * (rows - config.C + 16 if config.SPLIT else rows) * inner
     tiles = 32 * max(0, _ceil(problem.H, config.C) + bool(problem.inputs) - 3) + 18 * config.SPLIT
+    if TRITON >= (3, 9) and config.HELD and config.C > 64 and problem.H > 2 * config.C:
+        tiles += NEWER_REGISTERS
     return int(40 * words + words * each * elements + weights / threads + tiles)
 
 
@@ -394,7 +402,9 @@ def _shared_resident(config: ResidentConfig, problem: Problem, chip: Chip, inner
     widths = [tile_width(n, H, C) for n in range(_ceil(H, C))]
     copies = 2 if config.PRECISION == "tf32x3" else 1
     states = 2 if chip.unit != "mfma" and config.BLOCK_B >= 16 and widths[-1] < 64 <= C else 1
-    weights = 0 if copies == 2 and not problem.backward else copies * sum(widths[config.HELD :]) * inner
+    # Both halves of a weight: Triton 3.9 puts them here forward, too.
+    in_registers = copies == 2 and not problem.backward and TRITON < (3, 9)
+    weights = 0 if in_registers else copies * sum(widths[config.HELD :]) * inner
     tile = (widths[0] ** 2 + 16 * config.BLOCK_B) if weights == 0 or config.HELD else 0
     state = copies * states * inner * config.BLOCK_B
     if chip.unit == "wgmma" and _large(config) and widths[-1] != widths[0]:

@@ -32,6 +32,7 @@ from .common import (
     expect,
     expect_sequence,
     is_cut,
+    is_step,
     launch_options,
     on_device,
     problem_of,
@@ -255,7 +256,7 @@ def forward_kernel(
         accs = add_product(start, us, xs, False, PRECISION, INTERPRET)
         for i in tl.static_range(AHEAD):
             t_next = t + (i + 1) * sign
-            inside = (t_next >= 0) & (t_next < length)
+            inside = is_step(t_next, length, length)
             queue += load_input(x_columns + t_next.to(tl.int64) * x_t, inside, x_i, I, BLOCK_I)
     else:
         x_columns = x + d * H + rb * x_b
@@ -271,7 +272,7 @@ def forward_kernel(
             cut_later = is_cut(resets, t + 2 * sign + d, rb, T, B)
         if I > 0:
             t_next = t + (AHEAD + 1) * sign
-            inside = (t_next >= 0) & (t_next < length)
+            inside = is_step(t_next, length, length)
             later = load_input(x_columns + t_next.to(tl.int64) * x_t, inside, x_i, I, BLOCK_I)
         else:
             later = load_state(x_columns + within(t + AHEAD * sign, steps) * x_t, 1, H, C, INTERPRET)

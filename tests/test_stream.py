@@ -494,7 +494,7 @@ def test_a_compiled_training_step_with_its_reset():
         assert_close(stream.state, plain.state)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_where_a_state_would_be_lost(monkeypatch):
     stream = Stream(layer())
     x = numbers(3, 2, 3)

@@ -435,7 +435,7 @@ def test_exported():
     assert error(program.module()(x), expected) <= tolerance(torch.float32)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
 @pytest.mark.parametrize("compiled", ["scripted", "traced"])
 def test_torchscript_is_left_alone(compiled):
     model, x = nn.Sequential(nn.RNN(3, 4), First()), inputs()
