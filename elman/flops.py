@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -27,7 +28,7 @@ def tell_counters() -> None:
 
 def _layer(x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, *_: Any, **__: Any) -> int:
     D, H, I = w_ih.shape
-    return 2 * (x.numel() // I) * D * H * (I + H)
+    return 2 * math.prod(x.shape[:-1]) * D * H * (I + H)
 
 
 def _layer_dz(
@@ -42,7 +43,7 @@ def _layer_products(
     dz: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor, *rest: Any, **_: Any
 ) -> int:
     D, H, I = w_ih.shape
-    needs, steps = rest[-1], x.numel() // I
+    needs, steps = rest[-1], math.prod(x.shape[:-1])
     products = (steps * I, h0.shape[1] * H, steps * I, steps * H)  # of x, h0, w_ih, w_hh
     return 2 * D * H * sum(n for n, needed in zip(products, needs, strict=False) if needed)
 
