@@ -234,7 +234,8 @@ def sums_of_products(a: Tensor, others: list[Tensor], T: int) -> list[Tensor]:
         if P >= 128:
             return _sums_by_linear_layers(a, others)
     longest = min(max(T, SHORTEST_SUM), LONGEST_SUM)
-    with _threads_for(a, N * P * max(b.shape[1] for b in others)):
+    # One thread for more work than in a step: a pass has one such product, and T steps.
+    with _threads_for(a, N * P * max(b.shape[1] for b in others) // 16):
         return [_sum_by_parts(a, b, longest) for b in others]
 
 
@@ -246,17 +247,20 @@ def _sum_by_parts(a: Tensor, b: Tensor, longest: int) -> Tensor:
     leaves the cache.
     """
     N, P = a.shape
-    count = -(-N // longest)
-    if count > 1 and count * P * b.shape[1] <= 2**20:
+    # A graph that torch.func traces must not grow with N.
+    traced = torch._C._are_functorch_transforms_active()
+    count = min(8, max(N, 1)) if traced else -(-N // longest)
+    if traced or (count > 1 and count * P * b.shape[1] <= 2**20):
         n = N // count
         blocks, rest = slice(count * n), slice(count * n, None)
         columns = a[blocks].unflatten(0, (count, n)).transpose(1, 2)
         total = torch.bmm(columns, b[blocks].unflatten(0, (count, n))).sum(0)
-        return total if count * n == N else total.addmm_(a[rest].t(), b[rest])
-    total = a[:longest].t() @ b[:longest]
-    for start in range(longest, N, longest):
-        part = slice(start, start + longest)
-        total.addmm_(a[part].t(), b[part])
+        return total + a[rest].t() @ b[rest]
+    # Parts by split, because the derivative of each slice would be of a's size.
+    (first, other), *parts = zip(a.split(longest), b.split(longest), strict=True)
+    total = first.t() @ other
+    for rows, others in parts:
+        total.addmm_(rows.t(), others)
     return total
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,9 +23,11 @@ from typing import Any
 import torch
 
 KIB = 1024
-#: Triton's version, of its distribution: the tables are read where there is no Triton, too.
-_TRITON = [d.version for d in importlib.metadata.distributions(name="triton")]
-TRITON = tuple(int(number) for number in (*_TRITON, "0.0")[0].split(".")[:2])
+# Triton's version by its distribution, not by an import: the tables are read where there is no Triton, too.
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows")
+_VERSIONS = [d.version for name in _DISTRIBUTIONS for d in importlib.metadata.distributions(name=name)]
+#: (major, minor) of the Triton that is installed; of an unknown one, the newest that the model knows.
+TRITON = tuple(int(n) for n in re.findall(r"\d+", next(filter(None, _VERSIONS), "3.9"))[:2])
 KERNELS = ("resident", "cooperative", "step")
 
 

@@ -1241,6 +1241,30 @@ def test_onednn_is_chosen_by_maker_and_instructions(
     assert eager._onednn_pays() is chosen
 
 
+@pytest.mark.parametrize(("T", "B", "H", "threads"), [(64, 8, 32, 1), (256, 4, 32, 1), (256, 32, 128, 2)])
+def test_small_sums_run_on_one_thread(T, B, H, threads, monkeypatch):
+    """On a busy machine two threads wait 16 ms for each other where one takes 0.1 ms."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.bmm:
+                seen.append(torch.get_num_threads())
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(threading, "active_count", lambda: 1)  # whatever earlier tests have left
+    monkeypatch.setattr(eager, "ONEDNN", False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Watch():
+            eager.sums_of_products(torch.randn(T, B, H), [torch.randn(T, B, H)], T)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads]
+
+
 @pytest.mark.parametrize(("T", "B", "H"), [(64, 32, 64), (16, 1, 32), (300, 8, 16), (64, 8, 320)])
 def test_no_gradient_is_a_longer_sum_than_the_recurrence(T, B, H, monkeypatch):
     """On any processor: the libraries cut long sums as they like, or not at all."""
@@ -1249,7 +1273,7 @@ def test_no_gradient_is_a_longer_sum_than_the_recurrence(T, B, H, monkeypatch):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.bmm):
-                rows.append(args[-1].shape[-2])
+                rows.append(args[-1].shape[-2])  # summands
             return func(*args, **(kwargs or {}))
 
     monkeypatch.setattr(eager, "ONEDNN", False)
