@@ -405,6 +405,8 @@ def _shared_resident(config: ResidentConfig, problem: Problem, chip: Chip, inner
     widths = [tile_width(n, H, C) for n in range(_ceil(H, C))]
     copies = 2 if config.PRECISION == "tf32x3" else 1
     states = 2 if chip.unit != "mfma" and config.BLOCK_B >= 16 and widths[-1] < 64 <= C else 1
+    if TRITON >= (3, 9) and widths[-1] != widths[0] and not config.SPLIT:
+        states += 1  # for the narrower tile's product, by its reports
     # Both halves of a weight: Triton 3.9 puts them here forward, too.
     in_registers = copies == 2 and not problem.backward and TRITON < (3, 9)
     weights = 0 if in_registers else copies * sum(widths[config.HELD :]) * inner
