@@ -61,10 +61,14 @@ def elman(
     BackendUnavailableError for a backend that can't run. While torch.compile or torch.export looks on, a
     PackedSequence's numbers and lengths are not checked.
     """
+    if type(weights) is list or (
+        isinstance(weights, Iterable) and not hasattr(type(weights), "__torch_function__")
+    ):
+        weights = list(weights)  # before anything looks at them: an iterator can be read only once
+    listed = weights if type(weights) is list else []
     tensors = (input, hx, weights, lengths, resets)
-    overridden = has_torch_function(tensors) or (type(weights) is list and has_torch_function(weights))
-    if overridden or routing.is_exported_as_nn_rnn():
-        overriding = _overriding(*tensors, *(weights if type(weights) is list else ()))
+    if has_torch_function(tensors) or has_torch_function(listed) or routing.is_exported_as_nn_rnn():
+        overriding = _overriding(*tensors, *listed)
         given: dict[str, Any] = {
             "num_layers": num_layers,
             "bias": bias,
@@ -80,7 +84,7 @@ def elman(
             given["backend"] = backend
             function: Callable[..., Any] = elman
             return handle_torch_function(function, overriding, input, hx, weights, **given)
-        if routing.is_exported_as_nn_rnn() or any(map(_is_expanded, weights)):
+        if listed and (routing.is_exported_as_nn_rnn() or any(map(_is_expanded, listed))):
             return _by_nn_rnn(input, hx, weights, **given)
     D = 2 if bidirectional else 1
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
@@ -88,9 +92,8 @@ def elman(
         raise ValueError(f"num_layers is {num_layers}; expected at least 1")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout is {dropout}; expected a probability, 0 to 1")
-    if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
+    if type(weights) is not list:
         raise TypeError(f"weights is a {type(weights).__name__}; expected a list of tensors, as nn.RNN keeps")
-    weights = list(weights)
     packed = input if isinstance(input, PackedSequence) else None
     if packed is not None and lengths is not None:
         raise ValueError("lengths came with a PackedSequence; expected None, it has its own: leave them out")

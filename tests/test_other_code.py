@@ -446,3 +446,27 @@ def test_flops_of_tensors_without_numbers():
             kind(I, H)(torch.randn(T, B, I))[0].sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+# Weights by any iterable
+
+
+@pytest.mark.parametrize("kind", [iter, tuple, list])
+def test_weights_by_any_iterable_where_a_mode_or_a_subclass_is_about(kind):
+    class Marked(torch.Tensor):
+        pass
+
+    layer, x = Elman(I, H), sequence()
+    expected = layer(x)[0]
+    with torch.device("cpu"):
+        found = elman.elman(x, None, kind(layer._flat_weights))[0]
+    assert_close(found, expected)
+    found = elman.elman(x.as_subclass(Marked), None, kind(layer._flat_weights))[0]
+    assert_close(found, expected, check_device=False)
+
+
+@pytest.mark.parametrize("kind", [iter, tuple, list])
+def test_proxies_among_the_weights_alone(kind):
+    layer, x = Elman(I, H), sequence()
+    traced = torch.fx.symbolic_trace(lambda a, b, c, d: elman.elman(x, None, kind([a, b, c, d]))[0])
+    assert_close(traced(*layer._flat_weights), layer(x)[0])
