@@ -62,7 +62,9 @@ def elman(
     PackedSequence's numbers and lengths are not checked.
     """
     if type(weights) is list or (
-        isinstance(weights, Iterable) and not hasattr(type(weights), "__torch_function__")
+        isinstance(weights, Iterable)
+        and not isinstance(weights, Tensor)
+        and not (has_torch_function((weights,)) and _overriding(weights))
     ):
         weights = list(weights)  # before anything looks at them: an iterator can be read only once
     listed = weights if type(weights) is list else []
