@@ -49,7 +49,8 @@ def elman(
     padded), or None. Where it is True a row begins anew at that step: the state before it, hx too, is
     taken as zero, and no gradient passes. Reversed, likewise, nothing passes from that step to the one
     before it: the segments between resets are sequences of their own. All in the same launch.
-    backend: one of elman.routing.NAMES, None for "auto"; cudnn has no resets.
+    backend: one of elman.routing.NAMES, None for "auto"; cudnn has no resets. Where nn.RNN's operator is taken
+    (torch.onnx.export, call_for_per_sample_grads), "auto" and, on CUDA, cudnn alone.
     Objects with a __torch_function__ that are no tensors, such as torch.fx's proxies, take the call over; a
     subclass of Tensor sees the operators beneath.
 
@@ -87,7 +88,7 @@ def elman(
             function: Callable[..., Any] = elman
             return handle_torch_function(function, overriding, input, hx, weights, **given)
         if listed and (routing.is_exported_as_nn_rnn() or any(map(_is_expanded, listed))):
-            return _by_nn_rnn(input, hx, weights, **given)
+            return _by_nn_rnn(input, hx, weights, backend=backend, **given)
     D = 2 if bidirectional else 1
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
     if num_layers < 1:
@@ -288,17 +289,31 @@ def _by_nn_rnn(
     batch_first: bool,
     lengths: Tensor | None,
     resets: Tensor | None,
+    backend: str | None,
 ) -> tuple[Input, Tensor]:
-    """elman() by nn.RNN itself, for what knows its operator and not ours, whatever the backend."""
+    """elman() by nn.RNN itself, for what knows its operator and not ours.
+
+    On CUDA that operator is the backend cudnn. It is none of the others, which so can't be had by name.
+    """
     if lengths is not None or resets is not None:
         raise NotImplementedError(
             "lengths or resets came within torch.onnx.export or call_for_per_sample_grads, where nn.RNN's "
             "operator is taken, which has none; expected None: use elman.onnx.export, or torch.func's vmap of"
             " grad"
         )
+    name = routing.asked_for(backend)
+    if name == "cudnn":
+        w = weights[0]
+        routing.route(name, w.device, w.dtype, hidden=len(w), batch=1)  # raises; cudnn asks for no sizes
+    elif name != "auto":
+        raise routing.BackendUnavailableError(
+            f"backend {name!r} was asked for and can't run within torch.onnx.export or call_for_per_sample_grads, "
+            "where nn.RNN's operator is taken; use 'auto' there, or elman.onnx.export, or torch.func's vmap of grad"
+        )
     with routing.untraced(), torch.device("meta"):  # its own weights are not computed with
         H, I = weights[0].shape
-        rnn = nn.RNN(I, H, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional)
+        between = dropout if num_layers > 1 else 0.0  # of a single layer nn.RNN would warn at every call
+        rnn = nn.RNN(I, H, num_layers, nonlinearity, bias, batch_first, between, bidirectional)
     rnn.train(training)
     rnn._flat_weights = list(weights)
     return rnn.forward(input, hx)

@@ -151,12 +151,7 @@ def route(
     Raises BackendUnavailableError where a backend was asked for by name and can't run, for the
     backward pass too where gradients are enabled.
     """
-    name = check_name("auto" if requested is None else requested)
-    if name == "auto":
-        name = _chosen
-    if name == "auto":
-        named = os.environ.get("ELMAN_BACKEND") or "auto"
-        name = check_name(named, "the environment variable ELMAN_BACKEND")
+    name = asked_for(requested)
     if name == "auto" and one_step:
         name, reason = "eager", "auto: one step is one call of torch's own operator"
     elif name == "auto" and device.type != "cuda":
@@ -182,6 +177,17 @@ def route(
     if kernel and not is_traced():
         _expect_runs(kernel, _passes(device, dtype, (hidden, batch, directions, ragged or resets)), device)
     return Route("triton", kernel or "triton", reason)
+
+
+def asked_for(requested: str | None) -> str:
+    """The name that counts: requested, else `use_backend`'s, else ELMAN_BACKEND's; "auto" where none does."""
+    name = check_name("auto" if requested is None else requested)
+    if name == "auto":
+        name = _chosen
+    if name == "auto":
+        named = os.environ.get("ELMAN_BACKEND") or "auto"
+        name = check_name(named, "the environment variable ELMAN_BACKEND")
+    return name
 
 
 @contextmanager

@@ -470,3 +470,32 @@ def test_proxies_among_the_weights_alone(kind):
     layer, x = Elman(I, H), sequence()
     traced = torch.fx.symbolic_trace(lambda a, b, c, d: elman.elman(x, None, kind([a, b, c, d]))[0])
     assert_close(traced(*layer._flat_weights), layer(x)[0])
+
+
+# A backend by name, where nn.RNN's operator is taken
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "eager", "triton", "triton:step"])
+@pytest.mark.parametrize("by", ["argument", "use_backend", "environment"])
+def test_a_backend_by_name_is_not_replaced_by_nn_rnn_s_operator(backend, by, monkeypatch):
+    layer, x = Elman(I, H, batch_first=True, backend=backend if by == "argument" else "auto"), sequence()
+    if by == "environment":
+        monkeypatch.setenv("ELMAN_BACKEND", backend)
+    with elman.use_backend(backend if by == "use_backend" else "auto"):
+        with pytest.raises(elman.BackendUnavailableError, match=f"'{backend}' was asked for .*use '"):
+            call_for_per_sample_grads(layer)(x)
+
+
+@OF_TORCHSCRIPT
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["cudnn", "eager"])
+def test_an_export_does_not_replace_a_backend_by_name(backend, plain_exporter, tmp_path):
+    with pytest.raises(elman.BackendUnavailableError, match=f"'{backend}' was asked for"):
+        model = Elman(I, H, backend=backend).eval()
+        torch.onnx.export(model, (sequence(),), tmp_path / "model.onnx", dynamo=False)
+
+
+def test_dropout_of_a_single_layer_is_warned_of_when_it_is_made_alone():
+    with pytest.warns(UserWarning, match="dropout"):
+        layer = Elman(I, H, dropout=0.5, batch_first=True)
+    call_for_per_sample_grads(layer)(sequence())  # a warning is an error here
