@@ -49,8 +49,8 @@ def elman(
     padded), or None. Where it is True a row begins anew at that step: the state before it, hx too, is
     taken as zero, and no gradient passes. Reversed, likewise, nothing passes from that step to the one
     before it: the segments between resets are sequences of their own. All in the same launch.
-    backend: one of elman.routing.NAMES, None for "auto"; cudnn has no resets. Where nn.RNN's operator is taken
-    (torch.onnx.export, call_for_per_sample_grads), "auto" and, on CUDA, cudnn alone.
+    backend: one of elman.routing.NAMES, None for "auto"; cudnn has no resets. torch.onnx.export and
+    call_for_per_sample_grads take nn.RNN's operator: there "auto" alone, and cudnn on CUDA.
     Objects with a __torch_function__ that are no tensors, such as torch.fx's proxies, take the call over; a
     subclass of Tensor sees the operators beneath.
 
@@ -304,11 +304,12 @@ def _by_nn_rnn(
     name = routing.asked_for(backend)
     if name == "cudnn":
         w = weights[0]
-        routing.route(name, w.device, w.dtype, hidden=len(w), batch=1)  # raises; cudnn asks for no sizes
+        routing.route(name, w.device, w.dtype, w.shape[0], batch=1)  # for what it raises, whatever the sizes
     elif name != "auto":
         raise routing.BackendUnavailableError(
-            f"backend {name!r} was asked for and can't run within torch.onnx.export or call_for_per_sample_grads, "
-            "where nn.RNN's operator is taken; use 'auto' there, or elman.onnx.export, or torch.func's vmap of grad"
+            f"backend {name!r} was asked for and can't run within torch.onnx.export or "
+            "call_for_per_sample_grads, where nn.RNN's operator is taken; use 'auto' there, or "
+            "elman.onnx.export, or torch.func's vmap of grad"
         )
     with routing.untraced(), torch.device("meta"):  # its own weights are not computed with
         H, I = weights[0].shape

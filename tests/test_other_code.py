@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import elman
 from elman import Elman, ElmanCell, ElmanNetwork, Stream
@@ -481,17 +481,17 @@ def test_a_backend_by_name_is_not_replaced_by_nn_rnn_s_operator(backend, by, mon
     layer, x = Elman(I, H, batch_first=True, backend=backend if by == "argument" else "auto"), sequence()
     if by == "environment":
         monkeypatch.setenv("ELMAN_BACKEND", backend)
-    with elman.use_backend(backend if by == "use_backend" else "auto"):
-        with pytest.raises(elman.BackendUnavailableError, match=f"'{backend}' was asked for .*use '"):
-            call_for_per_sample_grads(layer)(x)
+    used = elman.use_backend(backend if by == "use_backend" else "auto")
+    with used, pytest.raises(elman.BackendUnavailableError, match=f"'{backend}' was asked for .*use '"):
+        call_for_per_sample_grads(layer)(x)
 
 
 @OF_TORCHSCRIPT
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("backend", ["cudnn", "eager"])
 def test_an_export_does_not_replace_a_backend_by_name(backend, plain_exporter, tmp_path):
+    model = Elman(I, H, backend=backend).eval()
     with pytest.raises(elman.BackendUnavailableError, match=f"'{backend}' was asked for"):
-        model = Elman(I, H, backend=backend).eval()
         torch.onnx.export(model, (sequence(),), tmp_path / "model.onnx", dynamo=False)
 
 
@@ -499,3 +499,31 @@ def test_dropout_of_a_single_layer_is_warned_of_when_it_is_made_alone():
     with pytest.warns(UserWarning, match="dropout"):
         layer = Elman(I, H, dropout=0.5, batch_first=True)
     call_for_per_sample_grads(layer)(sequence())  # a warning is an error here
+
+
+# Operations counted where the layer itself isn't called
+
+
+def test_flops_of_a_backward_pass_alone():
+    ours, x = Elman(I, H), sequence()
+    counts = []
+    for layer in (ours, copy_of(ours)):
+        loss = layer(x)[0].sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # torch.export's, of nn.RNN too
+def test_flops_of_an_exported_graph(monkeypatch):
+    for name in ("layer", "layer_dz", "layer_products"):  # which another test's counter may have left there
+        monkeypatch.delitem(flop_registry, getattr(torch.ops.elman, name), raising=False)
+    ours, x = Elman(I, H), sequence()
+    counts = []
+    for layer in (ours, copy_of(ours)):
+        exported = torch.export.export(layer, (x,)).module()
+        with FlopCounterMode(display=False) as counter:
+            exported(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
