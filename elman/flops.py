@@ -12,14 +12,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def tell_counters() -> None:
-    """Gives the formulas to every FlopCounterMode that is on.
+    """Gives the formulas to torch, for counters to come, and to every FlopCounterMode that is on.
 
-    At the call and not at import: torch.utils.flop_counter imports Triton, and a counter copies the formulas
-    that torch has when it is made.
+    Both, as a counter copies the formulas that torch has when it is made. Not at import alone, as
+    torch.utils.flop_counter may be imported later, and we don't import it: it imports Triton.
     """
     counting = sys.modules.get("torch.utils.flop_counter")
     if counting is None:
         return
+    counting.flop_registry.update(_FORMULAS)
     for mode in _get_current_dispatch_mode_stack():
         counter: Any = getattr(mode, "counter", None)
         if isinstance(counter, counting.FlopCounterMode):

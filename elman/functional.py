@@ -49,7 +49,8 @@ def elman(
     padded), or None. Where it is True a row begins anew at that step: the state before it, hx too, is
     taken as zero, and no gradient passes. Reversed, likewise, nothing passes from that step to the one
     before it: the segments between resets are sequences of their own. All in the same launch.
-    backend: one of elman.routing.NAMES, None for "auto"; cudnn has no resets.
+    backend: one of elman.routing.NAMES, None for "auto"; cudnn has no resets. torch.onnx.export and
+    call_for_per_sample_grads take nn.RNN's operator: there "auto" alone, and cudnn on CUDA.
     Objects with a __torch_function__ that are no tensors, such as torch.fx's proxies, take the call over; a
     subclass of Tensor sees the operators beneath.
 
@@ -61,10 +62,16 @@ def elman(
     BackendUnavailableError for a backend that can't run. While torch.compile or torch.export looks on, a
     PackedSequence's numbers and lengths are not checked.
     """
+    if type(weights) is list or (
+        isinstance(weights, Iterable)
+        and not isinstance(weights, Tensor)
+        and not (has_torch_function((weights,)) and _overriding(weights))
+    ):
+        weights = list(weights)  # before anything looks at them: an iterator can be read only once
+    listed = weights if type(weights) is list else []
     tensors = (input, hx, weights, lengths, resets)
-    overridden = has_torch_function(tensors) or (type(weights) is list and has_torch_function(weights))
-    if overridden or routing.is_exported_as_nn_rnn():
-        overriding = _overriding(*tensors, *(weights if type(weights) is list else ()))
+    if has_torch_function(tensors) or has_torch_function(listed) or routing.is_exported_as_nn_rnn():
+        overriding = _overriding(*tensors, *listed)
         given: dict[str, Any] = {
             "num_layers": num_layers,
             "bias": bias,
@@ -80,17 +87,16 @@ def elman(
             given["backend"] = backend
             function: Callable[..., Any] = elman
             return handle_torch_function(function, overriding, input, hx, weights, **given)
-        if routing.is_exported_as_nn_rnn() or any(map(_is_expanded, weights)):
-            return _by_nn_rnn(input, hx, weights, **given)
+        if listed and (routing.is_exported_as_nn_rnn() or any(map(_is_expanded, listed))):
+            return _by_nn_rnn(input, hx, weights, backend=backend, **given)
     D = 2 if bidirectional else 1
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
     if num_layers < 1:
         raise ValueError(f"num_layers is {num_layers}; expected at least 1")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout is {dropout}; expected a probability, 0 to 1")
-    if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
+    if type(weights) is not list:
         raise TypeError(f"weights is a {type(weights).__name__}; expected a list of tensors, as nn.RNN keeps")
-    weights = list(weights)
     packed = input if isinstance(input, PackedSequence) else None
     if packed is not None and lengths is not None:
         raise ValueError("lengths came with a PackedSequence; expected None, it has its own: leave them out")
@@ -283,17 +289,32 @@ def _by_nn_rnn(
     batch_first: bool,
     lengths: Tensor | None,
     resets: Tensor | None,
+    backend: str | None,
 ) -> tuple[Input, Tensor]:
-    """elman() by nn.RNN itself, for what knows its operator and not ours, whatever the backend."""
+    """elman() by nn.RNN itself, for what knows its operator and not ours.
+
+    On CUDA that operator is the backend cudnn. It is none of the others, which so can't be had by name.
+    """
     if lengths is not None or resets is not None:
         raise NotImplementedError(
             "lengths or resets came within torch.onnx.export or call_for_per_sample_grads, where nn.RNN's "
             "operator is taken, which has none; expected None: use elman.onnx.export, or torch.func's vmap of"
             " grad"
         )
+    name = routing.asked_for(backend)
+    if name == "cudnn":
+        w = weights[0]
+        routing.route(name, w.device, w.dtype, w.shape[0], batch=1)  # for what it raises, whatever the sizes
+    elif name != "auto":
+        raise routing.BackendUnavailableError(
+            f"backend {name!r} was asked for and can't run within torch.onnx.export or "
+            "call_for_per_sample_grads, where nn.RNN's operator is taken; use 'auto' there, or "
+            "elman.onnx.export, or torch.func's vmap of grad"
+        )
     with routing.untraced(), torch.device("meta"):  # its own weights are not computed with
         H, I = weights[0].shape
-        rnn = nn.RNN(I, H, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional)
+        between = dropout if num_layers > 1 else 0.0  # of a single layer nn.RNN would warn at every call
+        rnn = nn.RNN(I, H, num_layers, nonlinearity, bias, batch_first, between, bidirectional)
     rnn.train(training)
     rnn._flat_weights = list(weights)
     return rnn.forward(input, hx)

@@ -28,6 +28,7 @@ except ImportError as error:
         "install them with pip install 'elman[onnx]'"
     ) from error
 
+from . import routing
 from .functional import check_option
 
 # torch.onnx.export's oldest; nothing used here changed later. Any: the stubs know no numbers as arguments.
@@ -51,18 +52,26 @@ def export(
             "dynamo is False, torch's older exporter, which can't be told of the operator; expected True: "
             "leave it out"
         )
-    table = translations(recurrence) | (options.pop("custom_translation_table", None) or {})
-    return torch.onnx.export(model, args, f, dynamo=True, custom_translation_table=table, **options)
+    ours = translations(recurrence)
+    table = ours | (options.pop("custom_translation_table", None) or {})
+    try:
+        return torch.onnx.export(model, args, f, dynamo=True, custom_translation_table=table, **options)
+    finally:  # a traceback may hold it for long
+        routing.onnx_translations.discard(ours[torch.ops.elman.layer.default])
 
 
 def translations(recurrence: str = "RNN") -> dict[Callable, Callable]:
-    """What torch.onnx.export needs to know of this package, for its option custom_translation_table."""
+    """What torch.onnx.export needs to know of this package, for its option custom_translation_table.
+
+    While somebody holds the table, every torch.onnx.export keeps our operator and so has to be given it.
+    """
     check_option("recurrence", recurrence, ("RNN", "Scan"))
 
     def layer(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision):
         # kernel and precision say how to run it, not what it is.
         return _layer(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, recurrence)
 
+    routing.onnx_translations.add(layer)
     return {torch.ops.elman.layer.default: layer, torch.ops.aten.sort.stable: _sort}
 
 

@@ -23,6 +23,7 @@ operator's schema holds none.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -70,14 +71,24 @@ def layer(
         if torch.compiler.is_compiling():
             _hold_whole()
         return _in_transform(*arguments)
-    watched = torch._C._len_torch_dispatch_stack() > 0
-    if watched:
-        from . import flops  # not above: it names the operators, which this file makes
-
-        flops.tell_counters()
+    watched = _is_watched()
     if torch.is_grad_enabled() or type(x) is not Tensor or watched:
         return torch.ops.elman.layer.default(*arguments)
     return _layer(*arguments)  # with nothing to record, the dispatcher only costs time
+
+
+def _is_watched() -> bool:
+    """Whether a mode sees each operation. Those that count operations are told of ours on the way."""
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    if watched:
+        _tell_counters()
+    return watched
+
+
+def _tell_counters() -> None:
+    from . import flops  # not above: it names the operators, which this file makes
+
+    flops.tell_counters()
 
 
 def _layer(
@@ -235,7 +246,7 @@ def _layer_gradients(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tup
         dz = _Dz.apply(*arguments)
     else:
         # What watches each operation sees ours as one, which it can do whatever is written into what.
-        operator = opaque or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
+        operator = _is_watched() or opaque or torch.is_grad_enabled()
         dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
     # torch's own have derivatives and batching rules, but make a graph's code depend on T.
     products = torch.ops.elman.layer_products if opaque else _layer_products
@@ -445,6 +456,7 @@ def _register() -> torch.library.Library:
 
     @torch.library.register_fake("elman::layer", lib=library)
     def _(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision):
+        _tell_counters()  # a graph is made, which a counter may see later: this file isn't asked then
         D, H, _ = w_hh.shape
         return x.new_empty(*x.shape[:-1], D * H), x.new_empty(h0.shape)
 
@@ -473,3 +485,5 @@ def _register() -> torch.library.Library:
 
 
 _LIBRARY = _register()
+if "torch.utils.flop_counter" in sys.modules:  # for graphs that were exported elsewhere
+    _tell_counters()

@@ -17,7 +17,8 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,6 +84,10 @@ NO_CUDA = "this machine has no CUDA device (torch.cuda.is_available() is False);
 # A plain global, as PyTorch's own switches are: torch.compile guards on it and so compiles again when it
 # changes, while it can't trace a ContextVar and takes a threading.local for a constant.
 _chosen = "auto"
+
+# What elman.onnx made to translate our operator and somebody still holds: an export that is given a table
+# of it holds that table while it runs, be it a copy.
+onnx_translations: weakref.WeakSet[Callable] = weakref.WeakSet()
 
 
 class BackendUnavailableError(RuntimeError):
@@ -151,12 +156,7 @@ def route(
     Raises BackendUnavailableError where a backend was asked for by name and can't run, for the
     backward pass too where gradients are enabled.
     """
-    name = check_name("auto" if requested is None else requested)
-    if name == "auto":
-        name = _chosen
-    if name == "auto":
-        named = os.environ.get("ELMAN_BACKEND") or "auto"
-        name = check_name(named, "the environment variable ELMAN_BACKEND")
+    name = asked_for(requested)
     if name == "auto" and one_step:
         name, reason = "eager", "auto: one step is one call of torch's own operator"
     elif name == "auto" and device.type != "cuda":
@@ -184,6 +184,17 @@ def route(
     return Route("triton", kernel or "triton", reason)
 
 
+def asked_for(requested: str | None) -> str:
+    """The name that counts: requested, else `use_backend`'s, else ELMAN_BACKEND's; "auto" where none does."""
+    name = check_name("auto" if requested is None else requested)
+    if name == "auto":
+        name = _chosen
+    if name == "auto":
+        named = os.environ.get("ELMAN_BACKEND") or "auto"
+        name = check_name(named, "the environment variable ELMAN_BACKEND")
+    return name
+
+
 @contextmanager
 def untraced() -> Iterator[None]:
     """Within the block torch.jit.trace records nothing, and sizes are numbers: for checks, which a trace
@@ -199,7 +210,7 @@ def untraced() -> Iterator[None]:
 
 
 def is_exported_as_nn_rnn() -> bool:
-    """Whether torch.onnx.export looks on, and nobody imported elman.onnx, which tells it of our operator.
+    """Whether torch.onnx.export looks on and wasn't told of our operator, by elman.onnx.
 
     The older exporter, which traces, can't be told of it.
     """
@@ -209,7 +220,7 @@ def is_exported_as_nn_rnn() -> bool:
     exporter = sys.modules.get("torch.onnx")
     if exporter is None or not exporter.is_in_onnx_export():
         return False
-    return traces or "elman.onnx" not in sys.modules
+    return traces or not onnx_translations
 
 
 def is_traced() -> bool:

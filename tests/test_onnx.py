@@ -344,6 +344,25 @@ def test_a_table_of_one_s_own_goes_first(program):
     assert all((result == 0).all() for result in run(torch.randn(2, 3, H)))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's exporter's, of nn.RNN too
+@pytest.mark.parametrize("recurrence", [None, "RNN", "Scan"])
+def test_torch_s_own_export_beside_ours(recurrence, tmp_path):
+    """With a table of ours it writes our operator, and without one what it writes of nn.RNN."""
+    model, x, path = Elman(I, H).eval(), torch.randn(3, 2, I), tmp_path / "model.onnx"
+    if recurrence is not None:
+        elman.onnx.export(model, (x,), path, verbose=False)
+        table = {**elman.onnx.translations(recurrence)}
+        dynamic = {"dynamic_shapes": ({0: "T", 1: "B"},)}
+        torch.onnx.export(model, (x,), path, verbose=False, custom_translation_table=table, **dynamic)
+        assert [n.op_type for n in onnx.load(path).graph.node].count("RNN") == (recurrence == "RNN")
+        x = torch.randn(5, 4, I)
+        del table
+    torch.onnx.export(model, (x,), path, verbose=False)
+    assert "RNN" not in {n.op_type for n in onnx.load(path).graph.node}
+    found = onnxruntime.InferenceSession(path).run(None, {"input": x.numpy()})[0]
+    assert_right([torch.from_numpy(found)], [model(x)[0].detach()], torch.float32)
+
+
 def test_the_older_exporter_is_refused():
     with pytest.raises(ValueError, match=r"dynamo is False.*leave it out"):
         elman.onnx.export(Elman(I, H), (torch.randn(2, 3, I),), dynamo=False)

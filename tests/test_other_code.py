@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import elman
 from elman import Elman, ElmanCell, ElmanNetwork, Stream
@@ -330,10 +329,9 @@ def test_a_trace_still_checks():
 
 
 @pytest.fixture
-def plain_exporter(monkeypatch):
-    """As where nobody imported elman.onnx, which tells the exporter of our operator."""
+def plain_exporter():
+    """torch's own, told of nothing; elman.onnx may be imported."""
     pytest.importorskip("onnxscript")
-    monkeypatch.delitem(sys.modules, "elman.onnx", raising=False)
 
 
 @OF_TORCHSCRIPT
@@ -444,5 +442,86 @@ def test_flops_of_tensors_without_numbers():
     for kind in (Elman, nn.RNN):
         with FakeTensorMode(), FlopCounterMode(display=False) as counter:
             kind(I, H)(torch.randn(T, B, I))[0].sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+# Weights by any iterable
+
+
+@pytest.mark.parametrize("kind", [iter, tuple, list])
+def test_weights_by_any_iterable_where_a_mode_or_a_subclass_is_about(kind):
+    class Marked(torch.Tensor):
+        pass
+
+    layer, x = Elman(I, H), sequence()
+    expected = layer(x)[0]
+    with torch.device("cpu"):
+        found = elman.elman(x, None, kind(layer._flat_weights))[0]
+    assert_close(found, expected)
+    found = elman.elman(x.as_subclass(Marked), None, kind(layer._flat_weights))[0]
+    assert_close(found, expected, check_device=False)
+
+
+@pytest.mark.parametrize("kind", [iter, tuple, list])
+def test_proxies_among_the_weights_alone(kind):
+    layer, x = Elman(I, H), sequence()
+    traced = torch.fx.symbolic_trace(lambda a, b, c, d: elman.elman(x, None, kind([a, b, c, d]))[0])
+    assert_close(traced(*layer._flat_weights), layer(x)[0])
+
+
+# A backend by name, where nn.RNN's operator is taken
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "eager", "triton", "triton:step"])
+@pytest.mark.parametrize("by", ["argument", "use_backend", "environment"])
+def test_a_backend_by_name_is_not_replaced_by_nn_rnn_s_operator(backend, by, monkeypatch):
+    layer, x = Elman(I, H, batch_first=True, backend=backend if by == "argument" else "auto"), sequence()
+    if by == "environment":
+        monkeypatch.setenv("ELMAN_BACKEND", backend)
+    used = elman.use_backend(backend if by == "use_backend" else "auto")
+    with used, pytest.raises(elman.BackendUnavailableError, match=f"'{backend}' was asked for .*use '"):
+        call_for_per_sample_grads(layer)(x)
+
+
+@OF_TORCHSCRIPT
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["cudnn", "eager"])
+def test_an_export_does_not_replace_a_backend_by_name(backend, plain_exporter, tmp_path):
+    model = Elman(I, H, backend=backend).eval()
+    with pytest.raises(elman.BackendUnavailableError, match=f"'{backend}' was asked for"):
+        torch.onnx.export(model, (sequence(),), tmp_path / "model.onnx", dynamo=False)
+
+
+def test_dropout_of_a_single_layer_is_warned_of_when_it_is_made_alone():
+    with pytest.warns(UserWarning, match="dropout"):
+        layer = Elman(I, H, dropout=0.5, batch_first=True)
+    call_for_per_sample_grads(layer)(sequence())  # a warning is an error here
+
+
+# Operations counted where the layer itself isn't called
+
+
+def test_flops_of_a_backward_pass_alone():
+    ours, x = Elman(I, H), sequence()
+    counts = []
+    for layer in (ours, copy_of(ours)):
+        loss = layer(x)[0].sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # torch.export's, of nn.RNN too
+def test_flops_of_an_exported_graph(monkeypatch):
+    for name in ("layer", "layer_dz", "layer_products"):  # which another test's counter may have left there
+        monkeypatch.delitem(flop_registry, getattr(torch.ops.elman, name), raising=False)
+    ours, x = Elman(I, H), sequence()
+    counts = []
+    for layer in (ours, copy_of(ours)):
+        exported = torch.export.export(layer, (x,)).module()
+        with FlopCounterMode(display=False) as counter:
+            exported(x)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
