@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import Input, check_option, elman, elman_step
@@ -75,6 +74,11 @@ class Elman(nn.RNNBase):
         )
         self.nonlinearity = nonlinearity
         self.backend = backend
+        take_for_torch_s(self)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        take_for_torch_s(self)  # pickled by an elman that did not
 
     def forward(
         self, input: Input, hx: Tensor | None = None, resets: Tensor | None = None
@@ -86,8 +90,6 @@ class Elman(nn.RNNBase):
         it zero; see `elman.elman`. Returns output, of the input's kind with D * H in place of I, and h_n,
         shaped as hx.
         """
-        if isinstance(input, Proxy) and _has_root(input, self):
-            return _called(self, input, hx=hx, resets=resets)
         if self._flat_weights_are_assigned:
             self._update_flat_weights()  # as nn.RNN does: a parameter set since then ends the assignment
             weights: list[Any] = list(self._flat_weights)
@@ -152,11 +154,14 @@ class ElmanCell(nn.RNNCellBase):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
         self.backend = backend
+        take_for_torch_s(self)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        take_for_torch_s(self)  # pickled by an elman that did not
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, I) or (I,), hx (B, H) or (H,) or None for zeros -> h', shaped as hx."""
-        if isinstance(input, Proxy) and _has_root(input, self):
-            return _called(self, input, hx=hx)
         if self.nonlinearity not in tuple(MODES):
             raise RuntimeError(f"nonlinearity is {self.nonlinearity!r}; expected 'tanh' or 'relu'")
         return elman_step(
@@ -248,19 +253,13 @@ class ElmanNetwork(nn.Module):
         return f"readout={self.readout!r}"
 
 
-def _has_root(input: Proxy, module: nn.Module) -> bool:
-    """Whether torch.fx traces a model that has the module inside: it is not the whole model itself."""
-    return getattr(input.tracer, "root", module) is not module
+def take_for_torch_s(module: nn.Module) -> None:
+    """Has torch.fx's tracers make one node of the module, as of nn.RNN, and run its hooks once.
 
-
-def _called(module: nn.Module, input: Proxy, **more: Any) -> Any:
-    """The module's call as one node of the graph that torch.fx traces, as it makes of nn.RNN's.
-
-    Traced into, the graph would keep the mode of today, and so the dropout, for good.
+    They ask the module, not its class, whether it is torch.nn's. Traced into, the graph would keep the mode
+    of today, and so the dropout, for good. In the module's own dict, copies and pickles have it too.
     """
-    tracer: Any = input.tracer
-    given = {name: value for name, value in more.items() if value is not None}
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), given)
+    vars(module)["__module__"] = nn.RNN.__module__
 
 
 def _not_scriptable(module: nn.Module, original: str) -> RuntimeError:
