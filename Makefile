@@ -48,12 +48,13 @@ compile-matrix: .venv/ready .venv/middle/ready .venv/oldest/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots]'
 	@touch $@
 
-# NumPy: with a newer one the interpreter of Triton 3.6 takes no loop to a number of run time.
+# NumPy: with a newer one the interpreter of Triton 3.6 takes no loop to a number of run time. setuptools: torch 2.11
+# asks for an older one.
 .venv/oldest/ready: VERSIONS := 'numpy<2.4' torch==2.11.0 triton==3.6.0
 .venv/middle/ready: VERSIONS := torch==2.13.0 triton==3.7.1
 .venv/oldest/ready .venv/middle/ready: .venv/%/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv/$*
-	grep -vE '^(numpy|torch|triton)==' constraints.txt >.venv/$*/constraints.txt
+	grep -vE '^(numpy|setuptools|torch|triton)==' constraints.txt >.venv/$*/constraints.txt
 	.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/$*/constraints.txt $(VERSIONS) -e '.[test,plots]'
 	@touch $@
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from numbers import Integral
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import Input, check_option, elman, elman_step
@@ -31,7 +31,6 @@ class Elman(nn.RNNBase):
 
     nonlinearity: str
     backend: str
-    _flat_weights_are_assigned = False
 
     def __init__(
         self,
@@ -75,6 +74,11 @@ class Elman(nn.RNNBase):
         )
         self.nonlinearity = nonlinearity
         self.backend = backend
+        take_for_torch_s(self)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        take_for_torch_s(self)  # pickled by an elman that did not
 
     def forward(
         self, input: Input, hx: Tensor | None = None, resets: Tensor | None = None
@@ -86,14 +90,16 @@ class Elman(nn.RNNBase):
         it zero; see `elman.elman`. Returns output, of the input's kind with D * H in place of I, and h_n,
         shaped as hx.
         """
-        if isinstance(input, Proxy) and _has_root(input, self):
-            return _called(self, input, hx=hx, resets=resets)
-        if self._flat_weights_are_assigned:
-            self._update_flat_weights()  # as nn.RNN does: a parameter set since then ends the assignment
-            weights: list[Any] = list(self._flat_weights)
-        else:
-            # By name and at every call: a parametrization or functional_call puts other tensors there.
-            weights = [getattr(self, name) for name in self._flat_weights_names]
+        # By name and at every call: a parametrization or functional_call puts other tensors there.
+        weights: list[Any] = [getattr(self, name) for name in self._flat_weights_names]
+        flat = self._flat_weights
+        if len(flat) != len(weights) or not all(map(is_, weights, flat)):
+            # nn.RNN computes with what was assigned there, while its names have what they had before.
+            refs = self._flat_weight_refs
+            if len(refs) == len(weights) and all(
+                ref is not None and ref() is w for ref, w in zip(refs, weights, strict=True)
+            ):
+                weights = list(flat)
         return elman(
             input,
             hx,
@@ -108,16 +114,6 @@ class Elman(nn.RNNBase):
             resets=resets,
             backend=self.backend,
         )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "_flat_weights":
-            # nn.RNN computes with what was assigned. Where a name has no parameter (a parametrization, a
-            # replica), nn.RNNBase's own methods assign something else too.
-            parameters = [self._parameters.get(n) for n in self._flat_weights_names]
-            self._flat_weights_are_assigned = len(value) != len(parameters) or any(
-                p is not None and w is not p for w, p in zip(value, parameters, strict=True)
-            )
 
     def __prepare_scriptable__(self) -> Any:
         raise _not_scriptable(self, "nn.RNN")
@@ -152,11 +148,14 @@ class ElmanCell(nn.RNNCellBase):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
         self.backend = backend
+        take_for_torch_s(self)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        take_for_torch_s(self)  # pickled by an elman that did not
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input (B, I) or (I,), hx (B, H) or (H,) or None for zeros -> h', shaped as hx."""
-        if isinstance(input, Proxy) and _has_root(input, self):
-            return _called(self, input, hx=hx)
         if self.nonlinearity not in tuple(MODES):
             raise RuntimeError(f"nonlinearity is {self.nonlinearity!r}; expected 'tanh' or 'relu'")
         return elman_step(
@@ -248,19 +247,13 @@ class ElmanNetwork(nn.Module):
         return f"readout={self.readout!r}"
 
 
-def _has_root(input: Proxy, module: nn.Module) -> bool:
-    """Whether torch.fx traces a model that has the module inside: it is not the whole model itself."""
-    return getattr(input.tracer, "root", module) is not module
+def take_for_torch_s(module: nn.Module) -> None:
+    """Has torch.fx's tracers make one node of the module, as of nn.RNN, and run its hooks once.
 
-
-def _called(module: nn.Module, input: Proxy, **more: Any) -> Any:
-    """The module's call as one node of the graph that torch.fx traces, as it makes of nn.RNN's.
-
-    Traced into, the graph would keep the mode of today, and so the dropout, for good.
+    They ask the module, not its class, whether it is torch.nn's. Traced into, the graph would keep the mode
+    of today, and so the dropout, for good. In the module's own dict, copies and pickles have it too.
     """
-    tracer: Any = input.tracer
-    given = {name: value for name, value in more.items() if value is not None}
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), given)
+    vars(module)["__module__"] = nn.RNN.__module__
 
 
 def _not_scriptable(module: nn.Module, original: str) -> RuntimeError:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .layer import MODES, Elman, ElmanCell
+from .layer import MODES, Elman, ElmanCell, take_for_torch_s
 from .routing import check_name
 
 KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: Elman, nn.RNNCell: ElmanCell}
@@ -74,8 +74,8 @@ def _become(module: nn.Module, kind: type[nn.Module], backend: str) -> None:
     cast(Any, module).__class__ = kind
     if isinstance(module, Elman):
         module.nonlinearity = NONLINEARITIES[module.mode]  # what nn.RNN runs by
-        module._flat_weights = module._flat_weights  # Elman looks at what is assigned, and so at this
     cast(Any, module).backend = backend
+    take_for_torch_s(module)
 
 
 def _named(value: object) -> str:

@@ -5,13 +5,16 @@ Each test is a snippet that succeeds with nn.RNN, or a sentence where ours can't
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
+import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
@@ -91,6 +94,20 @@ def test_a_parameter_set_later_ends_the_assignment():
         layer._flat_weights = [0.5 * w for w in layer._flat_weights]
         layer.bias_hh_l0 = nn.Parameter(torch.ones(H))
     assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_assigned_item_of_flat_weights_is_computed_with(compiled):
+    ours, x = Elman(I, H), sequence()
+    theirs = copy_of(ours)
+    run = torch.compile(ours, backend="eager", fullgraph=True) if compiled else ours
+    before = run(x)
+    for layer in (ours, theirs):
+        layer._flat_weights[1] = 0.5 * layer._flat_weights[1].detach()
+    assert_close(run(x), theirs(x))
+    assert not torch.equal(run(x)[0], before[0])
+    given = {name: torch.ones_like(p) for name, p in ours.named_parameters()}
+    assert_close(functional_call(ours, given, x), functional_call(theirs, given, x))
 
 
 def test_flat_weights_assigned_before_replace():
@@ -174,6 +191,92 @@ def test_fx_takes_a_cell_for_one_node():
     assert_same_graphs(graphs[0].graph, graphs[1].graph)
     x = sequence()[0]
     assert_close(graphs[0](x), ours(x))
+
+
+class Calling(nn.Module):
+    """A model whose forward is a call of a layer and arguments, and which holds constants."""
+
+    def __init__(self, layer: nn.Module, call):
+        super().__init__()
+        self.layer, self.call = layer, call
+        size = (T, B, I) if isinstance(layer, nn.RNNBase) else (B, I)
+        self.register_buffer("x", torch.randn(size))
+
+    def forward(self, given: Tensor) -> Tensor:
+        result = self.call(self, given)
+        return result[1] if isinstance(self.layer, nn.RNNBase) else result
+
+
+def _replaced(kind):
+    model = nn.Sequential(kind(I, H))
+    elman.replace(model)
+    return model[0]
+
+
+def _without(layer):
+    """As an elman pickled it whose layers told the tracers nothing."""
+    vars(layer).pop("__module__", None)
+    return layer
+
+
+HOOKED = {
+    "layer": lambda: Elman(I, H),
+    "cell": lambda: ElmanCell(I, H),
+    "replaced layer": lambda: _replaced(nn.RNN),
+    "replaced cell": lambda: _replaced(nn.RNNCell),
+    "deep copy": lambda: copy.deepcopy(Elman(I, H)),
+    "pickled long ago": lambda: pickle.loads(pickle.dumps(_without(Elman(I, H)))),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(Elman(I, H), "weight_hh_l0"),
+}
+
+
+@pytest.mark.parametrize("make", HOOKED.values(), ids=HOOKED)
+def test_fx_runs_hooks_once(make):
+    model = Calling(make(), lambda model, x: model.layer(x))
+    calls = []
+
+    def double(layer, arguments, result):
+        calls.append("after")
+        return (result[0], 2 * result[1]) if isinstance(result, tuple) else 2 * result
+
+    def add(layer, arguments):
+        calls.append("before")
+        return (arguments[0] + 1, *arguments[1:])
+
+    model.layer.register_forward_hook(double)
+    model.layer.register_forward_pre_hook(add)
+    traced = torch.fx.symbolic_trace(model)
+    assert calls == []
+    assert [node.op for node in traced.graph.nodes][1] == "call_module"
+    found = traced(model.x)
+    assert calls == ["before", "after"]
+    assert_close(found, model(model.x))
+
+
+GIVEN = {
+    "hx": (lambda model, h: model.layer(model.x, h), (2, B, H)),
+    "hx by name": (lambda model, h: model.layer(input=model.x, hx=h), (2, B, H)),
+    "resets": (lambda model, resets: model.layer(model.x, None, resets > 0), (T, B)),
+    "packed": (lambda model, data: model.layer(PackedSequence(data, SIZES)), (T + 1, I)),
+}
+SIZES = torch.tensor([2, 2, 1, 1])
+
+
+@pytest.mark.parametrize(("call", "size"), GIVEN.values(), ids=GIVEN)
+def test_fx_keeps_no_mode_whatever_it_traces(call, size):
+    model, given = Calling(Elman(I, H, 2, dropout=0.5), call), torch.randn(size)
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["layer"]
+    assert not torch.equal(traced(given), traced(given))  # dropout's draws
+    traced.eval()
+    assert_close(traced(given), model.eval()(given))
+
+
+def test_fx_takes_a_cell_for_one_node_by_its_state():
+    model, h = Calling(ElmanCell(I, H), lambda model, h: model.layer(model.x, h)), torch.randn(B, H)
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["layer"]
+    assert_close(traced(h), model(h))
 
 
 @pytest.mark.parametrize("module", [Elman(I, H, 2), ElmanCell(I, H), ElmanNetwork(I, H, 2)], ids=str)
