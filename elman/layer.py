@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from numbers import Integral
-from operator import is_
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ class Elman(nn.RNNBase):
 
     nonlinearity: str
     backend: str
+    _flat_weights_are_assigned = False
 
     def __init__(
         self,
@@ -90,16 +90,12 @@ class Elman(nn.RNNBase):
         it zero; see `elman.elman`. Returns output, of the input's kind with D * H in place of I, and h_n,
         shaped as hx.
         """
-        # By name and at every call: a parametrization or functional_call puts other tensors there.
-        weights: list[Any] = [getattr(self, name) for name in self._flat_weights_names]
-        flat = self._flat_weights
-        if len(flat) != len(weights) or not all(map(is_, weights, flat)):
-            # nn.RNN computes with what was assigned there, while its names have what they had before.
-            refs = self._flat_weight_refs
-            if len(refs) == len(weights) and all(
-                ref is not None and ref() is w for ref, w in zip(refs, weights, strict=True)
-            ):
-                weights = list(flat)
+        if self._flat_weights_are_assigned:
+            self._update_flat_weights()  # as nn.RNN does: a parameter set since then ends the assignment
+            weights: list[Any] = list(self._flat_weights)
+        else:
+            # By name and at every call: a parametrization or functional_call puts other tensors there.
+            weights = [getattr(self, name) for name in self._flat_weights_names]
         return elman(
             input,
             hx,
@@ -114,6 +110,16 @@ class Elman(nn.RNNBase):
             resets=resets,
             backend=self.backend,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_flat_weights":
+            # nn.RNN computes with what was assigned. Where a name has no parameter (a parametrization, a
+            # replica), nn.RNNBase's own methods assign something else too.
+            parameters = [self._parameters.get(n) for n in self._flat_weights_names]
+            self._flat_weights_are_assigned = len(value) != len(parameters) or any(
+                p is not None and w is not p for w, p in zip(value, parameters, strict=True)
+            )
 
     def __prepare_scriptable__(self) -> Any:
         raise _not_scriptable(self, "nn.RNN")

@@ -74,6 +74,7 @@ def _become(module: nn.Module, kind: type[nn.Module], backend: str) -> None:
     cast(Any, module).__class__ = kind
     if isinstance(module, Elman):
         module.nonlinearity = NONLINEARITIES[module.mode]  # what nn.RNN runs by
+        module._flat_weights = module._flat_weights  # Elman looks at what is assigned, and so at this
     cast(Any, module).backend = backend
     take_for_torch_s(module)
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.func import functional_call
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
@@ -94,20 +93,6 @@ def test_a_parameter_set_later_ends_the_assignment():
         layer._flat_weights = [0.5 * w for w in layer._flat_weights]
         layer.bias_hh_l0 = nn.Parameter(torch.ones(H))
     assert_close(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_an_assigned_item_of_flat_weights_is_computed_with(compiled):
-    ours, x = Elman(I, H), sequence()
-    theirs = copy_of(ours)
-    run = torch.compile(ours, backend="eager", fullgraph=True) if compiled else ours
-    before = run(x)
-    for layer in (ours, theirs):
-        layer._flat_weights[1] = 0.5 * layer._flat_weights[1].detach()
-    assert_close(run(x), theirs(x))
-    assert not torch.equal(run(x)[0], before[0])
-    given = {name: torch.ones_like(p) for name, p in ours.named_parameters()}
-    assert_close(functional_call(ours, given, x), functional_call(theirs, given, x))
 
 
 def test_flat_weights_assigned_before_replace():
