@@ -1241,46 +1241,44 @@ def test_onednn_is_chosen_by_maker_and_instructions(
     assert eager._onednn_pays() is chosen
 
 
+class Products(TorchDispatchMode):
+    """Sees each matrix product: its operator, its summands, and the threads that it may use."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.bmm):
+            self.seen.append((func.overloadpacket, args[-1].shape[-2], torch.get_num_threads()))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(("T", "B", "H", "threads"), [(64, 8, 32, 1), (256, 4, 32, 1), (256, 32, 128, 2)])
 def test_small_sums_run_on_one_thread(T, B, H, threads, monkeypatch):
     """On a busy machine two threads wait 16 ms for each other where one takes 0.1 ms."""
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket is torch.ops.aten.bmm:
-                seen.append(torch.get_num_threads())
-            return func(*args, **(kwargs or {}))
-
     monkeypatch.setattr(threading, "active_count", lambda: 1)  # whatever earlier tests have left
     monkeypatch.setattr(eager, "ONEDNN", False)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with Watch():
+        with Products() as products:
             eager.sums_of_products(torch.randn(T, B, H), [torch.randn(T, B, H)], T)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert seen == [threads]
+    assert [n for operator, _, n in products.seen if operator is torch.ops.aten.bmm] == [threads]
 
 
 @pytest.mark.parametrize(("T", "B", "H"), [(64, 32, 64), (16, 1, 32), (300, 8, 16), (64, 8, 320)])
 def test_no_gradient_is_a_longer_sum_than_the_recurrence(T, B, H, monkeypatch):
     """On any processor: the libraries cut long sums as they like, or not at all."""
-    rows = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.bmm):
-                rows.append(args[-1].shape[-2])  # summands
-            return func(*args, **(kwargs or {}))
-
     monkeypatch.setattr(eager, "ONEDNN", False)
     a, b = torch.randn(T, B, H), torch.randn(T, B, H)
-    with Watch():
+    with Products() as products:
         (total,) = eager.sums_of_products(a, [b], T)
     truth = a.flatten(0, 1).double().t() @ b.flatten(0, 1).double()
     assert (total - truth).norm() <= tolerance(torch.float32) * truth.norm()
+    rows = [summands for _, summands, _ in products.seen]
     assert max(rows) <= min(max(T, 64), 256)
     assert len(rows) == 1 or T * B > 64  # a short sum is one product: many cost more than they add

@@ -28,6 +28,20 @@ def modules(folder):
     return sorted(path.name for path in (ROOT / folder).glob("*.py"))
 
 
+def printed(arguments: list[str], folder: Path, **environment: str) -> str:
+    """What Python printed in that folder, once it has ended well."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_wheel_holds_elman_alone(built):
     names = [name for name in zipfile.ZipFile(built[0]).namelist() if ".dist-info/" not in name]
     expected = [f"elman/{name}" for name in modules("elman")]
@@ -65,17 +79,8 @@ assert importlib.util.find_spec("kernels") is None
 with elman.use_backend("triton"):
     print(elman.Elman(3, 4)(torch.ones(2, 1, 3))[0].shape)
 """
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "torch.Size([2, 1, 4])"
+    said = printed(["-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"), TRITON_INTERPRET="1")
+    assert said.strip() == "torch.Size([2, 1, 4])"
 
 
 def test_a_checkout_without_symlinks_runs_eager(tmp_path):
@@ -98,22 +103,11 @@ except elman.BackendUnavailableError as error:
     print(error)
 """
     # Without site, which would find the package that is installed from the checkout.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")]),
-    }
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
     for arguments in (["-c", code], ["-m", "elman", "doctor"]):
-        done = subprocess.run(
-            [sys.executable, "-S", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "is no folder: it is a symlink to ../kernels" in done.stdout
-        assert "core.symlinks true" in done.stdout
+        said = printed(["-S", *arguments], tmp_path, PYTHONPATH=path)
+        assert "is no folder: it is a symlink to ../kernels" in said
+        assert "core.symlinks true" in said
 
 
 def test_runs_in_place_from_the_root():
