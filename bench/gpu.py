@@ -68,8 +68,9 @@ class Run:
         return self.deadline - time.monotonic()
 
     def share(self, stage: str) -> float:
-        """The moment at which a stage that begins now ends."""
-        return time.monotonic() + max(0.0, SHARES[stage] * self.left)
+        """The moment at which a stage that begins now ends; the last one has all that is left."""
+        part = 1.0 if stage == self.stages[-1] else SHARES[stage]
+        return time.monotonic() + max(0.0, part * self.left)
 
     def say(self, text: str) -> None:
         print(f"[{self.left:5.0f} s left] {text}", flush=True)
@@ -114,6 +115,8 @@ def stage_compile(run: Run) -> None:
     launches = [_launches_verified(run)] * ("verify" in run.stages) + [_launches_tuned(run)]
     wanted = list(dict.fromkeys(itertools.chain(*launches)))
     wanted = list({_compile_key(launch): launch for launch in reversed(wanted)}.values())[::-1]
+    order = list(verify.ARITHMETIC.values())
+    wanted.sort(key=lambda launch: order.index((launch.problem.dtype, launch.problem.precision)))
     workers = run.workers or max(1, (os.cpu_count() or 2) - 1)
     journal, start, end = Journal(run.folder / "compile.jsonl"), time.monotonic(), run.share("compile")
     run.say(f"compile: {len(wanted)} kernels in {workers} processes")

@@ -251,7 +251,13 @@ def judge(case: Case, device: torch.device) -> dict[str, Any]:
     if verdict == "right" and not torch.equal(own, again):
         verdict = "other bits"
     nothing = own.isnan().double().mean().item()
-    return {"error": _finite(found), "nn_rnn": nn_rnn, "bar": bar, "verdict": verdict, "nan": nothing}
+    return {
+        "error": _finite(found),
+        "nn_rnn": _finite(nn_rnn or 0.0),
+        "bar": bar,
+        "verdict": verdict,
+        "nan": nothing,
+    }
 
 
 def _finite(value: float) -> float | None:
