@@ -113,8 +113,10 @@ def stage_compile(run: Run) -> None:
     major, minor = torch.cuda.get_device_capability(run.device)
     target = GPUTarget("cuda", 10 * major + minor, 32)
     launches = [_launches_verified(run)] * ("verify" in run.stages) + [_launches_tuned(run)]
-    wanted = list(dict.fromkeys(itertools.chain(*launches)))
-    wanted = list({_compile_key(launch): launch for launch in reversed(wanted)}.values())[::-1]
+    by_code: dict[tuple, Launch] = {}
+    for launch in itertools.chain(*launches):
+        by_code.setdefault(_compile_key(launch), launch)
+    wanted = list(by_code.values())
     order = list(verify.ARITHMETIC.values())
     wanted.sort(key=lambda launch: order.index((launch.problem.dtype, launch.problem.precision)))
     workers = run.workers or max(1, (os.cpu_count() or 2) - 1)

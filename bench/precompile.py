@@ -16,7 +16,7 @@ import importlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -53,7 +53,7 @@ class Launch:
     @property
     def module(self) -> str:
         """The module of elman.kernels that has the kernel, its search space and its model."""
-        return {"cell": "step", "fused": "resident"}.get(self.kernel, self.kernel)
+        return module_of(self.kernel)
 
     def __str__(self) -> str:
         p = self.problem
@@ -61,6 +61,11 @@ class Launch:
         words += [p.precision] * (p.dtype == torch.float32) + [f"B={p.B} H={p.H} D={p.D}"]
         words += [name for name in ("lengths", "resets", "g_hn", "relu") if getattr(self, name)]
         return f"{' '.join(words)} {self.config}"
+
+
+def module_of(kernel: str) -> str:
+    """Whose module, search space and model a kernel has."""
+    return {"cell": "step", "fused": "resident"}.get(kernel, kernel)
 
 
 def call(launch: Launch, steps: int = 2) -> None:
@@ -219,14 +224,9 @@ def _work(connection: Connection, chip: Chip, target: GPUTarget, with_host_code:
 
 def candidates(kernel: str, problem: Problem, chip: Chip) -> list[Config]:
     """The configs that a tuner tries, its first choice first."""
-    family = {"cell": "step", "fused": "resident"}.get(kernel, kernel)
-    return [config for config, _ in configs.candidates(family, problem, chip)]
+    return [config for config, _ in configs.candidates(module_of(kernel), problem, chip)]
 
 
 def both_passes(problem: Problem) -> tuple[Problem, Problem]:
     """The problem forward and backward."""
     return replace(problem, backward=False), replace(problem, backward=True)
-
-
-#: What compiles: a function of the chip that names launches.
-Plan = Callable[[Chip], list[Launch]]

@@ -29,13 +29,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
+from bench import precompile
 from bench.machine import commit
 from elman.kernels import configs, cooperative, resident, step
 from elman.kernels.configs import Config, Problem
@@ -133,13 +132,8 @@ def cases(target: str, kernels: list[str], small: bool) -> Iterator[Case]:
 
 def _configs(target: str, kernel: str, problem: Problem) -> list[Config | None]:
     """The configs that the model lets through, its first choice first; [None] if there are none."""
-    found = configs.candidates(family(kernel), problem, configs.CHIPS[target])
+    found = configs.candidates(precompile.module_of(kernel), problem, configs.CHIPS[target])
     return [config for config, _ in found] or [None]
-
-
-def family(kernel: str) -> str:
-    """Whose search space and model a kernel has."""
-    return {"cell": "step", "fused": "resident"}.get(kernel, kernel)
 
 
 def problems(kernel: str, shapes: tuple) -> Iterator[Problem]:
@@ -153,64 +147,13 @@ def problems(kernel: str, shapes: tuple) -> Iterator[Problem]:
                 yield Problem(B, H, 1, dtype, precision, backward, inputs, ragged)
 
 
-def launch(case: Case) -> None:
-    """Calls the kernel's launcher on tensors without content."""
-    p = case.problem
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=p.dtype)
-
-    sequence, state, w_hh = empty(2, p.B, p.D * p.H), empty(p.D, p.B, p.H), empty(p.D, p.H, p.H)
-    lengths = torch.ones(p.B, dtype=torch.int64) if p.ragged else None
-    module = MODULES[family(case.kernel)]
-    resets = torch.ones(2, p.B, dtype=torch.bool) if case.resets else None
-    options = (lengths, "tanh", p.precision, case.config, resets)
-    if case.kernel == "cell":
-        x, w_ih, bias = empty(p.B, p.inputs), empty(p.H, p.inputs), empty(p.H)
-        step.cell(x, state[0], w_ih, w_hh[0], bias, empty(p.B, p.H), *options[1:-1])
-    elif case.kernel == "fused":
-        x, w_ih, bias = empty(2, p.B, p.inputs), empty(p.D, p.H, p.inputs), empty(p.D, p.H)
-        resident.scan_fused(x, w_ih, bias, state, w_hh, *options)
-    elif p.backward:
-        module.scan_backward(empty(*sequence.shape), state, sequence, w_hh, empty(*sequence.shape), *options)
-    else:
-        module.scan(sequence, state, w_hh, *options)
-
-
-class Driver:
-    """Stands in for a GPU's driver where Triton asks what it is to compile for."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def build(case: Case) -> Any:
     """The compiled kernel that the launcher would launch for `case`."""
-    found = {}
-    run = JITFunction.run
-
-    def compile_only(kernel: JITFunction, *arguments: Any, **options: Any) -> None:
-        found[kernel.fn.__name__] = run(kernel, *arguments, **{**options, "warmup": True})
-
-    target = TARGETS[case.target]
-    triton.runtime.driver.set_active(Driver(target))
-    with (
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(MODULES[family(case.kernel)], "chip", return_value=configs.CHIPS[case.target]),
-        mock.patch.object(torch.version, "hip", "any" if target.backend == "hip" else None),
-    ):
-        launch(case)
-    (kernel,) = found.values()
-    return kernel
+    assert case.config
+    launch = precompile.Launch(
+        case.kernel, case.problem, case.config, lengths=case.problem.ragged, resets=case.resets, g_hn=True
+    )
+    return precompile.build(launch, TARGETS[case.target], configs.CHIPS[case.target])
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -239,7 +182,7 @@ def row(case: Case, limit_s: float) -> dict[str, Any]:
     }
     if not case.config:
         return {**known, "config": None}
-    expected = configs.estimate(family(case.kernel), case.config, problem, chip)
+    expected = configs.estimate(precompile.module_of(case.kernel), case.config, problem, chip)
     out = _in_own_process(case, limit_s)
     return {**known, "config": vars(case.config), "expected": vars(expected), **out}
 

@@ -432,8 +432,9 @@ def compiled(target: str) -> list[dict]:
     from triton.runtime.jit import JITFunction
 
     from bench import probes
+    from bench.precompile import Driver
     from tests import assembly
-    from tests.cross_compile import TARGETS, Driver
+    from tests.cross_compile import TARGETS
 
     made, run = [], JITFunction.run
 
