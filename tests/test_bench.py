@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from pathlib import Path
 
@@ -859,6 +860,51 @@ def test_everything_is_rebuilt_from_the_rows(published, tmp_path):
         if path.name != "machine.json":
             rebuilt = tmp_path / path.relative_to(folder.parent)
             assert rebuilt.read_bytes() == path.read_bytes(), path.name
+
+
+NOISY = """
+import gc, warnings
+import bench.floor
+warnings.warn("noise of the import")
+
+def warns(name):
+    def hook():
+        warnings.warn(f"noise of {name}")
+    return hook
+
+for when in ("configure", "report_header", "sessionstart", "collection_modifyitems", "collection_finish",
+             "runtest_setup", "runtest_teardown", "sessionfinish", "terminal_summary", "unconfigure"):
+    globals()[f"pytest_{when}"] = warns(when)
+
+class Lost:
+    def __del__(self):
+        raise RuntimeError("nobody catches it")
+
+honest = bench.floor.measure
+def measure(*arguments):
+    Lost()
+    gc.collect()
+    warnings.warn("noise of the driver")
+    return honest(*arguments)
+bench.floor.measure = measure
+"""
+
+
+def test_no_warning_ends_a_run_or_a_row(tmp_path):
+    (tmp_path / "noisy.py").write_text(NOISY)
+    options = ["--shapes", "1,4,2,2", "--passes", "forward", "--backends", "eager"]
+    done = pytest_bench(*options, "--results", str(tmp_path), "-p", "noisy", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("runtest_setup", "sessionfinish", "terminal_summary", "the driver"):
+        assert f"UserWarning: noise of {name}" in done.stdout, "it is in the report"
+    assert "nobody catches it" in done.stdout
+    ((_, rows),) = records.read(next(tmp_path.glob("*/rows.jsonl"))).values()
+    assert [row.status for row in rows] == [TIMED, TIMED]
+
+
+def test_the_tests_take_every_warning_for_an_error():
+    with pytest.raises(UserWarning, match="noise"):
+        warnings.warn("noise", stacklevel=1)
 
 
 def test_a_killed_run_is_gone_on_with(tmp_path):
