@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from elman.commit import commit
+
 #: What is asked of nvidia-smi, by our names: its field's name, and the one that older drivers have for it.
 STATE_FIELDS = {
     "sm_mhz": ("clocks.sm",),
@@ -203,21 +205,6 @@ def software(device: torch.device) -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found
-
-
-def commit(root: Path) -> dict[str, Any]:
-    """The git commit of the working tree and whether it has changes (results/ left out)."""
-    try:
-        head = git(root, "rev-parse", "--short=12", "HEAD")
-        changes = git(root, "status", "--porcelain", "--", ".", ":(exclude)results")
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": "unknown (no git commit here)", "dirty": None}
-    return {"commit": head, "dirty": bool(changes)}
-
-
-def git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def load_average() -> float | None:

@@ -17,13 +17,11 @@ serves the next process.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import os
 import re
 import statistics
-import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -34,6 +32,7 @@ import torch
 import triton
 
 from . import sharing, tables
+from .commit import commit
 from .kernels import configs
 from .kernels.common import chip
 from .timing import Timer, measure
@@ -247,16 +246,12 @@ def provenance() -> dict[str, str]:
     if module.exists():
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", module.read_text(encoding="utf-8"))
         driver = found.group() if found else driver
-    root, commit = Path(__file__).parents[1], "unknown"
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    made = commit()
     return {
         "torch": torch.__version__,
         "triton": triton.__version__,
         "driver": driver,
         "date": datetime.date.today().isoformat(),
         "elman": __version__,
-        "commit": commit,
+        "commit": f"{made['commit']}{'-dirty' if made['dirty'] else ''}",
     }

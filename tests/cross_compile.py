@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench.machine import commit
+from elman.commit import commit
 from elman.kernels import configs, cooperative, resident, step
 from elman.kernels.configs import Config, Problem
 from tests import assembly, compile_report
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write_rows(target: str, options: argparse.Namespace) -> None:
     todo = list(cases(target, options.kernels.split(","), options.small))
-    stamp = commit(Path(__file__).parents[1])
+    stamp = commit()
     start = time.perf_counter()
     with (options.output / f"{target}.{triton.__version__}.jsonl").open("w") as file:
         for i, made in enumerate(rows(todo, options.jobs, options.limit_s), 1):

@@ -28,6 +28,7 @@ from bench.rows import BASELINE, FAILED, LEFT_OUT, SHED, TIMED, UNAVAILABLE, WRO
 from bench.session import Plan, Session
 from bench.workloads import CPU_MAX_FLOPS, SWEEPS, Workload, by_hand
 from elman import BackendUnavailableError
+from elman.commit import commit
 
 ROOT = Path(__file__).parents[1]
 TINY = Workload(2, 5, 3, 4)
@@ -793,6 +794,55 @@ def test_a_file_of_rows_that_is_none_is_named(tmp_path):
     path.write_text('{"table": "quick", "run": {}}\n{"table": "quick", "row": {"batch": 1}}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2, is no row of this version"):
         records.read(path)
+
+
+# The commit
+
+
+def test_the_commit_of_a_tree_that_was_carried_without_git(monkeypatch, tmp_path):
+    monkeypatch.delenv("ELMAN_COMMIT", raising=False)
+    unknown = commit(tmp_path)
+    assert unknown["commit"].startswith("unknown")
+    assert unknown["dirty"] is None
+    (tmp_path / "COMMIT").write_text("abc123\n")
+    assert commit(tmp_path) == {"commit": "abc123", "dirty": None}
+    monkeypatch.setenv("ELMAN_COMMIT", "def456-dirty")
+    assert commit(tmp_path) == {"commit": "def456", "dirty": True}
+
+
+def test_git_knows_the_commit_better_than_what_was_carried(monkeypatch, tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=Somebody", "-c", "user.email=somebody@example.com")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setenv("ELMAN_COMMIT", "abc123")
+    (tmp_path / "COMMIT").write_text("def456")
+    git("init")
+    assert commit(tmp_path)["commit"] == "abc123", "there is no commit yet"
+    git("add", "COMMIT")
+    git("commit", "--message", "First")
+    found = commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", found["commit"])
+    assert found["dirty"] is False
+    for name in ("results", "elman/tuned"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "measured").touch()
+    assert commit(tmp_path)["dirty"] is False, "what was measured is no change of the code"
+    (tmp_path / "COMMIT").write_text("changed")
+    assert commit(tmp_path)["dirty"] is True
+    (tmp_path / "inner").mkdir()
+    assert commit(tmp_path / "inner") == {"commit": "abc123", "dirty": None}, "not the outer repository's"
+
+
+def test_bench_and_tuner_tell_the_same_commit(monkeypatch):
+    monkeypatch.setattr("elman.commit.git", lambda *_: subprocess.run(["false"], check=True) and "")
+    monkeypatch.setenv("ELMAN_COMMIT", "abc123-dirty")
+    record = machine.record(torch.device("cpu"), ROOT)
+    assert (record["commit"], record["dirty"]) == ("abc123", True)
+    pytest.importorskip("triton")
+    from elman import tuning
+
+    assert tuning.provenance()["commit"] == "abc123-dirty"
 
 
 # The run and its files
