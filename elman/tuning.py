@@ -213,7 +213,7 @@ def tune(
 def tune_key(
     kernel: str, problem: configs.Problem, device: torch.device, timer: Timer | None = None
 ) -> tables.Entry:
-    """Times the key's candidates (for "cudnn" itself alone) and names the quickest by its median.
+    """Times the key's candidates (for "cudnn" itself alone), names the quickest by its median, keeps all.
 
     The work is the key's, not the problem's: full rows, and as many as the bucket holds where the kernel can
     run that. Raises RuntimeError where no candidate runs.
@@ -227,15 +227,22 @@ def tune_key(
         tried = [config for config, _ in configs.candidates(kernel, whole, on)]
     results = (timer or measure)(kernel, whole, tried, device)
     failed = {str(c): r for c, r in zip(tried, results, strict=True) if isinstance(r, str)}
-    timed = {c: sorted(r) for c, r in zip(tried, results, strict=True) if not isinstance(r, str)}
+    timed = {c: r for c, r in zip(tried, results, strict=True) if not isinstance(r, str)}
     if not timed:
         raise RuntimeError(
             f"no candidate of {key} runs: {'; '.join(failed.values()) or 'the model has none'}"
         )
-    best = min(timed, key=lambda config: statistics.median(timed[config]))
-    p20, *_, p80 = statistics.quantiles(timed[best], n=5, method="inclusive")
-    default = statistics.median(timed[tried[0]]) if tried[0] in timed else None
-    return tables.Entry(key, best, statistics.median(timed[best]), p20, p80, default, len(tried), failed)
+    found = {config: _quantiles(samples) for config, samples in timed.items()}
+    best = min(found, key=lambda config: found[config]["median"])
+    default = found[tried[0]]["median"] if tried[0] in found else None
+    times = {str(config): all_ for config, all_ in found.items() if config is not None}
+    us, p20, p80 = found[best].values()
+    return tables.Entry(key, best, us, p20, p80, default, len(tried), failed, times=times)
+
+
+def _quantiles(samples: list[float]) -> dict[str, float]:
+    p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    return {"median": statistics.median(samples), "p20": p20, "p80": p80}
 
 
 def provenance() -> dict[str, str]:
