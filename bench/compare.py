@@ -29,12 +29,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from bench import machine, measure
+from bench import measure
 from bench import rows as records
 from bench.contenders import NAIVE
 from bench.rows import BASELINE, FAILURES, TIMED, UNAVAILABLE, Key, Row, Run
 from bench.tables import digits
 from bench.workloads import PASSES
+from elman.commit import git
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,7 +96,7 @@ def _tables(baseline: str, root: Path, folder: str) -> Tables:
 def _committed(commit: str, root: Path, folder: str) -> Tables:
     file = f"results/{folder}/rows.jsonl"
     try:
-        found = machine.git(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+        found = git(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
     except (OSError, subprocess.CalledProcessError):
         there = sorted(f"results/{path.parent.name}" for path in root.glob("results/*/rows.jsonl"))
         raise ValueError(
@@ -104,11 +105,9 @@ def _committed(commit: str, root: Path, folder: str) -> Tables:
             f"{_listed(there or ['results/<machine>'])}"
         ) from None
     try:
-        text = machine.git(root, "show", f"{found}:{file}")
+        text = git(root, "show", f"{found}:{file}")
     except subprocess.CalledProcessError:
-        names = machine.git(root, "ls-tree", "-r", "--name-only", "--full-tree", found, "results/").split(
-            "\n"
-        )
+        names = git(root, "ls-tree", "-r", "--name-only", "--full-tree", found, "results/").split("\n")
         there = [name for name in names if name.endswith("/rows.jsonl")]
         raise ValueError(f"Commit {commit} has no {file}; it has {_listed(there)}") from None
     with tempfile.TemporaryDirectory() as scratch:

@@ -222,6 +222,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if session.record["partial"]:
         what = f"Not a complete run, so no published table was touched: {session.record['partial']}"
         terminalreporter.write_line(f"{what} The same command goes on from here.")
+    elif session.record["missing"]:
+        terminalreporter.write_line(f"{session.record['missing']} The same command tries these again.")
     terminalreporter.write_line(f"Wrote {', '.join([str(written[0]), *(path.name for path in written[1:])])}")
     asked = config.getoption("results")
     if session.plan.destination(asked) != asked:

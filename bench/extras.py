@@ -26,11 +26,12 @@ def peak_bytes(target: Target, device: torch.device) -> int:
         target.call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with (
-        _profilers_lines_hidden(),
-        torch.profiler.profile(activities=activities, profile_memory=True) as found,
-    ):
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU],
+        profile_memory=True,
+        acc_events=True,  # else torch 2.11 warns that it clears events between cycles, of which this has one
+    )
+    with _profilers_lines_hidden(), profiler as found:
         target.call()
     events = found.profiler.kineto_results.events()
     allocations = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from elman import routing
+from elman.commit import commit
 
 #: What is asked of nvidia-smi, by our names: its field's name, and the one that older drivers have for it.
 STATE_FIELDS = {
@@ -205,19 +209,28 @@ def software(device: torch.device) -> dict[str, str]:
     return found
 
 
-def commit(root: Path) -> dict[str, Any]:
-    """The git commit of the working tree and whether it has changes (results/ left out)."""
-    try:
-        head = git(root, "rev-parse", "--short=12", "HEAD")
-        changes = git(root, "status", "--porcelain", "--", ".", ":(exclude)results")
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": "unknown (no git commit here)", "dirty": None}
-    return {"commit": head, "dirty": bool(changes)}
+def tuned(device: torch.device) -> dict[str, str]:
+    """What the tuned tables in force say, a digest an entry: it decides on kernels and their configs.
 
+    {"ELMAN_AUTOTUNE": "on", "user: resident forward bfloat16 B=16 H=256": "0a1b2c3d", "shipped: ...": ...};
+    {} where no table is used: on a CPU, and without the kernels.
+    """
+    if device.type != "cuda" or routing.NO_KERNELS:
+        return {}
+    from elman import tables, tuning  # these import kernels
 
-def git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    if not tuning.autotunes():
+        return {"ELMAN_AUTOTUNE": "off"}
+    found, gpu = {"ELMAN_AUTOTUNE": "on"}, torch.cuda.get_device_name(device)
+    for owner, path in (("user", tables.user_path(gpu)), ("shipped", tables.shipped_path(gpu))):
+        try:
+            entries = tables.read(path, gpu).entries
+        except (OSError, ValueError):  # it counts as empty, and the first call warns
+            continue
+        for key, entry in entries.items():
+            text = repr((entry.config, entry.us))
+            found[f"{owner}: {key}"] = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return found
 
 
 def load_average() -> float | None:

@@ -311,6 +311,8 @@ def markdown(run: Run, rows: Sequence[Row], pictures: Sequence[str] = (), missin
     parts = [f"# {run['sweep']}: {table.name}"]
     if run["partial"]:
         parts.append(f"**Not a complete run: {run['partial']}**")
+    if run.get("missing"):  # older runs have none
+        parts.append(f"**{run['missing']}**")
     parts += [pipes(("", ""), (False, False), _facts(table)), READING]
     if run["floor"]:
         parts.append(FLOOR)
@@ -392,9 +394,20 @@ def _facts(table: Table) -> list[tuple[str, str]]:
         ("clock", timing["clock"]),
         ("cache", f"{timing['cache']}{cold}"),
         ("sampling", _sampling(run)),
+        *_tables(run),
         *load(run),
         *_measured_floor(table),
     ]
+
+
+def _tables(run: Run) -> list[tuple[str, str]]:
+    """How many entries the tuned tables had as the run began."""
+    names = run.get("tables")
+    if not names:
+        return []
+    counts = [f"{owner} {sum(n.startswith(f'{owner}: ') for n in names)}" for owner in ("user", "shipped")]
+    off = names.get("ELMAN_AUTOTUNE") == "off"
+    return [("entries of tuned tables", "off" if off else ", ".join(counts))]
 
 
 def _sampling(run: Run) -> str:

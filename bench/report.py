@@ -159,7 +159,8 @@ def _machine(
         ratios = [f"{PASSES[m.pass_name]} {m.ratio:.2f}" for m in means if m.dtype == dtype]
         said += [f"{dtype} {', '.join(ratios)}"] if ratios else []
     speed = f" Geometric means of {leader} over {chosen}: {'; '.join(said)}." if said else ""
-    line = f"**{table.name}**: {', '.join(links)}.{speed} Measured {table.run['date']}."
+    missing = f" {table.run['missing']}" if table.run.get("missing") else ""
+    line = f"**{table.name}**: {', '.join(links)}.{speed}{missing} Measured {table.run['date']}."
     for kind in ("speedup", "us-a-step"):
         picture = f"{chosen}-{kind}.png"
         if (results / folder / picture).exists():

@@ -18,7 +18,7 @@ from bench import floor, machine, measure, report
 from bench import rows as records
 from bench.cell import Timing, absent_rows, describe, device_timing, measure_cell
 from bench.contenders import CONTENDERS, Problem, absence
-from bench.rows import BASELINE, FAILED, FAILURES, LEFT_OUT, SHED, TIMED, UNAVAILABLE, Key, Row
+from bench.rows import BASELINE, FAILED, FAILURES, LEFT_OUT, SHED, TIMED, UNAVAILABLE, WRONG, Key, Row
 from bench.workloads import DTYPES, PASSES, SWEEPS, Sweep, Workload, by_hand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +196,7 @@ class Session:
             "sweep": self.plan.sweep,
             **machine.record(device, ROOT),
             "source": source(),
+            "tables": machine.tuned(device),  # as the run begins: what it tunes itself is added to them
             "float32": "IEEE" if device.type == "cpu" else "IEEE in rows of float32, TF32 in rows of tf32",
             "timing": {
                 "clock": "CUDA events" if device.type == "cuda" else "time.perf_counter",
@@ -212,11 +213,19 @@ class Session:
             "budget": self.budget,  # minutes; what it costs is samples, and each row says how many it has
             "floor": {},
             "partial": "",
+            "missing": "",
         }
 
     def _resume(self) -> None:
-        """Take over the rows of an unfinished run, if they are this run's in all but the hour."""
-        stored = records.read(self.journal)
+        """Take over the rows of an unfinished run, if they are this run's in all but the hour.
+
+        Else its file is put aside: a run on a rare machine must not be lost to a changed comment.
+        """
+        try:
+            stored = records.read(self.journal)
+        except ValueError as error:
+            self.started = f"An unfinished run can't be read and is kept as {self._stale('').name}: {error}"
+            return
         if self.plan.table not in stored:
             return
         run, rows = stored[self.plan.table]
@@ -226,15 +235,31 @@ class Session:
         run = {**run, "machine": {k: v for k, v in run["machine"].items() if k not in unsure}}
         own = {k: v for k, v in self.record["machine"].items() if k not in unsure}
         differing = [key for key in same if run.get(key) != (own if key == "machine" else self.record[key])]
+        # The run itself may have tuned more, up to the moment in which it was killed.
+        if not run.get("tables", {}).items() <= self.record["tables"].items():
+            differing.append("tables")
         if differing:
             self.started = (
                 f"An unfinished run of {run['date']} differs in {', '.join(differing)}, so it is not gone on "
-                f"with; its {len(rows)} rows are dropped."
+                f"with; its {len(rows)} rows are kept as {self._stale(run['date']).name}."
             )
             return
         keys = set(self.plan.keys)
         self.record = {**self.record, "date": run["date"], "floor": run["floor"]}
+        self.record["tables"] = run.get("tables", {})
+        if "no_floor" in run:
+            self.record["no_floor"] = run["no_floor"]
         self.rows = {row.key: row for row in rows if row.key in keys}
+
+    def _stale(self, date: str) -> Path:
+        """Renames the journal to <table>.<date>.stale.jsonl, never over another."""
+        date = date or time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.journal.stat().st_mtime))
+        stamp = re.sub(r"\W+", "-", date.removesuffix(" UTC"))
+        path, n = self.folder / f"{self.plan.table}.{stamp}.stale.jsonl", 1
+        while path.exists():
+            n += 1
+            path = self.folder / f"{self.plan.table}.{stamp}-{n}.stale.jsonl"
+        return self.journal.rename(path)
 
     def _settled(self, cell: Cell) -> bool:
         rows = [self.rows.get((*cell, name)) for name in self.selected[cell]]
@@ -264,9 +289,10 @@ class Session:
         """Before the first cell: the floor, and the journal with what is known so far, in one move."""
         if not self.record["floor"]:
             self.say("the machine's floor")
+            self.record.pop("no_floor", None)
             try:
                 self.record["floor"] = floor.measure(self.plan.device, self.record["plan"]["dtypes"])
-            except Exception as error:  # the rows are worth having without; the run says that it is partial
+            except Exception as error:  # the rows are worth having without, and the page says so
                 self.record["no_floor"] = describe(error)
         self.folder.mkdir(parents=True, exist_ok=True)
         records.write(self.journal, {self.plan.table: (self.record, list(self.rows.values()))})
@@ -323,24 +349,42 @@ class Session:
         )
 
     def partial(self) -> str:
-        """Why this run is no complete table, in a sentence; empty if it is one."""
+        """Why this run is not published, in a sentence; empty if it is."""
         rows, plan = list(self.rows.values()), len(self.plan.keys)
-        failed = sum(row.status in FAILURES for row in rows)
-        shed = sum(row.status == SHED for row in rows)
         reasons = []
-        if "no_floor" in self.record:
-            reasons.append(f"there is no floor ({self.record['no_floor']})")
         if self.timing.seconds < self.plan.seconds:
             reasons.append(
                 f"each contender was sampled for {self.timing.seconds:g} s, not {self.plan.seconds:g}"
             )
         if len(rows) < plan:
             reasons.append(f"{len(rows)} of {plan} rows were run")
-        if shed:
-            reasons.append(f"{shed} {'row was' if shed == 1 else 'rows were'} left out for want of time")
-        if failed:
-            reasons.append(f"{failed} {'row' if failed == 1 else 'rows'} failed")
+        timed, before = (_count(some, TIMED) for some in (rows, self._published_rows()))
+        # A small budget must not cost what a longer run has measured; a row that fails is news.
+        if _count(rows, SHED) and timed < before:
+            reasons.append(f"{timed} rows were timed within the budget, of the published table {before}")
         return f"{' and '.join(reasons)}." if reasons else ""
+
+    def missing(self) -> str:
+        """What a table of this run lacks, in a sentence that its page begins with; empty if nothing."""
+        rows = list(self.rows.values())
+        counts = [
+            (_count(rows, SHED), "left out for want of time"),
+            (_count(rows, WRONG), "wrong"),
+            (_count(rows, FAILED), "failed"),
+        ]
+        lost = sum(count for count, _ in counts)
+        reasons = []
+        if lost:
+            why = ", ".join(f"{count} {word}" for count, word in counts if count)
+            are = "is" if lost == 1 else "are"
+            reasons.append(f"{lost} of {len(self.plan.keys)} rows {are} missing: {why}.")
+        if "no_floor" in self.record:
+            reasons.append(f"There is no floor: {self.record['no_floor'].rstrip('.')}.")
+        return " ".join(reasons)
+
+    def _published_rows(self) -> list[Row]:
+        tables = records.read(self.published) if self.published.exists() else {}
+        return tables[self.plan.table][1] if self.plan.table in tables else []
 
     def ordered(self) -> list[Row]:
         """The rows in the table's order, whatever order they were run in."""
@@ -349,29 +393,36 @@ class Session:
     def write(self) -> list[Path]:
         """Write the table, pages, pictures, machine.json and the index; returns the paths, the page first.
 
-        Only a complete run without failures takes its table's place in rows.jsonl. Any other stays in
-        <table>.partial.jsonl, with a page <table>.partial.md, so that it never replaces a complete table.
+        A run whose every row was tried takes its table's place in rows.jsonl, and its page says which rows
+        are missing. A run that was interrupted, or selected with -k, stays in <table>.partial.jsonl, with a
+        page <table>.partial.md. The journal stays as long as a row is missing: the same command goes on.
         """
         table, rows = self.plan.table, self.ordered()
-        self.record["partial"] = self.partial()
+        self.record["partial"], self.record["missing"] = self.partial(), self.missing()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.record["partial"]:
+        if self.record["partial"] or self.record["missing"]:
             records.write(self.journal, {table: (self.record, rows)})
+        if self.record["partial"]:
             return [*report.publish(self.folder, table, self.record, rows, partial=True), self.journal]
         tables = records.read(self.published) if self.published.exists() else {}
         records.write(self.published, {**tables, table: (self.record, rows)})
         machine.write(self.folder, self.record)
         pages = report.publish(self.folder, table, self.record, rows)
         report.index(self.folder.parent)
-        self.journal.unlink(missing_ok=True)
+        if not self.record["missing"]:
+            self.journal.unlink(missing_ok=True)
         (self.folder / f"{table}.partial.md").unlink(missing_ok=True)
         return [*pages, self.published]
 
 
+def _count(rows: list[Row], status: str) -> int:
+    return sum(row.status == status for row in rows)
+
+
 def source() -> str:
-    """A digest of the code that a number depends on: packages, tuned tables, and how is measured."""
+    """A digest of the code that a number depends on: packages, and how is measured."""
     after_the_fact = {"tables.py", "page.py", "report.py", "plots.py", "compare.py"}
-    files = [*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("elman/tuned/*.json")]
+    files = [*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py")]
     files += [path for path in ROOT.glob("bench/*.py") if path.name not in after_the_fact]
     digest = hashlib.sha256()
     for path in sorted(files):

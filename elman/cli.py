@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in routing.DTYPES}
 
+#: What `tune` tunes by itself, the most wanted first: the sizes of the benchmark's sweeps.
 TUNED_H = (64, 128, 224, 256, 264, 336, 384, 512, 768, 1024, 1760, 2048, 2560)
 TUNED_B = (16, 1, 64)
 
@@ -40,8 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_argument("--resets", action="store_true", help="rows begin anew on the way")
     explain.add_argument("--backend", choices=routing.NAMES, default="auto")
     tuner = commands.add_parser("tune", help="times the kernels' configs on this GPU and keeps the quickest")
-    tuner.add_argument("--shapes", type=_shapes, metavar='"B,H;..."', help="default: the standard sweep")
-    tuner.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bfloat16", "float32"])
+    sizes = [", ".join(map(str, some)) for some in (TUNED_B, TUNED_H)]
+    tuner.add_argument(
+        "--shapes",
+        type=_shapes,
+        metavar='"B,H;..."',
+        help=f"default: each B of {sizes[0]} with each H of {sizes[1]}; a time a step holds for every T",
+    )
+    tuner.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        nargs="+",
+        default=["bfloat16", "float32"],
+        help="default: bfloat16 float32; float32 is tuned in IEEE's arithmetic and in TF32",
+    )
     tuner.add_argument("--directions", type=int, choices=(1, 2), nargs="+", default=[1], help="default: 1")
     tuner.add_argument("--budget", type=float, metavar="MINUTES", help="stop then; the same command goes on")
     tuner.add_argument("--device", default="cuda", help="a CUDA device; default: the current one")
@@ -195,17 +208,39 @@ def _jobs(
     directions: Sequence[int],
     device: torch.device,
 ) -> Iterator[tuple[str, Problem]]:
-    """(kernel, problem) of what can run, cudnn too: a shape is complete before the next begins."""
+    """(kernel, problem) of what can run, cudnn too, the most wanted first: a budget may end it anywhere.
+
+    That is B = 16, and bfloat16 before all other dtypes; then the order that was asked for. The kernel step
+    comes last of all, for it takes the longest and is seldom the quickest.
+    """
     from . import choice
     from .kernels import configs
 
-    for B, H in shapes:
-        for D, dtype in itertools.product(directions, dtypes):
-            precision = routing.float32_precision(device) if dtype == torch.float32 else "ieee"
-            for backward in (False, True):
-                problem = configs.Problem(B, H, D, dtype, precision, backward)
-                for kernel in configs.KERNELS:
-                    if choice.why_not(kernel, problem, device) is None:
-                        yield kernel, problem
-                if routing.unavailable("cudnn", device, dtype) is None:
-                    yield "cudnn", problem
+    classes = [(dtype, precision) for dtype in dtypes for precision in _precisions(dtype, device)]
+    classes.sort(key=lambda pair: pair[0] != torch.bfloat16)
+    batches = sorted(dict.fromkeys(B for B, _ in shapes), key=lambda B: B != 16)
+    problems = [
+        configs.Problem(B, H, D, dtype, precision, backward)
+        for batch in batches
+        for dtype, precision in classes
+        for B, H in shapes
+        if B == batch
+        for D in directions
+        for backward in (False, True)
+    ]
+    for kernels in ([k for k in (*configs.KERNELS, "cudnn") if k != "step"], ["step"]):
+        for problem, kernel in itertools.product(problems, kernels):
+            if kernel == "cudnn":
+                why_not = routing.unavailable("cudnn", device, problem.dtype)
+            else:
+                why_not = choice.why_not(kernel, problem, device)
+            if why_not is None:
+                yield kernel, problem
+
+
+def _precisions(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """The classes of products that a dtype has on the device, whatever PyTorch's switch says."""
+    from .kernels.common import chip
+
+    both = dtype == torch.float32 and torch.version.hip is None and chip(device).tf32
+    return ("ieee", "tf32") if both else ("ieee",)

@@ -15,10 +15,12 @@
        "us": {"median": 1.43, "p20": 1.41, "p80": 1.49},      microseconds a step
        "default_us": 1.61,                           of the model's first choice; null if that failed
        "candidates": 4,                              how many were tried
+       "times": {"CooperativeConfig(...)": {"median": 1.43, "p20": 1.41, "p80": 1.49}},     of each that ran
        "failed": {"CooperativeConfig(...)": "OutOfResources: ..."},
        "provenance": 0}]}                            which of the file's provenances
 
-The length T is in no key, and rows of differing lengths share the key of full ones.
+"times" is absent where an older elman tuned, and empty for cudnn, which has no candidates. The length T is in
+no key, and rows of differing lengths share the key of full ones.
 """
 
 from __future__ import annotations
@@ -67,7 +69,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What tuning found for a key: times in microseconds a step; config is None for cudnn."""
+    """What tuning found for a key: times in microseconds a step; config is None for cudnn.
+
+    times and failed are by str(config): the median, p20 and p80 of each candidate that ran, and why each
+    other did not.
+    """
 
     key: Key
     config: configs.Config | None
@@ -78,6 +84,7 @@ class Entry:
     candidates: int
     failed: Mapping[str, str] = field(default_factory=dict)
     provenance: int = 0
+    times: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -231,6 +238,7 @@ def _to_json(entry: Entry) -> dict[str, Any]:
         "us": {"median": entry.us, "p20": entry.p20, "p80": entry.p80},
         "default_us": entry.default_us,
         "candidates": entry.candidates,
+        "times": {config: dict(times) for config, times in entry.times.items()},
         "failed": dict(entry.failed),
         "provenance": entry.provenance,
     }
@@ -270,13 +278,15 @@ def _entry(item: Any, provenances: int) -> Entry | str:
         _one_of(item, "precision", PRECISIONS),
         **sizes,
     )
-    times = _take(item, "us", dict)
-    us, p20, p80 = (_microseconds(times, name) for name in ("median", "p20", "p80"))
+    us, p20, p80 = _quantiles(_take(item, "us", dict)).values()
+    each = _take(item, "times", dict) if "times" in item else {}
+    times = {config: _quantiles(found) for config, found in each.items()}
     default_us = None if _take(item, "default_us", object) is None else _microseconds(item, "default_us")
     config = config_of(key, _take(item, "config", dict))
     if isinstance(config, str):
         return config
-    return Entry(key, config, us, p20, p80, default_us, candidates, _take(item, "failed", dict), provenance)
+    failed = _take(item, "failed", dict)
+    return Entry(key, config, us, p20, p80, default_us, candidates, failed, provenance, times)
 
 
 def config_of(key: Key, values: Mapping[str, Any]) -> configs.Config | str | None:
@@ -311,6 +321,10 @@ def _one_of(data: Any, name: str, names: tuple[str, ...]) -> str:
     if _take(data, name, str) not in names:
         raise ValueError(f"its {name!r} is {data[name]!r}; expected one of {', '.join(names)}")
     return data[name]
+
+
+def _quantiles(data: Any) -> dict[str, float]:
+    return {name: _microseconds(data, name) for name in ("median", "p20", "p80")}
 
 
 def _microseconds(data: Any, name: str) -> float:

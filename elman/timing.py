@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ STEPS, MAX_ELEMENTS = 320, 1 << 25
 #: How many times shorter the shorter run is.
 SHORTER = 5
 WARM_UPS, ROUNDS = 3, 25
+#: Both for the kernel step, each of whose steps is a launch that costs the host 18 us: at 320 steps and 25
+#: rounds its many candidates would take longer than all other kernels' together.
+STEPS_LAUNCHED, ROUNDS_LAUNCHED = 40, 8
 #: The input size that cudnn is timed with: small, and the multiple of 128 that one of its algorithms wants.
 CUDNN_INPUT = 128
 
-#: (kernel, problem, configs, device) -> each config's microseconds a step, ROUNDS times, or why it failed.
+#: (kernel, problem, configs, device) -> each config's microseconds a step, once a round, or why it failed.
 Timer = Callable[
     [str, configs.Problem, Sequence[configs.Config | None], torch.device], list[list[float] | str]
 ]
@@ -51,13 +54,17 @@ def measure(
     clock: Callable[[Callable[[], object]], float] = clock,
 ) -> list[list[float] | str]:
     """The Timer on a device: warmed up, then in turns, so that the chip's clock changes for all of them."""
-    most = max(4 * SHORTER, min(STEPS, MAX_ELEMENTS // (problem.B * problem.D * problem.H)))
+    longer, rounds = (STEPS_LAUNCHED, ROUNDS_LAUNCHED) if kernel == "step" else (STEPS, ROUNDS)
+    most = max(4 * SHORTER, min(longer, MAX_ELEMENTS // (problem.B * problem.D * problem.H)))
     lengths = (most // SHORTER, most)
     work = _cudnn_work if kernel == "cudnn" else functools.partial(_work, kernel)
     results: list[list[float] | str] = [[] for _ in tried]
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with (
+        torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
+        _switched(problem) if kernel == "cudnn" else contextlib.nullcontext(),
+    ):
         launches = [work(problem, steps, device) for steps in lengths]
-        for turn in range(WARM_UPS + ROUNDS):
+        for turn in range(WARM_UPS + rounds):
             for i, config in enumerate(tried):
                 samples = results[i]
                 if isinstance(samples, str):
@@ -71,6 +78,21 @@ def measure(
                 except Exception as error:  # a config that can't be compiled or launched is no candidate
                     results[i] = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500]
     return [_expect_slope(samples) for samples in results]
+
+
+@contextlib.contextmanager
+def _switched(problem: configs.Problem) -> Iterator[None]:
+    """PyTorch's switch for float32 RNNs as the problem's class says: cuDNN follows it, the kernels do not."""
+    if problem.dtype != torch.float32:
+        yield
+        return
+    switch: Any = torch.backends.cudnn.rnn
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32" if problem.precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 def _expect_slope(samples: list[float] | str) -> list[float] | str:

@@ -17,13 +17,11 @@ serves the next process.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import os
 import re
 import statistics
-import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -34,6 +32,7 @@ import torch
 import triton
 
 from . import sharing, tables
+from .commit import commit
 from .kernels import configs
 from .kernels.common import chip
 from .timing import Timer, measure
@@ -214,7 +213,7 @@ def tune(
 def tune_key(
     kernel: str, problem: configs.Problem, device: torch.device, timer: Timer | None = None
 ) -> tables.Entry:
-    """Times the key's candidates (for "cudnn" itself alone) and names the quickest by its median.
+    """Times the key's candidates (for "cudnn" itself alone), names the quickest by its median, keeps all.
 
     The work is the key's, not the problem's: full rows, and as many as the bucket holds where the kernel can
     run that. Raises RuntimeError where no candidate runs.
@@ -228,15 +227,22 @@ def tune_key(
         tried = [config for config, _ in configs.candidates(kernel, whole, on)]
     results = (timer or measure)(kernel, whole, tried, device)
     failed = {str(c): r for c, r in zip(tried, results, strict=True) if isinstance(r, str)}
-    timed = {c: sorted(r) for c, r in zip(tried, results, strict=True) if not isinstance(r, str)}
+    timed = {c: r for c, r in zip(tried, results, strict=True) if not isinstance(r, str)}
     if not timed:
         raise RuntimeError(
             f"no candidate of {key} runs: {'; '.join(failed.values()) or 'the model has none'}"
         )
-    best = min(timed, key=lambda config: statistics.median(timed[config]))
-    p20, *_, p80 = statistics.quantiles(timed[best], n=5, method="inclusive")
-    default = statistics.median(timed[tried[0]]) if tried[0] in timed else None
-    return tables.Entry(key, best, statistics.median(timed[best]), p20, p80, default, len(tried), failed)
+    found = {config: _quantiles(samples) for config, samples in timed.items()}
+    best = min(found, key=lambda config: found[config]["median"])
+    default = found[tried[0]]["median"] if tried[0] in found else None
+    times = {str(config): all_ for config, all_ in found.items() if config is not None}
+    us, p20, p80 = found[best].values()
+    return tables.Entry(key, best, us, p20, p80, default, len(tried), failed, times=times)
+
+
+def _quantiles(samples: list[float]) -> dict[str, float]:
+    p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    return {"median": statistics.median(samples), "p20": p20, "p80": p80}
 
 
 def provenance() -> dict[str, str]:
@@ -247,16 +253,12 @@ def provenance() -> dict[str, str]:
     if module.exists():
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", module.read_text(encoding="utf-8"))
         driver = found.group() if found else driver
-    root, commit = Path(__file__).parents[1], "unknown"
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    made = commit()
     return {
         "torch": torch.__version__,
         "triton": triton.__version__,
         "driver": driver,
         "date": datetime.date.today().isoformat(),
         "elman": __version__,
-        "commit": commit,
+        "commit": f"{made['commit']}{'-dirty' if made['dirty'] else ''}",
     }

@@ -2,9 +2,14 @@
 
 import importlib.util
 import os
+import sys
+import warnings
 
 import pytest
 import torch
+
+if not sys.warnoptions:
+    warnings.simplefilter("error")  # for the project's own imports; pytest takes it back after this file
 
 # The tests choose what is tuned and where tables lie: each shape would be tuned, and the user's tables used.
 os.environ["ELMAN_AUTOTUNE"] = "off"
@@ -13,9 +18,33 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         importlib.import_module("elman.kernels.common")  # now: some tests take the variable away
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        if importlib.import_module("triton").__version__.startswith("3.6."):
+            # NumPy 2.5 makes no number of an array (1,) any more; Triton 3.7 asks for one in another way.
+            patch_tensor = interpreter._patch_lang_tensor
+
+            def patch_tensor_for_numpy(tensor, scope):
+                patch_tensor(tensor, scope)
+                scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+            interpreter._patch_lang_tensor = patch_tensor_for_numpy
 
 from bench import machine
 from tests.helpers import ANY_BACKEND, BACKENDS, DEVICE
+
+#: What becomes of a warning in a test. It is not in pyproject.toml, which the benchmark reads too: there one
+#: warning of a driver or a plugin would end the run.
+WARNINGS = (
+    "error",
+    # torch.autograd.forward_ad's first use scripts its own decompositions: a FutureWarning from torch 2.14.
+    "ignore:`torch.jit.script` is deprecated",
+    # torch.export.load of torch 2.11.
+    "ignore:The given buffer is not writable:UserWarning",
+    # Triton 3.6's interpreter with NumPy 2.
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning",
+    # Tests of the old weight_norm: torch says it is deprecated, and people still use it.
+    "ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning",
+)
 
 # The tests' matrices are small: threads cost more than they bring, and the machine may be shared.
 torch.set_num_threads(1)
@@ -23,6 +52,12 @@ if torch.cuda.is_available():
     # The float32 tolerances are those of float32 products; TF32 has a test of its own.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+    warnings.simplefilter("error")  # for what no hook of pytest's records, such as the end of the session
 
 
 def pytest_report_header() -> str:

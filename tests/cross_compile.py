@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write_rows(target: str, options: argparse.Namespace) -> None:
     todo = list(cases(target, options.kernels.split(","), options.small))
-    stamp = commit(Path(__file__).parents[1])
+    stamp = commit()
     start = time.perf_counter()
     with (options.output / f"{target}.{triton.__version__}.jsonl").open("w") as file:
         for i, made in enumerate(rows(todo, options.jobs, options.limit_s), 1):

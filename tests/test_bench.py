@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from bench.rows import BASELINE, FAILED, LEFT_OUT, SHED, TIMED, UNAVAILABLE, WRO
 from bench.session import Plan, Session
 from bench.workloads import CPU_MAX_FLOPS, SWEEPS, Workload, by_hand
 from elman import BackendUnavailableError
+from elman.commit import commit
+from tests.machines import simulate_gpu
 
 ROOT = Path(__file__).parents[1]
 TINY = Workload(2, 5, 3, 4)
@@ -599,9 +602,78 @@ def test_a_run_of_other_code_or_another_machine_is_not_gone_on_with(started, key
     table, (run, rows) = first.plan.table, records.read(first.journal)[first.plan.table]
     another = {"machine": {"cpu": "another"}}.get(key, "another")
     records.write(first.journal, {table: ({**run, key: another}, rows)})
+    before = first.journal.read_bytes()
     second = started()
     assert second.to_measure == 2
     assert f"differs in {key}," in second.started
+    (stale,) = second.folder.glob("*.stale.jsonl")
+    stamp = run["date"].removesuffix(" UTC").replace(" ", "-").replace(":", "-")
+    assert stale.name == f"{table}.{stamp}.stale.jsonl"
+    assert f"its 3 rows are kept as {stale.name}." in second.started
+    measure_all(second)
+    assert stale.read_bytes() == before
+    records.write(second.journal, {table: ({**second.record, key: another}, rows)})
+    started()
+    assert len(list(second.folder.glob("*.stale.jsonl"))) == 2, "one does not overwrite another"
+    ignored = ["git", "check-ignore", "-q", f"results/machine/{stale.name}"]
+    assert subprocess.run(ignored, cwd=ROOT, check=False).returncode in (0, 128)  # 128: not a git checkout
+
+
+def test_an_unfinished_run_that_cannot_be_read_is_kept(started):
+    first = started()
+    first.folder.mkdir()
+    first.journal.write_text("what?\n")
+    second = started()
+    (stale,) = second.folder.glob("*.stale.jsonl")
+    assert stale.read_text() == "what?\n"
+    assert stale.name in second.started
+    assert second.to_measure == 2
+
+
+def test_a_run_of_other_tuned_tables_is_not_gone_on_with(started, monkeypatch):
+    now = {"user: a": "1", "shipped: b": "2"}
+    monkeypatch.setattr(machine, "tuned", lambda device: dict(now))
+    first = started()
+    first.row(*first.plan.keys[0])
+    now["user: c"] = "3"
+    second = started()
+    assert second.to_measure == 1, "the run itself may have tuned more before it was killed"
+    assert second.record["tables"] == {"user: a": "1", "shipped: b": "2"}
+    now["user: a"] = "4"
+    third = started()
+    assert third.to_measure == 2
+    assert "differs in tables," in third.started
+
+
+def test_what_the_tuned_tables_in_force_say(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from elman import tables
+    from elman.kernels import configs
+
+    gpu, cuda = "Simulated GPU", torch.device("cuda", 0)
+    assert machine.tuned(torch.device("cpu")) == {}
+    simulate_gpu(monkeypatch, gpu)
+    monkeypatch.setenv("ELMAN_AUTOTUNE", "on")
+    monkeypatch.setenv("ELMAN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tables, "shipped_path", lambda gpu: tmp_path / "shipped.json")
+    assert machine.tuned(cuda) == {"ELMAN_AUTOTUNE": "on"}
+    key = tables.key_of("cudnn", configs.Problem(16, 256, 1, torch.bfloat16))
+    found = []
+    for path, us in (
+        (tables.user_path(gpu), 2.0),
+        (tmp_path / "shipped.json", 2.0),
+        (tables.user_path(gpu), 3.0),
+    ):
+        entry = tables.Entry(key, None, us, us, us, us, 1)
+        tables.write(path, tables.Table(gpu).with_entry(entry, {}))
+        found.append(machine.tuned(cuda))
+    assert list(found[1]) == ["ELMAN_AUTOTUNE", f"user: {key}", f"shipped: {key}"]
+    assert found[0].items() < found[1].items()
+    assert not found[1].items() <= found[2].items(), "the user's entry has changed"
+    (tmp_path / "shipped.json").write_text("{")
+    assert f"shipped: {key}" not in machine.tuned(cuda)
+    monkeypatch.setenv("ELMAN_AUTOTUNE", "off")
+    assert machine.tuned(cuda) == {"ELMAN_AUTOTUNE": "off"}
 
 
 def test_restart_measures_all_anew(started):
@@ -635,7 +707,8 @@ def test_a_failed_row_is_tried_again_by_the_next_run_only(started, spoil, monkey
         measure_all(first)
         measure_all(first)
     assert len(calls) == 2, "once a cell"
-    assert first.partial() == "2 rows failed."
+    assert first.partial() == ""
+    assert first.missing() == "2 of 6 rows are missing: 2 failed."
     assert started().to_measure == 2
 
 
@@ -645,7 +718,7 @@ def test_a_spent_budget_leaves_rows_out_and_says_so(started):
     measure_all(run)
     assert {row.status for row in run.rows.values()} == {SHED}
     assert {row.reason for row in run.rows.values()} == {"The budget of 1 minutes was spent."}
-    assert run.partial() == "6 rows were left out for want of time."
+    assert run.missing() == "6 of 6 rows are missing: 6 left out for want of time."
     assert started(budget=1.0).to_measure == 2
 
 
@@ -671,6 +744,69 @@ def test_a_spent_budget_takes_no_row_away(started, spoilt_run):
     measure_all(second)
     assert [row.status for row in second.ordered()] == [TIMED, WRONG, TIMED] * 2
     assert second.ordered()[0].samples == first.ordered()[0].samples
+
+
+def published_page(run: Session) -> tuple[str, list[Row]]:
+    """What write() published: the page, and the rows."""
+    page, *_ = run.write()
+    assert page.name == f"{run.plan.table}.md", run.partial()
+    assert not page.with_suffix(".partial.md").exists()
+    return page.read_text(encoding="utf-8"), records.read(run.published)[run.plan.table][1]
+
+
+def test_wrong_rows_are_published_and_marked_and_tried_again(started, spoilt_run):
+    run = spoilt_run()
+    page, rows = published_page(run)
+    assert [row.status for row in rows] == [TIMED, WRONG, TIMED] * 2
+    assert "**2 of 6 rows are missing: 2 wrong.**" in page
+    assert len(re.findall(r"^\| B=2 .*\| eager \| wrong \|", page, re.M)) == 2, "in the table too"
+    assert "2 of 6 rows are missing: 2 wrong." in (run.folder.parent / "README.md").read_text()
+    second = started()
+    assert second.to_measure == 2
+    measure_all(second)
+    page, rows = published_page(second)
+    assert {row.status for row in rows} == {TIMED}
+    assert "missing" not in page
+    assert not list(second.folder.glob("*.partial.*"))
+
+
+def test_rows_out_of_time_are_published_and_marked_and_tried_again(started):
+    run = started(budget=1.0)
+    run.row(*run.plan.keys[0])
+    run.deadline = time.monotonic()
+    measure_all(run)
+    page, rows = published_page(run)
+    assert [row.status for row in rows] == [TIMED] * 3 + [SHED] * 3
+    assert "**3 of 6 rows are missing: 3 left out for want of time.**" in page
+    assert "The budget of 1 minutes was spent." in page
+    second = started()
+    assert second.to_measure == 1
+    measure_all(second)
+    assert "missing" not in published_page(second)[0]
+
+
+def test_a_small_budget_takes_no_published_row_away(started):
+    first = started()
+    measure_all(first)
+    first.write()
+    run = started(budget=1.0)
+    run.deadline = time.monotonic()
+    measure_all(run)
+    assert run.partial() == "0 rows were timed within the budget, of the published table 6."
+    page, *_ = run.write()
+    assert page.name == f"{run.plan.table}.partial.md"
+    assert {row.status for row in records.read(run.published)[run.plan.table][1]} == {TIMED}
+
+
+def test_an_interrupted_run_is_not_published_whatever_it_lacks(started, spoil):
+    spoil(lambda x, h0, output, h_n: (output + 1, h_n))
+    run = started()
+    run.row(*run.plan.keys[0])
+    assert run.partial() == "3 of 6 rows were run."
+    page, *_ = run.write()
+    assert page.name == f"{run.plan.table}.partial.md"
+    assert "1 of 6 rows is missing: 1 wrong." in page.read_text()
+    assert not run.published.exists()
 
 
 def test_a_cell_that_is_measured_again_is_so_as_a_whole(started, spoilt_run):
@@ -705,7 +841,7 @@ def test_what_the_reference_raises_is_a_row(started, monkeypatch):
     assert len(run.raised) == 6
 
 
-def test_without_a_floor_the_rows_stay_and_the_run_is_partial(started, monkeypatch):
+def test_without_a_floor_the_rows_are_published_and_the_page_says_so(started, monkeypatch):
     def broken(device, dtypes):
         raise RuntimeError("the GPU is busy")
 
@@ -713,7 +849,10 @@ def test_without_a_floor_the_rows_stay_and_the_run_is_partial(started, monkeypat
     run = started()
     measure_all(run)
     assert {row.status for row in run.rows.values()} == {TIMED}
-    assert run.partial() == "there is no floor (RuntimeError: the GPU is busy)."
+    assert (run.partial(), run.missing()) == ("", "There is no floor: RuntimeError: the GPU is busy.")
+    run.write()
+    assert started().to_measure == 0
+    assert started().missing() == run.missing(), "nothing is measured that could mend it"
 
 
 def test_a_run_with_fewer_seconds_than_its_sweep_is_partial(started):
@@ -761,7 +900,7 @@ def test_a_slow_contender_hits_the_budget(started, spoil):
     assert {row.status for row in slow_rows} == {SHED}
     assert "One call took 0.4" in slow_rows[0].reason
     assert run.rows[run.plan.keys[0]].status == TIMED
-    assert "left out for want of time" in run.partial()
+    assert "left out for want of time" in run.missing()
 
 
 def test_shapes_for_a_gpu_are_rows_with_the_reason(started):
@@ -792,6 +931,55 @@ def test_a_file_of_rows_that_is_none_is_named(tmp_path):
     path.write_text('{"table": "quick", "run": {}}\n{"table": "quick", "row": {"batch": 1}}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2, is no row of this version"):
         records.read(path)
+
+
+# The commit
+
+
+def test_the_commit_of_a_tree_that_was_carried_without_git(monkeypatch, tmp_path):
+    monkeypatch.delenv("ELMAN_COMMIT", raising=False)
+    unknown = commit(tmp_path)
+    assert unknown["commit"].startswith("unknown")
+    assert unknown["dirty"] is None
+    (tmp_path / "COMMIT").write_text("abc123\n")
+    assert commit(tmp_path) == {"commit": "abc123", "dirty": None}
+    monkeypatch.setenv("ELMAN_COMMIT", "def456-dirty")
+    assert commit(tmp_path) == {"commit": "def456", "dirty": True}
+
+
+def test_git_knows_the_commit_better_than_what_was_carried(monkeypatch, tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=Somebody", "-c", "user.email=somebody@example.com")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setenv("ELMAN_COMMIT", "abc123")
+    (tmp_path / "COMMIT").write_text("def456")
+    git("init")
+    assert commit(tmp_path)["commit"] == "abc123", "there is no commit yet"
+    git("add", "COMMIT")
+    git("commit", "--message", "First")
+    found = commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", found["commit"])
+    assert found["dirty"] is False
+    for name in ("results", "elman/tuned"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "measured").touch()
+    assert commit(tmp_path)["dirty"] is False, "what was measured is no change of the code"
+    (tmp_path / "COMMIT").write_text("changed")
+    assert commit(tmp_path)["dirty"] is True
+    (tmp_path / "inner").mkdir()
+    assert commit(tmp_path / "inner") == {"commit": "abc123", "dirty": None}, "not the outer repository's"
+
+
+def test_bench_and_tuner_tell_the_same_commit(monkeypatch):
+    monkeypatch.setattr("elman.commit.git", lambda *_: subprocess.run(["false"], check=True) and "")
+    monkeypatch.setenv("ELMAN_COMMIT", "abc123-dirty")
+    record = machine.record(torch.device("cpu"), ROOT)
+    assert (record["commit"], record["dirty"]) == ("abc123", True)
+    pytest.importorskip("triton")
+    from elman import tuning
+
+    assert tuning.provenance()["commit"] == "abc123-dirty"
 
 
 # The run and its files
@@ -859,6 +1047,51 @@ def test_everything_is_rebuilt_from_the_rows(published, tmp_path):
         if path.name != "machine.json":
             rebuilt = tmp_path / path.relative_to(folder.parent)
             assert rebuilt.read_bytes() == path.read_bytes(), path.name
+
+
+NOISY = """
+import gc, warnings
+import bench.floor
+warnings.warn("noise of the import")
+
+def warns(name):
+    def hook():
+        warnings.warn(f"noise of {name}")
+    return hook
+
+for when in ("configure", "report_header", "sessionstart", "collection_modifyitems", "collection_finish",
+             "runtest_setup", "runtest_teardown", "sessionfinish", "terminal_summary", "unconfigure"):
+    globals()[f"pytest_{when}"] = warns(when)
+
+class Lost:
+    def __del__(self):
+        raise RuntimeError("nobody catches it")
+
+honest = bench.floor.measure
+def measure(*arguments):
+    Lost()
+    gc.collect()
+    warnings.warn("noise of the driver")
+    return honest(*arguments)
+bench.floor.measure = measure
+"""
+
+
+def test_no_warning_ends_a_run_or_a_row(tmp_path):
+    (tmp_path / "noisy.py").write_text(NOISY)
+    options = ["--shapes", "1,4,2,2", "--passes", "forward", "--backends", "eager"]
+    done = pytest_bench(*options, "--results", str(tmp_path), "-p", "noisy", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("runtest_setup", "sessionfinish", "terminal_summary", "the driver"):
+        assert f"UserWarning: noise of {name}" in done.stdout, "it is in the report"
+    assert "nobody catches it" in done.stdout
+    ((_, rows),) = records.read(next(tmp_path.glob("*/rows.jsonl"))).values()
+    assert [row.status for row in rows] == [TIMED, TIMED]
+
+
+def test_the_tests_take_every_warning_for_an_error():
+    with pytest.raises(UserWarning, match="noise"):
+        warnings.warn("noise", stacklevel=1)
 
 
 def test_a_killed_run_is_gone_on_with(tmp_path):
@@ -939,24 +1172,37 @@ def test_a_wrong_option_is_a_sentence_and_nothing_runs(options, sentence):
     assert "Traceback" not in done.stderr
 
 
+SPOILER = """
+def pytest_configure():
+    from bench.contenders import Contender
+    forward = Contender.forward
+    def spoiled(self):
+        output, h_n = forward(self)
+        return (output if 'RNN' == type(self.layer).__name__ else output + 1e-3), h_n
+    Contender.forward = spoiled
+"""
+
+
+def test_a_wrong_row_fails_the_run_that_publishes_all_others(tmp_path):
+    (tmp_path / "spoiler.py").write_text(SPOILER)
+    options = ["--shapes", "1,4,2,2", "--passes", "forward", "--backends", "eager", "-p", "spoiler"]
+    done = pytest_bench(*options, "--results", str(tmp_path), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 of 2 rows is missing: 1 wrong. The same command tries these again." in done.stdout
+    ((_, rows),) = records.read(next(tmp_path.glob("*/rows.jsonl"))).values()
+    assert [row.status for row in rows] == [TIMED, WRONG]
+
+
 def test_a_partial_or_wrong_run_fails_and_leaves_the_published_table_alone(published, tmp_path):
     folder, _ = published
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    (tmp_path / "spoiler.py").write_text(
-        "def pytest_configure():\n"
-        "    from bench.contenders import Contender\n"
-        "    forward = Contender.forward\n"
-        "    def spoiled(self):\n"
-        "        output, h_n = forward(self)\n"
-        "        return (output if 'RNN' == type(self.layer).__name__ else output + 1e-3), h_n\n"
-        "    Contender.forward = spoiled\n"
-    )
+    (tmp_path / "spoiler.py").write_text(SPOILER)
     # nn.RNN is not selected, and measured all the same: without it there is no bar and no speedup.
     options = ["--sweep", "smallest", "--results", str(folder.parent), "-k", "B1-T16 and forward and eager"]
     done = pytest_bench(*options, "-p", "spoiler", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "eager: wrong. The error of output against the float64 reference" in done.stdout
-    assert "2 of 20 rows were run and 1 row failed." in done.stdout
+    assert "no published table was touched: 2 of 20 rows were run." in done.stdout
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"smallest.partial.jsonl", "smallest.partial.md"}

@@ -95,9 +95,10 @@ def store(*entries, path=None):
 
 def test_a_table_comes_back_as_it_was_written(tmp_path):
     failed = {"StepConfig(BLOCK_B=16)": "OutOfResources: shared memory"}
+    times = {"StepConfig(BLOCK_B=32)": {"median": 1.5, "p20": 1.4, "p80": 1.6}}
     table = tables.Table(GPU)
     for each, made in (
-        (replace(entry(), failed=failed, default_us=None), MADE),
+        (replace(entry(), failed=failed, times=times, default_us=None), MADE),
         (entry(configs.ResidentConfig(**_defaults(configs.ResidentConfig)), "resident", backward=True), MADE),
         (entry(configs.CooperativeConfig(**_defaults(configs.CooperativeConfig)), "cooperative", D=2), MADE),
         (replace(entry(kernel="cudnn"), config=None), {**MADE, "torch": "2.13.0"}),
@@ -113,6 +114,15 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     data = json.loads(path.read_text())
     for name in (*data, *data["entries"][0], *data["entries"][0]["us"], *data["provenance"][0]):
         assert f'"{name}"' in documented, name
+
+
+def test_an_older_table_has_no_candidates_times():
+    store(entry())
+    path = tables.user_path(GPU)
+    data = json.loads(path.read_text())
+    del data["entries"][0]["times"]
+    path.write_text(json.dumps(data))
+    assert tables.read(path, GPU).entries == {entry().key: entry()}
 
 
 def _defaults(kind):
@@ -165,6 +175,8 @@ BROKEN = {
     "no median": (changed(us={"p20": 1, "p80": 1}), "no 'median'"),
     "negative": (changed(us={"median": -1.0, "p20": 1.0, "p80": 1.0}), "'median' is -1.0"),
     "infinite": (changed(default_us=float("inf")), "'default_us' is inf"),
+    "a candidate without times": (changed(times={"StepConfig()": {"median": 1.0}}), "no 'p20'"),
+    "times are a list": (changed(times=[1.0]), "'times' is [1.0]"),
     "text for a size": (changed(H="1024"), "'H' is '1024'"),
     "true for a size": (changed(H=True), "'H' is True"),
     "no bucket": (changed(B=12), "a bucket for B"),
@@ -461,6 +473,16 @@ def test_a_candidate_that_fails_is_noted_and_not_chosen():
     assert found.config == others[0]
     assert found.default_us is None
     assert found.failed == {str(first): "OutOfResources: shared memory"}
+    assert found.times == {str(other): {"median": 5.0, "p20": 5.0, "p80": 5.0} for other in others}
+
+
+def test_the_times_of_all_candidates_are_kept(timer):
+    tuning.config_for("step", PROBLEM, CUDA)
+    (found,) = tables.read(tables.user_path(GPU), GPU).entries.values()
+    expected = {str(config): 10.0 - i for i, config in enumerate(tried())}
+    assert {config: each["median"] for config, each in found.times.items()} == expected
+    assert found.times[str(found.config)] == {"median": found.us, "p20": found.p20, "p80": found.p80}
+    assert tuning.tune("cudnn", PROBLEM, CUDA).times == {}, "it has no candidates"
 
 
 def test_where_no_candidate_runs_the_model_s_first_choice_is_left(monkeypatch):
@@ -480,6 +502,7 @@ TWO = [configs.StepConfig(16, 16, 16), configs.StepConfig(16, 16, 16, num_warps=
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(timing, "STEPS", 20)
+    monkeypatch.setattr(timing, "STEPS_LAUNCHED", 20)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -494,8 +517,9 @@ def test_configs_are_timed_in_turns(backward):
 
     state = torch.get_rng_state()
     results = timing.measure("step", replace(SMALL, backward=backward), TWO, CPU, clock)
-    assert results == [[2.5] * timing.ROUNDS, [5.0] * timing.ROUNDS], "a launch's fixed time is in none"
-    assert seen == [TWO[0], TWO[0], TWO[1], TWO[1]] * (timing.WARM_UPS + timing.ROUNDS)
+    rounds = timing.ROUNDS_LAUNCHED
+    assert results == [[2.5] * rounds, [5.0] * rounds], "a launch's fixed time is in none"
+    assert seen == [TWO[0], TWO[0], TWO[1], TWO[1]] * (timing.WARM_UPS + rounds)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers stay"
 
 
@@ -512,7 +536,21 @@ def test_a_config_that_raises_or_computes_nonsense_fails_alone(monkeypatch):
     results = timing.measure("step", SMALL, [*TWO, third], CPU, rising())
     assert results[0] == "RuntimeError: out of resources"
     assert results[1] == "ArithmeticError: its result is not finite"
-    assert len(results[2]) == timing.ROUNDS
+    assert len(results[2]) == timing.ROUNDS_LAUNCHED
+
+
+@pytest.mark.parametrize(("kernel", "steps", "rounds"), [("step", (8, 40), 8), ("resident", (64, 320), 25)])
+def test_a_kernel_of_a_launch_a_step_is_timed_for_fewer(kernel, steps, rounds, monkeypatch):
+    monkeypatch.undo()
+    seen = []
+
+    def work(kernel, problem, steps, device):
+        seen.append(steps)
+        return lambda config: torch.zeros(1)
+
+    monkeypatch.setattr(timing, "_work", work)
+    (samples,) = timing.measure(kernel, SMALL, TWO[:1], CPU, rising())
+    assert (tuple(seen), len(samples)) == (steps, rounds)
 
 
 def rising():
@@ -564,6 +602,32 @@ def test_cudnn_is_timed_by_nn_rnn_s_operator(backward, directions):
     assert len(samples) == timing.ROUNDS
     last = timing.CUDNN_INPUT if backward else directions * 16
     assert set(shapes) == {(4, 8, last), (20, 8, last)}
+
+
+@pytest.mark.parametrize("before", ["ieee", "tf32"])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "during"),
+    [
+        (torch.float32, "ieee", "ieee"),
+        (torch.float32, "tf32x3", "ieee"),
+        (torch.float32, "tf32", "tf32"),
+        (torch.bfloat16, "ieee", None),
+    ],
+    ids=str,
+)
+def test_cudnn_is_timed_in_the_arithmetic_of_its_class(dtype, precision, during, before, monkeypatch):
+    switch = torch.backends.cudnn.rnn
+    monkeypatch.setattr(switch, "fp32_precision", before)
+    seen = set()
+
+    def clock(launch):
+        seen.add(switch.fp32_precision)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        timing.measure("cudnn", replace(SMALL, dtype=dtype, precision=precision), [None], CPU, clock)
+    assert seen == {during or before}
+    assert switch.fp32_precision == before, "whatever happens"
 
 
 # Choosing a kernel
@@ -787,6 +851,51 @@ def test_tune_times_every_kernel_and_cudnn_and_goes_on_where_it_stopped(timer, c
     assert cli.main([*TUNE, "--output", str(output)]) == 0
     assert len(timer.calls) == n
     assert f"{n} entries are there, 0 to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_float32_is_tuned_in_both_classes_whatever_the_switch_says(allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    found = list(cli._jobs([(16, 128)], [torch.float32], [1], CUDA))
+    for kernel in ("resident", "cudnn", "step"):
+        problems = [p for name, p in found if name == kernel]
+        assert [(p.precision, p.backward) for p in problems] == [
+            ("ieee", False),
+            ("ieee", True),
+            ("tf32", False),
+            ("tf32", True),
+        ]
+    simulate_gpu(monkeypatch, hip="6.4")
+    assert {p.precision for _, p in cli._jobs([(16, 128)], [torch.float32], [1], CUDA)} == {"ieee"}
+
+
+def test_the_most_wanted_keys_come_first():
+    dtypes = [torch.float32, torch.bfloat16]
+    found = list(cli._jobs([(1, 64), (16, 64), (16, 128)], dtypes, [1], CUDA))
+    kernels = [kernel for kernel, _ in found]
+    assert "step" not in kernels[: kernels.index("step")]
+    assert set(kernels[kernels.index("step") :]) == {"step"}, "it is last"
+    for some in ({"resident", "cudnn"}, {"step"}):
+        order = list(dict.fromkeys((p.B, p.dtype, p.precision, p.H) for k, p in found if k in some))
+        assert order == [
+            (B, dtype, precision, H)
+            for B, sizes in ((16, (64, 128)), (1, (64,)))
+            for dtype, precision in (
+                (torch.bfloat16, "ieee"),
+                (torch.float32, "ieee"),
+                (torch.float32, "tf32"),
+            )
+            for H in sizes
+        ]
+
+
+def test_the_help_names_what_is_tuned(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--help"])
+    said = capsys.readouterr().out
+    assert "each B of 16, 1, 64 with each H of 64, 128, 224, 256, 264," in said
+    assert "float32 is tuned in IEEE's arithmetic and in TF32" in said
 
 
 def test_both_directions_are_tuned_where_they_are_asked_for(timer, capsys):
