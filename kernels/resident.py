@@ -276,7 +276,7 @@ def forward_kernel(
             later = load_input(x_columns + t_next.to(tl.int64) * x_t, inside, x_i, I, BLOCK_I)
         else:
             later = load_state(x_columns + within(t + AHEAD * sign, steps) * x_t, 1, H, C, INTERPRET)
-        new = ()
+        new, outs = (), ()
         for n in tl.static_range(NC):
             acc = accs[n]
             if I == 0:
@@ -287,7 +287,7 @@ def forward_kernel(
             if HAS_LENGTHS:
                 out = tl.where(live[None, :], h, 0.0)
                 h = tl.where(live[None, :], h, hs[n])  # reverse: h0 until the row begins
-            store_tile(out_columns + t.to(tl.int64) * out_t, out, ok, n * C, H, INTERPRET)
+            outs += (out,)
             if HAS_RESETS:
                 h = tl.where(cut[None, :], 0.0, h)
             new += (h,)
@@ -298,6 +298,9 @@ def forward_kernel(
         if I > 0:
             accs = add_product(start, us, queue[:1], False, PRECISION, INTERPRET)
         accs = add_product(accs, ws, hs, SPLIT, PRECISION, INTERPRET)
+        # After the product: before it the stores would stand in the queue in which it waits for its operands.
+        for n in tl.static_range(NC):
+            store_tile(out_columns + t.to(tl.int64) * out_t, outs[n], ok, n * C, H, INTERPRET)
         queue = moved_up(queue, later)
         t += sign
     if HAS_LENGTHS:
@@ -390,11 +393,12 @@ def backward_kernel(
             g = without_padding(rounded(g, dz.dtype.element_ty, INTERPRET), n * C, H)
             if HAS_LENGTHS:
                 g = tl.where(live[None, :], g, 0.0)
-            store_tile(dz_columns + t.to(tl.int64) * dz_t, g, ok, n * C, H, INTERPRET)
             new += (g,)
         if HAS_RESETS:
             cut = cut_later
         accs = add_product(start, ws, new, SPLIT, PRECISION, INTERPRET)
+        for n in tl.static_range(NC):
+            store_tile(dz_columns + t.to(tl.int64) * dz_t, new[n], ok, n * C, H, INTERPRET)
         queue = moved_up(queue, later)
         if HAS_G_OUT:
             g_queue = moved_up(g_queue, g_later)
