@@ -35,6 +35,7 @@ from .common import (
     is_step,
     launch_options,
     on_device,
+    operand,
     problem_of,
     rounded,
     row_arguments,
@@ -59,6 +60,7 @@ def load_weight(
     HELD: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """The tiles, row by row, of the (M, K) weight whose element (m, k) lies at w + m * w_m + k * w_k.
@@ -81,7 +83,7 @@ def load_weight(
             tile = tl.load(w + rm * w_m + rk * w_k, mask=(rm < M) & (rk < K), other=0.0)
             if m < HELD and not INTERPRET:
                 tile = held(tile, BLOCK_B)
-            tiles += (tile,)
+            tiles += (operand(tile, PRECISION, INTERPRET),)
     return tiles
 
 
@@ -147,6 +149,10 @@ def without_padding(tile, N0: tl.constexpr, H: tl.constexpr):
 def add_product(accs, ws, hs, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """accs + the weight ws @ the state hs, all three as tuples of tiles; SPLIT as the weight was loaded."""
     sums = ()
+    operands = ()
+    for k in tl.static_range(len(hs)):
+        operands += (operand(hs[k], PRECISION, INTERPRET),)
+    hs = operands
     for n in tl.static_range(len(accs)):
         acc = accs[n]
         if SPLIT and n == len(accs) - 1:
@@ -241,7 +247,7 @@ def forward_kernel(
     t = d * (steps - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, BLOCK_B, INTERPRET)
+    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, BLOCK_B, PRECISION, INTERPRET)
     hs = load_state(h0 + (d64 * B + rb) * H, 1, H, C, INTERPRET)
     out_columns = output + d * H + rb * out_b
     start = zeros(H, C, BLOCK_B, ACC)
@@ -249,7 +255,7 @@ def forward_kernel(
     queue = ()
     if I > 0:
         x_columns = x + rb * x_b
-        us = load_weight(w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, False, BLOCK_B, INTERPRET)
+        us = load_weight(w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, False, BLOCK_B, PRECISION, INTERPRET)
         if HAS_BIAS:
             start = load_bias(bias + d * H, H, C, BLOCK_B, ACC)
         xs = load_input(x_columns + t.to(tl.int64) * x_t, t < length, x_i, I, BLOCK_I)
@@ -349,7 +355,7 @@ def backward_kernel(
     last = (1 - d) * (length - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, BLOCK_B, INTERPRET)
+    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, BLOCK_B, PRECISION, INTERPRET)
     out_columns = output + d * H + rb * out_b
     g_columns = g_out + d64 * H * g_h + rb * g_b
     dz_columns = dz + d * H + rb * dz_b
