@@ -19,6 +19,7 @@ the sum, out of the state that it has in registers, and the parts meet while the
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from . import configs, elements
 from .activations import activate_backward
@@ -35,6 +36,7 @@ from .common import (
     is_step,
     launch_options,
     on_device,
+    operand,
     problem_of,
     rounded,
     row_arguments,
@@ -69,6 +71,7 @@ def load_weight(
     SPLIT: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """The tiles, row by row, of the (M, K) weight whose element (m, k) lies at w + m * w_m + k * w_k.
@@ -96,7 +99,7 @@ def load_weight(
                 tile = tl.load(w + rm * w_m + rk * w_k, mask=(rm < M) & (rk < K), other=0.0)
                 if m < HELD and not INTERPRET:
                     tile = held(tile, BLOCK_B)
-                tiles += (tile,)
+                tiles += (operand(tile, PRECISION, INTERPRET),)
     return tiles
 
 
@@ -177,13 +180,17 @@ def without_padding(tile, N0: tl.constexpr, H: tl.constexpr):
 def add_product(accs, ws, hs, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """accs + the weight ws @ the state hs, all three as tuples of tiles; SPLIT as the weight was loaded."""
     sums = ()
+    operands = ()
+    for k in tl.static_range(len(hs)):
+        operands += (operand(hs[k], PRECISION, INTERPRET),)
+    hs = operands
     for n in tl.static_range(len(accs)):
         acc = accs[n]
         if SPLIT and n == len(accs) - 1:
             acc = dot(ws[len(ws) - 1], hs[len(hs) - 1], acc, PRECISION, INTERPRET)
             acc += split_product(ws[n * len(hs) : -1], hs[:-1], acc.dtype, PRECISION, INTERPRET)
         else:
-            if PRECISION == "tf32x3" and not INTERPRET:
+            if PRECISION == "tf32x3" and not INTERPRET and is_cuda():
                 acc = tf32x3_product(ws[n * len(hs) : (n + 1) * len(hs)], hs, acc)
             elif (len(hs) == 2 or SPLIT) and (hs[0].dtype.primitive_bitwidth == 16 or PRECISION == "tf32"):
                 # Two chains of products, since each waits for the one before it. The compiler would join them
@@ -203,14 +210,6 @@ def add_product(accs, ws, hs, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTE
 
 
 @triton.jit
-def tf32(x):
-    """x rounded to tf32, to nearest."""
-    return tl.inline_asm_elementwise(
-        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def tf32x3_product(ws, hs, acc):
     """acc + a row of tiles @ the state, as tl.dot's tf32x3, but in chains of products that don't wait for each other.
 
@@ -221,13 +220,13 @@ def tf32x3_product(ws, hs, acc):
     one, other = tl.zeros(acc.shape, acc.dtype), tl.zeros(acc.shape, acc.dtype)
     parts = ()
     for k in tl.static_range(len(hs)):
-        parts += (tf32(hs[k]),)
+        parts += (operand(hs[k], "tf32", False),)
     for k in tl.static_range(len(hs)):
-        parts += (tf32(hs[k] - parts[k]),)
+        parts += (operand(hs[k] - parts[k], "tf32", False),)
     bigs = ()
     for k in tl.static_range(len(hs)):
-        w = tf32(ws[k])
-        one = tl.dot(tf32(ws[k] - w), parts[k], one, input_precision="tf32")
+        w = operand(ws[k], "tf32", False)
+        one = tl.dot(operand(ws[k] - w, "tf32", False), parts[k], one, input_precision="tf32")
         other = tl.dot(w, parts[len(hs) + k], other, input_precision="tf32")
         bigs += (tl.dot(w, parts[k], tl.zeros(acc.shape, acc.dtype), input_precision="tf32"),)
     small = tl.fma(one, ones, other)
@@ -320,7 +319,9 @@ def forward_kernel(
     t = d * (steps - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, HALVES, BLOCK_B, INTERPRET)
+    ws = load_weight(
+        w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET
+    )
     hs = load_state(h0 + (d64 * B + rb) * H, 1, H, C, INTERPRET)
     out_columns = output + d * H + rb * out_b
     start = zeros(H, C, BLOCK_B, ACC)
@@ -328,7 +329,9 @@ def forward_kernel(
     queue = ()
     if I > 0:
         x_columns = x + rb * x_b
-        us = load_weight(w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, False, False, BLOCK_B, INTERPRET)
+        us = load_weight(
+            w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, False, False, BLOCK_B, PRECISION, INTERPRET
+        )
         if HAS_BIAS:
             start = load_bias(bias + d * H, H, C, BLOCK_B, ACC)
         xs = load_input(x_columns + t.to(tl.int64) * x_t, t < length, x_i, I, BLOCK_I)
@@ -434,7 +437,9 @@ def backward_kernel(
     last = (1 - d) * (length - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, HALVES, BLOCK_B, INTERPRET)
+    ws = load_weight(
+        w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET
+    )
     out_columns = output + d * H + rb * out_b
     g_columns = g_out + d64 * H * g_h + rb * g_b
     dz_columns = dz + d * H + rb * dz_b
