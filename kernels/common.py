@@ -25,6 +25,20 @@ def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def operand(x, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """x as a product in PRECISION takes it: in tf32, rounded to nearest.
+
+    mma.sync and wgmma cut the low bits of what they are given, and Triton rounds for tf32x3 alone.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32 and not INTERPRET and is_cuda():
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """x in dtype, rounded to nearest, ties to even, as the hardware rounds."""
     if INTERPRET and dtype == tl.bfloat16:  # it only cuts the low bits off, so round them away first
@@ -110,6 +124,8 @@ def add_product(
             a = tl.load(rows[:, None] + rk[None, :], mask=mask, other=0.0)
         offsets = rk[:, None].to(tl.int64) * w_k + rn[None, :].to(tl.int64) * w_n
         b = tl.load(w + offsets, mask=(rk[:, None] < K) & (rn[None, :] < N), other=0.0)
+        a = operand(a, PRECISION, INTERPRET)
+        b = operand(b, PRECISION, INTERPRET)
         acc = dot(a, b, acc, PRECISION, INTERPRET)
     return acc
 

@@ -38,6 +38,7 @@ from .common import (
     is_cut,
     launch_options,
     on_device,
+    operand,
     problem_of,
     rounded,
     row_arguments,
@@ -54,11 +55,21 @@ GAVE_UP = tl.constexpr(1 << 40)
 
 
 @triton.jit
-def weight_chunk(w, rn, k: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr):
+def weight_chunk(
+    w,
+    rn,
+    k: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """Chunk k of the rows rn of w (H, H): (WARPS, BLOCK_N, BLOCK_K / WARPS)."""
     PART: tl.constexpr = BLOCK_K // WARPS
     rk = k * BLOCK_K + tl.arange(0, WARPS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-    return tl.load(w + rn[None, :, None] * H + rk, mask=(rk < H) & (rn[None, :, None] < H), other=0.0)
+    chunk = tl.load(w + rn[None, :, None] * H + rk, mask=(rk < H) & (rn[None, :, None] < H), other=0.0)
+    return operand(chunk, PRECISION, INTERPRET)
 
 
 @triton.jit
@@ -216,13 +227,14 @@ def meet_and_multiply(
             if k < len(ws):
                 parts += (ws[k],)
             elif k < NK:
-                parts += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
+                parts += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, PRECISION, INTERPRET),)
         chunks, patience = receive(
             rows, ok, awaited, count, target, status, patience, k0, CHUNKS,
             H, BLOCK_B, BLOCK_K, WARPS, FLAG, BITS, EMPTY, INTERPRET,
         )  # fmt: skip
         for k in tl.static_range(len(chunks)):
-            acc = dot(parts[k], chunks[k].to(dtype, bitcast=True), acc, PRECISION, INTERPRET)
+            chunk = operand(chunks[k].to(dtype, bitcast=True), PRECISION, INTERPRET)
+            acc = dot(parts[k], chunk, acc, PRECISION, INTERPRET)
     return tl.sum(acc, 0), patience
 
 
@@ -275,7 +287,7 @@ def forward_kernel(
         w = w_hh + d.to(tl.int64) * H * H
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
-            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
+            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, PRECISION, INTERPRET),)
         z_tile = z + d * H + rb.to(tl.int64)[None, :] * z_b + rn[:, None]
         rows = out + d * H + rb.to(tl.int64) * out_b
         begin = h0 + (d.to(tl.int64) * B + rb) * H
@@ -362,7 +374,7 @@ def backward_kernel(
         w = w_hh + d.to(tl.int64) * H * H
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
-            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
+            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, PRECISION, INTERPRET),)
         g_tile = g_out + (d * H + rn[:, None]).to(tl.int64) * g_h + rb64[None, :] * g_b
         out_tile = output + d * H + rb64[None, :] * out_b + rn[:, None]
         rows = dz + d * H + rb64 * dz_b

@@ -19,6 +19,7 @@ the sum, out of the state that it has in registers, and the parts meet while the
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from . import configs, elements
 from .activations import activate_backward
@@ -35,6 +36,7 @@ from .common import (
     is_step,
     launch_options,
     on_device,
+    operand,
     problem_of,
     rounded,
     row_arguments,
@@ -45,6 +47,15 @@ from .common import (
 MAX_INPUTS = 64
 _MAX_INPUTS = tl.constexpr(MAX_INPUTS)
 width = triton.constexpr_function(configs.tile_width)
+
+
+@triton.constexpr_function
+def wants_halves(H, C, SPLIT, PRECISION, itemsize):
+    """Whether tiles are cut in two along the sum: where there is one alone, so that it is two chains of products.
+
+    With tf32x3 always: a tensor core cuts off what does not fit into a sum, so long ones begin anew.
+    """
+    return not SPLIT and (PRECISION == "tf32x3" or (H <= C and (itemsize == 2 or PRECISION == "tf32")))
 
 
 @triton.jit
@@ -58,13 +69,16 @@ def load_weight(
     BLOCK_K: tl.constexpr,
     HELD: tl.constexpr,
     SPLIT: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """The tiles, row by row, of the (M, K) weight whose element (m, k) lies at w + m * w_m + k * w_k.
 
     Zero past the edges. The first HELD rows of tiles stay in registers. With SPLIT the tiles of the last row
     but its last are cut along k in parts of 16, one a warp: (parts, 16, 16).
+    With HALVES a tile is two, each with every other 8 of its columns (halves).
     """
     if SPLIT:
         tl.static_assert(0 < M % BLOCK_M and M % BLOCK_M <= 16, "SPLIT is for a last tile of 16 rows")
@@ -73,16 +87,35 @@ def load_weight(
     for m in tl.static_range((M + BLOCK_M - 1) // BLOCK_M):
         for k in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
             rm = m * BLOCK_M + tl.arange(0, width(m, M, BLOCK_M))[:, None]
-            if SPLIT and m == M // BLOCK_M and k < K // BLOCK_K:
-                rk = k * BLOCK_K + tl.reshape(tl.arange(0, BLOCK_K), (BLOCK_K // 16, 1, 16))
-                rm = rm[None, :, :]
-            else:
-                rk = k * BLOCK_K + tl.arange(0, width(k, K, BLOCK_K))[None, :]
-            tile = tl.load(w + rm * w_m + rk * w_k, mask=(rm < M) & (rk < K), other=0.0)
-            if m < HELD and not INTERPRET:
-                tile = held(tile, BLOCK_B)
-            tiles += (tile,)
+            for half in tl.static_range(1 + (HALVES and width(k, K, BLOCK_K) >= 32)):
+                if SPLIT and m == M // BLOCK_M and k < K // BLOCK_K:
+                    rk = k * BLOCK_K + tl.reshape(tl.arange(0, BLOCK_K), (BLOCK_K // 16, 1, 16))
+                    rm = rm[None, :, :]
+                elif HALVES and width(k, K, BLOCK_K) >= 32:
+                    rk = tl.arange(0, width(k, K, BLOCK_K) // 2)[None, :]
+                    rk = k * BLOCK_K + rk // 8 * 16 + half * 8 + rk % 8
+                else:
+                    rk = k * BLOCK_K + tl.arange(0, width(k, K, BLOCK_K))[None, :]
+                tile = tl.load(w + rm * w_m + rk * w_k, mask=(rm < M) & (rk < K), other=0.0)
+                if m < HELD and not INTERPRET:
+                    tile = held(tile, BLOCK_B)
+                tiles += (operand(tile, PRECISION, INTERPRET),)
     return tiles
+
+
+@triton.jit
+def halves(hs, H: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr):
+    """A state's tiles, each in two: every other 8 of its rows. A thread has as many of the one as the other."""
+    parts = ()
+    for k in tl.static_range(len(hs)):
+        if HALVES and width(k, H, C) >= 32:
+            h = tl.reshape(hs[k], (hs[k].shape[0] // 16, 2, 8, hs[k].shape[1]))
+            for part in tl.static_range(2):
+                half = tl.split(tl.permute(h, (0, 2, 3, 1)))[part]
+                parts += (tl.reshape(half, (hs[k].shape[0] // 2, hs[k].shape[1])),)
+        else:
+            parts += (hs[k],)
+    return parts
 
 
 @triton.jit
@@ -147,16 +180,60 @@ def without_padding(tile, N0: tl.constexpr, H: tl.constexpr):
 def add_product(accs, ws, hs, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """accs + the weight ws @ the state hs, all three as tuples of tiles; SPLIT as the weight was loaded."""
     sums = ()
+    operands = ()
+    for k in tl.static_range(len(hs)):
+        operands += (operand(hs[k], PRECISION, INTERPRET),)
+    hs = operands
     for n in tl.static_range(len(accs)):
         acc = accs[n]
         if SPLIT and n == len(accs) - 1:
             acc = dot(ws[len(ws) - 1], hs[len(hs) - 1], acc, PRECISION, INTERPRET)
             acc += split_product(ws[n * len(hs) : -1], hs[:-1], acc.dtype, PRECISION, INTERPRET)
         else:
-            for k in tl.static_range(len(hs)):
-                acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
+            if PRECISION == "tf32x3" and not INTERPRET and is_cuda():
+                acc = tf32x3_product(ws[n * len(hs) : (n + 1) * len(hs)], hs, acc)
+            elif (len(hs) == 2 or SPLIT) and (hs[0].dtype.primitive_bitwidth == 16 or PRECISION == "tf32"):
+                # Two chains of products, since each waits for the one before it. The compiler would join them
+                # again if they were added by a plus.
+                other = tl.zeros(acc.shape, acc.dtype)
+                for k in tl.static_range(len(hs)):
+                    if k % 2 == 0:
+                        acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
+                    else:
+                        other = dot(ws[n * len(hs) + k], hs[k], other, PRECISION, INTERPRET)
+                acc = tl.fma(other, tl.full(acc.shape, 1.0, acc.dtype), acc)
+            else:
+                for k in tl.static_range(len(hs)):
+                    acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
         sums += (acc,)
     return sums
+
+
+@triton.jit
+def tf32x3_product(ws, hs, acc):
+    """acc + a row of tiles @ the state, as tl.dot's tf32x3, but in chains of products that don't wait for each other.
+
+    The large parts' products begin anew with each tile (wants_halves). All parts are made before the first
+    product: made between two, they would take turns in shared memory.
+    """
+    ones = tl.full(acc.shape, 1.0, acc.dtype)
+    one, other = tl.zeros(acc.shape, acc.dtype), tl.zeros(acc.shape, acc.dtype)
+    parts = ()
+    for k in tl.static_range(len(hs)):
+        parts += (operand(hs[k], "tf32", False),)
+    for k in tl.static_range(len(hs)):
+        parts += (operand(hs[k] - parts[k], "tf32", False),)
+    bigs = ()
+    for k in tl.static_range(len(hs)):
+        w = operand(ws[k], "tf32", False)
+        one = tl.dot(operand(ws[k] - w, "tf32", False), parts[k], one, input_precision="tf32")
+        other = tl.dot(w, parts[len(hs) + k], other, input_precision="tf32")
+        bigs += (tl.dot(w, parts[k], tl.zeros(acc.shape, acc.dtype), input_precision="tf32"),)
+    small = tl.fma(one, ones, other)
+    acc += tl.where(small == small, small, 0.0)  # infinity less itself is NaN
+    for k in tl.static_range(len(hs)):
+        acc = tl.fma(bigs[k], ones, acc)
+    return acc
 
 
 @triton.jit
@@ -230,6 +307,7 @@ def forward_kernel(
 ):
     """x is (T, B, I); or, where I is 0, it is z (T, B, D * H) in the output's own memory."""
     NC: tl.constexpr = (H + C - 1) // C
+    HALVES: tl.constexpr = wants_halves(H, C, SPLIT, PRECISION, output.dtype.element_ty.primitive_bitwidth // 8)
     BLOCK_I: tl.constexpr = width(0, I, _MAX_INPUTS)
     d = tl.program_id(1)
     rb = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -241,7 +319,9 @@ def forward_kernel(
     t = d * (steps - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, BLOCK_B, INTERPRET)
+    ws = load_weight(
+        w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET
+    )
     hs = load_state(h0 + (d64 * B + rb) * H, 1, H, C, INTERPRET)
     out_columns = output + d * H + rb * out_b
     start = zeros(H, C, BLOCK_B, ACC)
@@ -249,7 +329,9 @@ def forward_kernel(
     queue = ()
     if I > 0:
         x_columns = x + rb * x_b
-        us = load_weight(w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, False, BLOCK_B, INTERPRET)
+        us = load_weight(
+            w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, False, False, BLOCK_B, PRECISION, INTERPRET
+        )
         if HAS_BIAS:
             start = load_bias(bias + d * H, H, C, BLOCK_B, ACC)
         xs = load_input(x_columns + t.to(tl.int64) * x_t, t < length, x_i, I, BLOCK_I)
@@ -265,7 +347,7 @@ def forward_kernel(
     if HAS_RESETS:
         cut = is_cut(resets, t + sign + d, rb, T, B)
     for _ in range(tl.minimum(steps, 1)):  # once; outside a loop it would read all the tiles before it starts
-        accs = add_product(accs, ws, hs, SPLIT, PRECISION, INTERPRET)
+        accs = add_product(accs, ws, halves(hs, H, C, HALVES), SPLIT, PRECISION, INTERPRET)
     for _ in range(steps):
         live = t < length
         if HAS_RESETS:
@@ -276,7 +358,9 @@ def forward_kernel(
             later = load_input(x_columns + t_next.to(tl.int64) * x_t, inside, x_i, I, BLOCK_I)
         else:
             later = load_state(x_columns + within(t + AHEAD * sign, steps) * x_t, 1, H, C, INTERPRET)
-        new = ()
+        if HALVES:
+            tl.debug_barrier()  # else the compiler sets one between the halves, because of h0's before the loop
+        new, outs = (), ()
         for n in tl.static_range(NC):
             acc = accs[n]
             if I == 0:
@@ -287,7 +371,7 @@ def forward_kernel(
             if HAS_LENGTHS:
                 out = tl.where(live[None, :], h, 0.0)
                 h = tl.where(live[None, :], h, hs[n])  # reverse: h0 until the row begins
-            store_tile(out_columns + t.to(tl.int64) * out_t, out, ok, n * C, H, INTERPRET)
+            outs += (out,)
             if HAS_RESETS:
                 h = tl.where(cut[None, :], 0.0, h)
             new += (h,)
@@ -297,7 +381,10 @@ def forward_kernel(
         accs = start
         if I > 0:
             accs = add_product(start, us, queue[:1], False, PRECISION, INTERPRET)
-        accs = add_product(accs, ws, hs, SPLIT, PRECISION, INTERPRET)
+        accs = add_product(accs, ws, halves(hs, H, C, HALVES), SPLIT, PRECISION, INTERPRET)
+        # After the product: before it the stores would stand in the queue in which it waits for its operands.
+        for n in tl.static_range(NC):
+            store_tile(out_columns + t.to(tl.int64) * out_t, outs[n], ok, n * C, H, INTERPRET)
         queue = moved_up(queue, later)
         t += sign
     if HAS_LENGTHS:
@@ -338,6 +425,7 @@ def backward_kernel(
     AHEAD: tl.constexpr,
 ):
     NC: tl.constexpr = (H + C - 1) // C
+    HALVES: tl.constexpr = wants_halves(H, C, SPLIT, PRECISION, dz.dtype.element_ty.primitive_bitwidth // 8)
     d = tl.program_id(1)
     rb = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     ok = rb < B
@@ -349,7 +437,9 @@ def backward_kernel(
     last = (1 - d) * (length - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, BLOCK_B, INTERPRET)
+    ws = load_weight(
+        w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET
+    )
     out_columns = output + d * H + rb * out_b
     g_columns = g_out + d64 * H * g_h + rb * g_b
     dz_columns = dz + d * H + rb * dz_b
@@ -390,11 +480,12 @@ def backward_kernel(
             g = without_padding(rounded(g, dz.dtype.element_ty, INTERPRET), n * C, H)
             if HAS_LENGTHS:
                 g = tl.where(live[None, :], g, 0.0)
-            store_tile(dz_columns + t.to(tl.int64) * dz_t, g, ok, n * C, H, INTERPRET)
             new += (g,)
         if HAS_RESETS:
             cut = cut_later
-        accs = add_product(start, ws, new, SPLIT, PRECISION, INTERPRET)
+        accs = add_product(start, ws, halves(new, H, C, HALVES), SPLIT, PRECISION, INTERPRET)
+        for n in tl.static_range(NC):
+            store_tile(dz_columns + t.to(tl.int64) * dz_t, new[n], ok, n * C, H, INTERPRET)
         queue = moved_up(queue, later)
         if HAS_G_OUT:
             g_queue = moved_up(g_queue, g_later)
