@@ -49,15 +49,6 @@ _MAX_INPUTS = tl.constexpr(MAX_INPUTS)
 width = triton.constexpr_function(configs.tile_width)
 
 
-@triton.constexpr_function
-def wants_halves(H, C, SPLIT, PRECISION, itemsize):
-    """Whether tiles are cut in two along the sum: where there is one alone, so that it is two chains of products.
-
-    With tf32x3 always: a tensor core cuts off what does not fit into a sum, so long ones begin anew.
-    """
-    return not SPLIT and (PRECISION == "tf32x3" or (H <= C and (itemsize == 2 or PRECISION == "tf32")))
-
-
 @triton.jit
 def load_weight(
     w,
@@ -78,7 +69,7 @@ def load_weight(
 
     Zero past the edges. The first HELD rows of tiles stay in registers. With SPLIT the tiles of the last row
     but its last are cut along k in parts of 16, one a warp: (parts, 16, 16).
-    With HALVES a tile is two, each with every other 8 of its columns (halves).
+    With HALVES a tile is two, each with every other 8 of its columns, as `halves` cuts the state.
     """
     if SPLIT:
         tl.static_assert(0 < M % BLOCK_M and M % BLOCK_M <= 16, "SPLIT is for a last tile of 16 rows")
@@ -105,7 +96,7 @@ def load_weight(
 
 @triton.jit
 def halves(hs, H: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr):
-    """A state's tiles, each in two: every other 8 of its rows. A thread has as many of the one as the other."""
+    """A state's tiles, each in two: every other 8 of its rows. A thread has equally many of both."""
     parts = ()
     for k in tl.static_range(len(hs)):
         if HALVES and width(k, H, C) >= 32:
@@ -192,16 +183,6 @@ def add_product(accs, ws, hs, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTE
         else:
             if PRECISION == "tf32x3" and not INTERPRET and is_cuda():
                 acc = tf32x3_product(ws[n * len(hs) : (n + 1) * len(hs)], hs, acc)
-            elif (len(hs) == 2 or SPLIT) and (hs[0].dtype.primitive_bitwidth == 16 or PRECISION == "tf32"):
-                # Two chains of products, since each waits for the one before it. The compiler would join them
-                # again if they were added by a plus.
-                other = tl.zeros(acc.shape, acc.dtype)
-                for k in tl.static_range(len(hs)):
-                    if k % 2 == 0:
-                        acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
-                    else:
-                        other = dot(ws[n * len(hs) + k], hs[k], other, PRECISION, INTERPRET)
-                acc = tl.fma(other, tl.full(acc.shape, 1.0, acc.dtype), acc)
             else:
                 for k in tl.static_range(len(hs)):
                     acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
@@ -211,10 +192,11 @@ def add_product(accs, ws, hs, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTE
 
 @triton.jit
 def tf32x3_product(ws, hs, acc):
-    """acc + a row of tiles @ the state, as tl.dot's tf32x3, but in chains of products that don't wait for each other.
+    """acc + a row of tiles @ the state, as tl.dot's tf32x3, in chains that don't wait for one another.
 
-    The large parts' products begin anew with each tile (wants_halves). All parts are made before the first
-    product: made between two, they would take turns in shared memory.
+    A tensor core cuts off what does not fit into a sum, so the large parts' sums begin again with each half
+    of a tile. All parts are made before the first product: made between two, they would take turns in shared
+    memory.
     """
     ones = tl.full(acc.shape, 1.0, acc.dtype)
     one, other = tl.zeros(acc.shape, acc.dtype), tl.zeros(acc.shape, acc.dtype)
@@ -307,7 +289,7 @@ def forward_kernel(
 ):
     """x is (T, B, I); or, where I is 0, it is z (T, B, D * H) in the output's own memory."""
     NC: tl.constexpr = (H + C - 1) // C
-    HALVES: tl.constexpr = wants_halves(H, C, SPLIT, PRECISION, output.dtype.element_ty.primitive_bitwidth // 8)
+    HALVES: tl.constexpr = PRECISION == "tf32x3" and not SPLIT
     BLOCK_I: tl.constexpr = width(0, I, _MAX_INPUTS)
     d = tl.program_id(1)
     rb = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -319,9 +301,7 @@ def forward_kernel(
     t = d * (steps - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(
-        w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET
-    )
+    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET)
     hs = load_state(h0 + (d64 * B + rb) * H, 1, H, C, INTERPRET)
     out_columns = output + d * H + rb * out_b
     start = zeros(H, C, BLOCK_B, ACC)
@@ -359,8 +339,8 @@ def forward_kernel(
         else:
             later = load_state(x_columns + within(t + AHEAD * sign, steps) * x_t, 1, H, C, INTERPRET)
         if HALVES:
-            tl.debug_barrier()  # else the compiler sets one between the halves, because of h0's before the loop
-        new, outs = (), ()
+            tl.debug_barrier()  # else the compiler sets one between the halves, for h0's before the loop
+        new = ()
         for n in tl.static_range(NC):
             acc = accs[n]
             if I == 0:
@@ -371,7 +351,7 @@ def forward_kernel(
             if HAS_LENGTHS:
                 out = tl.where(live[None, :], h, 0.0)
                 h = tl.where(live[None, :], h, hs[n])  # reverse: h0 until the row begins
-            outs += (out,)
+            store_tile(out_columns + t.to(tl.int64) * out_t, out, ok, n * C, H, INTERPRET)
             if HAS_RESETS:
                 h = tl.where(cut[None, :], 0.0, h)
             new += (h,)
@@ -382,9 +362,6 @@ def forward_kernel(
         if I > 0:
             accs = add_product(start, us, queue[:1], False, PRECISION, INTERPRET)
         accs = add_product(accs, ws, halves(hs, H, C, HALVES), SPLIT, PRECISION, INTERPRET)
-        # After the product: before it the stores would stand in the queue in which it waits for its operands.
-        for n in tl.static_range(NC):
-            store_tile(out_columns + t.to(tl.int64) * out_t, outs[n], ok, n * C, H, INTERPRET)
         queue = moved_up(queue, later)
         t += sign
     if HAS_LENGTHS:
@@ -425,7 +402,7 @@ def backward_kernel(
     AHEAD: tl.constexpr,
 ):
     NC: tl.constexpr = (H + C - 1) // C
-    HALVES: tl.constexpr = wants_halves(H, C, SPLIT, PRECISION, dz.dtype.element_ty.primitive_bitwidth // 8)
+    HALVES: tl.constexpr = PRECISION == "tf32x3" and not SPLIT
     d = tl.program_id(1)
     rb = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     ok = rb < B
@@ -437,9 +414,7 @@ def backward_kernel(
     last = (1 - d) * (length - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(
-        w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET
-    )
+    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET)
     out_columns = output + d * H + rb * out_b
     g_columns = g_out + d64 * H * g_h + rb * g_b
     dz_columns = dz + d * H + rb * dz_b
@@ -484,6 +459,7 @@ def backward_kernel(
         if HAS_RESETS:
             cut = cut_later
         accs = add_product(start, ws, halves(new, H, C, HALVES), SPLIT, PRECISION, INTERPRET)
+        # After the product: before it the stores would stand in the queue in which it waits for its operands.
         for n in tl.static_range(NC):
             store_tile(dz_columns + t.to(tl.int64) * dz_t, new[n], ok, n * C, H, INTERPRET)
         queue = moved_up(queue, later)
