@@ -54,10 +54,33 @@ GAVE_UP = tl.constexpr(1 << 40)
 
 
 @triton.jit
-def weight_chunk(w, rn, k: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr):
+def in_order(i, DIRECT: tl.constexpr):
+    """Where in a warp's part the product's i-th element lies. DIRECT, else 0: the bits of an element.
+
+    A lane takes 16 bytes at once, and the product has them for the lane's elements of two instructions.
+    """
+    if DIRECT == 16:  # lane q of four has elements 4q to 4q + 3 of 16
+        return i // 32 * 32 + i // 4 % 4 * 8 + i // 16 % 2 * 4 + i % 4
+    elif DIRECT == 32:  # 2q and 2q + 1 of 8
+        return i // 16 * 16 + i // 2 % 4 * 4 + i // 8 % 2 * 2 + i % 2
+    else:
+        return i
+
+
+@triton.jit
+def weight_chunk(
+    w,
+    rn,
+    k: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    DIRECT: tl.constexpr = 0,
+):
     """Chunk k of the rows rn of w (H, H): (WARPS, BLOCK_N, BLOCK_K / WARPS)."""
     PART: tl.constexpr = BLOCK_K // WARPS
-    rk = k * BLOCK_K + tl.arange(0, WARPS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+    i = in_order(tl.arange(0, PART), DIRECT)
+    rk = k * BLOCK_K + tl.arange(0, WARPS)[:, None, None] * PART + i[None, None, :]
     return tl.load(w + rn[None, :, None] * H + rk, mask=(rk < H) & (rn[None, :, None] < H), other=0.0)
 
 
@@ -111,6 +134,128 @@ def empty(chunks, awaited, EMPTY: tl.constexpr, INTERPRET: tl.constexpr):
             count += ((chunks[k] == EMPTY) & awaited[None, None, :]).to(tl.int32)
         missing = tl.sum(count)
     return missing
+
+
+@triton.constexpr_function
+def poll_code(chunks, vectors, bits):
+    """Looks at a thread's vectors of 16 bytes until none of them has an element that nobody has written.
+
+    Operands: 4 words of each vector, by chunk, then by place in the vector; the vectors' addresses; how often
+    to look at each at most, 0 for once, waiting for nothing, -1 for not at all (zeros); and the status. Who
+    has looked in vain, or finds every 64 looks that somebody has, sets the status and leaves what is
+    unwritten, a NaN, in its place.
+    """
+    each = 32 // bits  # elements a word, which share a vector
+    total = chunks * vectors * each
+    words = 4 * chunks * vectors
+    numbers = range(chunks * vectors)
+    parts = [[f"${(4 * (v // vectors) + i) * vectors + v % vectors}" for i in range(4)] for v in numbers]
+    address = [f"${words + v * each}" for v in numbers]
+    most = [f"${words + total + v * each}" for v in numbers]
+    status = f"${words + 2 * total}"
+    code = ["{ .reg .pred q, more, late; .reg .b32 n, t, u; .reg .b64 s;"]
+    code += [f".reg .pred m{v};" for v in numbers]
+    code += [f"mov.b32 ${w}, 0;" for w in range(words)]
+    code += [f"setp.ge.s32 m{v}, {most[v]}, 0;" for v in numbers]
+    code += ["mov.b32 n, 0;", "LOOK:"]
+    for v in numbers:
+        code += [f"@m{v} ld.volatile.global.v4.b32 {{{', '.join(parts[v])}}}, [{address[v]}];"]
+    # Of a value below 2 the highest bit of the exponent is zero: most often one test of all together is enough.
+    code += ["mov.b32 t, 0;", *(f"or.b32 t, t, ${w};" for w in range(words))]
+    code += [f"and.b32 t, t, {0x40004000 if bits == 16 else 0x40000000};"]
+    code += ["setp.eq.b32 q, t, 0;", "@q bra DONE;", "add.u32 n, n, 1;"]
+    code += ["setp.ne.b32 more, n, n;", "setp.ne.b32 late, n, n;"]
+    for v in numbers:
+        w = parts[v]
+        if bits == 16:  # a half of w that is all ones borrows from the bit above ~w's half, which is 0
+            code += ["mov.b32 t, 0;"]
+            for x in w:
+                code += [f"sub.u32 u, {0xFFFEFFFE}, {x};", f"and.b32 u, u, {x};", "or.b32 t, t, u;"]
+            code += [f"and.b32 t, t, {0x80008000};", "setp.ne.b32 q, t, 0;"]
+        else:
+            code += [f"max.u32 t, {w[0]}, {w[1]};", f"max.u32 u, {w[2]}, {w[3]};", "max.u32 t, t, u;"]
+            code += ["setp.eq.b32 q, t, -1;"]
+        code += [f"setp.lt.and.s32 m{v}, n, {most[v]}, q;", f"or.pred more, more, m{v};"]
+        code += [f"setp.eq.and.s32 q, n, {most[v]}, q;", "or.pred late, late, q;"]
+    code += ["@late bra LATE;", "@!more bra DONE;"]
+    code += ["and.b32 t, n, 63;", "setp.ne.b32 q, t, 0;", "@q bra LOOK;"]
+    code += [f"ld.volatile.global.b64 s, [{status}];", "setp.eq.s64 q, s, 0;", "@q bra LOOK;"]
+    code += ["LATE:", f"atom.relaxed.gpu.global.exch.b64 s, [{status}], 1;"]
+    code += ["DONE:", "bar.warp.sync -1;", "}"]
+    return "\n".join(code)
+
+
+@triton.constexpr_function
+def poll_operands(chunks, vectors, bits):
+    total = vectors * 32 // bits
+    operands = ["=&r"] * (4 * chunks * vectors) + (["l"] * chunks + ["r"] * chunks) * total
+    operands.sort(key=["=&r", "l", "r"].index)
+    return ",".join(operands + ["l"] * total)
+
+
+@triton.jit
+def poll(
+    rows,
+    ok,
+    awaited,
+    status,
+    patience,
+    K0: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """receive's chunks by flags, each thread waiting for what it multiplies alone: in in_order's order.
+
+    A thread's vectors are the first axis; the others are dealt out to warps and lanes as the compiler deals
+    out any tile of this shape, which is how the product wants its right operand: nothing is exchanged.
+    """
+    PART: tl.constexpr = BLOCK_K // WARPS
+    SIZE: tl.constexpr = BITS.primitive_bitwidth
+    SHARE: tl.constexpr = 32 // SIZE  # elements a word
+    NK: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    N: tl.constexpr = min(CHUNKS, NK - K0)
+    VECTORS: tl.constexpr = PART * SIZE // 512
+    row = rows.to(tl.int64)[None, None, :, None]
+    most = tl.where(ok, tl.where(awaited, patience, 0), -1)[None, None, :, None]
+    vector = tl.arange(0, VECTORS * SHARE)[:, None, None, None] // SHARE * 4 + tl.arange(0, 4)[None, None, None, :]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    where = ()
+    often = ()
+    E = tl.core.get_int_dtype(SIZE, True)
+    for k in tl.static_range(K0, K0 + N):
+        rk = k * BLOCK_K + warp * PART + vector * (128 // SIZE)
+        where += (row + (rk * (SIZE // 8)).to(tl.int64),)
+        often += (tl.where(rk < H, most, -1),)
+    word = (status.to(tl.int64) + tl.zeros((VECTORS * SHARE, WARPS, BLOCK_B, 4), tl.int64),)
+    CODE: tl.constexpr = poll_code(N, VECTORS, SIZE)
+    OPERANDS: tl.constexpr = poll_operands(N, VECTORS, SIZE)
+    PACK: tl.constexpr = VECTORS * SHARE
+    operands = where + often + word
+    if N == 1:
+        words = tl.inline_asm_elementwise(CODE, OPERANDS, operands, [E, E, E, E], is_pure=True, pack=PACK)
+    elif N == 2:
+        words = tl.inline_asm_elementwise(
+            CODE, OPERANDS, operands, [E, E, E, E, E, E, E, E], is_pure=True, pack=PACK
+        )
+    elif N == 3:
+        words = tl.inline_asm_elementwise(
+            CODE, OPERANDS, operands, [E, E, E, E, E, E, E, E, E, E, E, E], is_pure=True, pack=PACK
+        )
+    else:
+        tl.static_assert(N == 4)
+        words = tl.inline_asm_elementwise(
+            CODE, OPERANDS, operands, [E, E, E, E, E, E, E, E, E, E, E, E, E, E, E, E], is_pure=True, pack=PACK
+        )
+    chunks = ()
+    for k in tl.static_range(N):
+        x = tl.join(tl.join(words[4 * k], words[4 * k + 1]), tl.join(words[4 * k + 2], words[4 * k + 3]))
+        x = tl.reshape(x, (VECTORS, SHARE, WARPS, BLOCK_B, 4, 2, 2))
+        chunks += (tl.reshape(tl.permute(x, (2, 0, 6, 4, 5, 1, 3)), (WARPS, PART, BLOCK_B)),)
+    return chunks
 
 
 @triton.jit
@@ -203,6 +348,7 @@ def meet_and_multiply(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
     WARPS: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):
     """Rows rn of w (H, H) times the state at `rows`: (BLOCK_N, BLOCK_B) in float32, and the patience left.
 
@@ -216,11 +362,16 @@ def meet_and_multiply(
             if k < len(ws):
                 parts += (ws[k],)
             elif k < NK:
-                parts += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
-        chunks, patience = receive(
-            rows, ok, awaited, count, target, status, patience, k0, CHUNKS,
-            H, BLOCK_B, BLOCK_K, WARPS, FLAG, BITS, EMPTY, INTERPRET,
-        )  # fmt: skip
+                parts += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT),)
+        if DIRECT:
+            chunks = poll(
+                rows, ok, awaited, status, patience, k0, CHUNKS, H, BLOCK_B, BLOCK_K, WARPS, BITS
+            )
+        else:
+            chunks, patience = receive(
+                rows, ok, awaited, count, target, status, patience, k0, CHUNKS,
+                H, BLOCK_B, BLOCK_K, WARPS, FLAG, BITS, EMPTY, INTERPRET,
+            )  # fmt: skip
         for k in tl.static_range(len(chunks)):
             acc = dot(parts[k], chunks[k].to(dtype, bitcast=True), acc, PRECISION, INTERPRET)
     return tl.sum(acc, 0), patience
@@ -259,6 +410,7 @@ def forward_kernel(
     FLAG: tl.constexpr,
     PRECISION: tl.constexpr,
     WARPS: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):
     EMPTY: tl.constexpr = -1
     dtype: tl.constexpr = z.dtype.element_ty
@@ -275,7 +427,7 @@ def forward_kernel(
         w = w_hh + d.to(tl.int64) * H * H
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
-            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
+            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT),)
         z_tile = z + d * H + rb.to(tl.int64)[None, :] * z_b + rn[:, None]
         rows = out + d * H + rb.to(tl.int64) * out_b
         begin = h0 + (d.to(tl.int64) * B + rb) * H
@@ -294,6 +446,7 @@ def forward_kernel(
             product, patience = meet_and_multiply(
                 before, heard, heard & (first == 0), ws, w, rn, count + job, target, status, patience,
                 dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
+                DIRECT,
             )  # fmt: skip
             h = tl.where(live[None, :], activate(z_now.to(ACC) + product, RELU), 0.0)
             h = rounded(tl.where(patience > 0, h, float("nan")), dtype, INTERPRET)
@@ -345,6 +498,7 @@ def backward_kernel(
     FLAG: tl.constexpr,
     PRECISION: tl.constexpr,
     WARPS: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):
     EMPTY: tl.constexpr = -1
     dtype: tl.constexpr = dz.dtype.element_ty
@@ -362,7 +516,7 @@ def backward_kernel(
         w = w_hh + d.to(tl.int64) * H * H
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
-            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS),)
+            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT),)
         g_tile = g_out + (d * H + rn[:, None]).to(tl.int64) * g_h + rb64[None, :] * g_b
         out_tile = output + d * H + rb64[None, :] * out_b + rn[:, None]
         rows = dz + d * H + rb64 * dz_b
@@ -386,6 +540,7 @@ def backward_kernel(
             product, patience = meet_and_multiply(
                 after, later, later, ws, w, rn, count + job, target, status, patience,
                 dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
+                DIRECT,
             )  # fmt: skip
             product = tl.where(later[None, :], product, 0.0)  # zeros times infinite weights are none
             if HAS_G_OUT:
@@ -498,6 +653,7 @@ def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:
     T, B, _ = buffer.shape
     programs, number = groups(problem, config, chip(buffer.device))
     jobs = problem.D * triton.cdiv(B, config.BLOCK_B)
+    options = {**options, "DIRECT": _direct(buffer, tensors, strides, problem, config)}
     with on_device(buffer):
         if config.FLAG:
             buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
@@ -513,6 +669,26 @@ def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:
                 f"{PATIENCE} looks: {T} steps of {problem} with {config}. The results are thrown away. A "
                 "debugger that holds a program does this; if none did, report it, and take 'triton:step'."
             )
+
+
+def _direct(buffer, tensors, strides, problem, config) -> int:
+    """The bits of an element where threads can poll by 16 bytes what they multiply, else 0."""
+    size = buffer.element_size()
+    rows = config.BLOCK_K // config.num_warps
+    whole = problem.H * size % 16 == 0 and rows * size >= 64 and config.BLOCK_B == 8
+    aligned = [t.data_ptr() for t in (buffer, tensors[2])] + [n * size for n in buffer.stride()[:2]]
+    if (
+        INTERPRETED
+        or torch.version.hip
+        or not config.FLAG
+        or config.STREAMED
+        or config.CHUNKS > 4
+        or (size == 4 and config.PRECISION == "ieee")
+        or not whole
+        or any(n % 16 for n in aligned)
+    ):
+        return 0
+    return 8 * size
 
 
 def _run(kernel, grid: tuple[int, int], arguments: tuple, options: dict) -> None:
