@@ -25,9 +25,10 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .activations import activate, activate_backward
+from .activations import activate_backward
 from .common import (
     INTERPRETED,
+    activated,
     backward_arguments,
     chip,
     clear,
@@ -448,8 +449,8 @@ def forward_kernel(
                 dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
                 DIRECT,
             )  # fmt: skip
-            h = tl.where(live[None, :], activate(z_now.to(ACC) + product, RELU), 0.0)
-            h = rounded(tl.where(patience > 0, h, float("nan")), dtype, INTERPRET)
+            a = tl.where(live[None, :], z_now.to(ACC) + product, 0.0)
+            h = activated(tl.where(patience > 0, a, float("nan")), RELU, dtype, INTERPRET)
             to = rows[None, :] + t64 * out_t + rn[:, None]
             send(to, h, columns, count + job, patience, FLAG, BITS, EMPTY)
             t += 1 - 2 * d
