@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, elements
 from .activations import activate_backward
 from .common import (
     INTERPRETED,
@@ -312,17 +312,73 @@ def receive(
 
 
 @triton.jit
-def send(pointers, tile, mask, count, patience, FLAG: tl.constexpr, BITS: tl.constexpr, EMPTY: tl.constexpr):
+def send(
+    pointers,
+    tile,
+    mask,
+    count,
+    patience,
+    FLAG: tl.constexpr,
+    BITS: tl.constexpr,
+    EMPTY: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """Stores a tile where the others look for it."""
     if FLAG:
         OTHER: tl.constexpr = (1 << (BITS.primitive_bitwidth - 1)) - 1  # a NaN of the other sign
         bits = tile.to(BITS, bitcast=True)
         bits = tl.where(bits == EMPTY, tl.full(bits.shape, OTHER, BITS), bits)
-        tl.store(pointers.to(tl.pointer_type(BITS), bitcast=True), bits, mask=mask, cache_modifier=".cg")
+        elements.store(pointers.to(tl.pointer_type(BITS), bitcast=True), bits, mask, INTERPRET, PAST_L1=True)
     else:
-        tl.store(pointers, tile, mask=mask, cache_modifier=".cg")
+        elements.store(pointers, tile, mask, INTERPRET, PAST_L1=True)
         tl.debug_barrier()  # the release is one thread's: it must come after all threads' stores
         tl.atomic_add(count, tl.where(patience > 0, 1, GAVE_UP), sem="release", scope="gpu")
+
+
+@triton.constexpr_function
+def places(BLOCK_N, BLOCK_B, WARPS, INTERPRET):
+    """The shape of a program's tile of the state as its threads have it: see sum_of_parts."""
+    rows = BLOCK_N // 8 if INTERPRET else max(BLOCK_N // 8, 4 * WARPS // BLOCK_B)
+    return [rows, 2, BLOCK_B // 2, 8]
+
+
+@triton.jit
+def columns_of(BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, WARPS: tl.constexpr, INTERPRET: tl.constexpr):
+    """The columns of a program's tile in `places`; above BLOCK_N they repeat, and are not to be stored."""
+    PLACES: tl.constexpr = places(BLOCK_N, BLOCK_B, WARPS, INTERPRET)
+    i = tl.arange(0, PLACES[0])[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :]
+    return tl.program_id(0) * BLOCK_N + i % BLOCK_N, i < BLOCK_N
+
+
+@triton.jit
+def rows_of(BLOCK_B: tl.constexpr):
+    return tl.arange(0, 2)[None, :, None, None] + 2 * tl.arange(0, BLOCK_B // 2)[None, None, :, None]
+
+
+@triton.jit
+def sum_of_parts(acc, INTERPRET: tl.constexpr):
+    """acc (WARPS, BLOCK_N, BLOCK_B), a part a warp, added up, in `places`: (BLOCK_N / 8, 2, BLOCK_B / 2, 8).
+
+    tl.sum would go through shared memory twice and leave every warp with every sum. Here each thread fetches
+    the parts of its own elements: the compiler lets a gather's result be dealt out as any tile is. The places
+    are such that lanes write and read different banks of shared memory.
+    """
+    WARPS: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    BLOCK_B: tl.constexpr = acc.shape[2]
+    SIZE: tl.constexpr = BLOCK_N * BLOCK_B
+    if INTERPRET:
+        x = tl.reshape(tl.sum(acc, 0), (BLOCK_N // 8, 8, BLOCK_B // 2, 2))
+        return tl.permute(x, (0, 3, 2, 1))
+    else:
+        PLACES: tl.constexpr = places(BLOCK_N, BLOCK_B, WARPS, INTERPRET)
+        THREADS: tl.constexpr = PLACES[0] * 8 * BLOCK_B
+        x = tl.reshape(acc, (WARPS, BLOCK_N // 8, 8, BLOCK_B // 2, 2))
+        x = tl.reshape(tl.permute(x, (0, 1, 4, 3, 2)), (WARPS * SIZE,))
+        i = tl.arange(0, WARPS * THREADS)
+        x = tl.gather(x, i // THREADS * SIZE + i % SIZE, 0)
+        x = tl.sum(tl.reshape(x, (WARPS, THREADS)), 0)
+        return tl.reshape(x, (PLACES[0], 2, BLOCK_B // 2, 8))
 
 
 @triton.jit
@@ -375,7 +431,7 @@ def meet_and_multiply(
             )  # fmt: skip
         for k in tl.static_range(len(chunks)):
             acc = dot(parts[k], chunks[k].to(dtype, bitcast=True), acc, PRECISION, INTERPRET)
-    return tl.sum(acc, 0), patience
+    return sum_of_parts(acc, INTERPRET), patience
 
 
 @triton.jit(do_not_specialize=["T", "B", "jobs", "patience"])
@@ -417,11 +473,15 @@ def forward_kernel(
     dtype: tl.constexpr = z.dtype.element_ty
     NP: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Of a program's tile as its threads have it: columns, and below rows and their lengths.
+    cn, once = columns_of(BLOCK_N, BLOCK_B, WARPS, INTERPRET)
     job = tl.program_id(1)
     while job < jobs:
         tiles = (B + BLOCK_B - 1) // BLOCK_B
         d = job // tiles
         rb = (job % tiles) * BLOCK_B + tl.arange(0, BLOCK_B)
+        cb = (job % tiles) * BLOCK_B + rows_of(BLOCK_B)
+        own = row_lengths(lengths, cb, T, B, HAS_LENGTHS)
         length = row_lengths(lengths, rb, T, B, HAS_LENGTHS)
         steps = tl.max(length, 0)
         t = d * (steps - 1)
@@ -429,10 +489,12 @@ def forward_kernel(
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
             ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT),)
-        z_tile = z + d * H + rb.to(tl.int64)[None, :] * z_b + rn[:, None]
+        z_tile = z + d * H + cb.to(tl.int64) * z_b + cn
+        out_tile = out + d * H + cb.to(tl.int64) * out_b + cn
         rows = out + d * H + rb.to(tl.int64) * out_b
         begin = h0 + (d.to(tl.int64) * B + rb) * H
         columns = (rb[None, :] < B) & (rn[:, None] < H)
+        stored = (cb < B) & (cn < H) & once
         target = tl.full([], 0, tl.int64)
         for _ in range(steps):
             live = t < length
@@ -442,17 +504,17 @@ def forward_kernel(
                 heard &= is_cut(resets, t + d, rb, T, B) == 0
             t64 = t.to(tl.int64)
             # On its way while the others are waited for: to convert it here would wait for it first.
-            z_now = tl.load(z_tile + t64 * z_t, mask=live[None, :] & (rn[:, None] < H), other=0.0)
+            here = (t < own) & (cn < H)
+            z_now = elements.load(tl.where(here, z_tile + t64 * z_t, z), INTERPRET)
             before = tl.where(first, begin, rows + (t + 2 * d - 1).to(tl.int64) * out_t)
             product, patience = meet_and_multiply(
                 before, heard, heard & (first == 0), ws, w, rn, count + job, target, status, patience,
                 dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
                 DIRECT,
             )  # fmt: skip
-            a = tl.where(live[None, :], z_now.to(ACC) + product, 0.0)
+            a = tl.where(t < own, z_now.to(ACC) + product, 0.0)
             h = activated(tl.where(patience > 0, a, float("nan")), RELU, dtype, INTERPRET)
-            to = rows[None, :] + t64 * out_t + rn[:, None]
-            send(to, h, columns, count + job, patience, FLAG, BITS, EMPTY)
+            send(out_tile + t64 * out_t, h, stored, count + job, patience, FLAG, BITS, EMPTY, INTERPRET)
             t += 1 - 2 * d
             target += NP
         if HAS_LENGTHS:
@@ -505,11 +567,15 @@ def backward_kernel(
     dtype: tl.constexpr = dz.dtype.element_ty
     NP: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Of a program's tile as its threads have it: columns, and below rows and their lengths.
+    cn, once = columns_of(BLOCK_N, BLOCK_B, WARPS, INTERPRET)
     job = tl.program_id(1)
     while job < jobs:
         tiles = (B + BLOCK_B - 1) // BLOCK_B
         d = job // tiles
         rb = (job % tiles) * BLOCK_B + tl.arange(0, BLOCK_B)
+        cb = (job % tiles) * BLOCK_B + rows_of(BLOCK_B)
+        own = row_lengths(lengths, cb, T, B, HAS_LENGTHS)
         rb64 = rb.to(tl.int64)
         length = row_lengths(lengths, rb, T, B, HAS_LENGTHS)
         steps = tl.max(length, 0)
@@ -518,40 +584,46 @@ def backward_kernel(
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
             ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT),)
-        g_tile = g_out + (d * H + rn[:, None]).to(tl.int64) * g_h + rb64[None, :] * g_b
-        out_tile = output + d * H + rb64[None, :] * out_b + rn[:, None]
+        cb64 = cb.to(tl.int64)
+        g_tile = g_out + (d * H + cn).to(tl.int64) * g_h + cb64 * g_b
+        out_tile = output + d * H + cb64 * out_b + cn
+        dz_tile = dz + d * H + cb64 * dz_b + cn
         rows = dz + d * H + rb64 * dz_b
         columns = (rb[None, :] < B) & (rn[:, None] < H)
+        stored = (cb < B) & (cn < H) & once
         if HAS_G_HN:
-            end = tl.load(g_hn + (d * B + rb64[None, :]) * H + rn[:, None], mask=columns, other=0.0)
+            end_tile = g_hn + (d * B + cb64) * H + cn
+            end = elements.load(tl.where((cb < B) & (cn < H), end_tile, g_hn), INTERPRET)
         target = tl.full([], 0, tl.int64)
         for _ in range(steps):
             live = t < length
             last = (1 - d) * (length - 1) == t
             later = live & (last == 0)  # rows at their last step have no next one to hear from
+            ends = (1 - d) * (own - 1) == t
+            heard = (t < own) & (ends == 0)
             if HAS_RESETS:
                 later &= is_cut(resets, t + 1 - d, rb, T, B) == 0
+                heard &= is_cut(resets, t + 1 - d, cb, T, B) == 0
             t64 = t.to(tl.int64)
-            here = live[None, :] & (rn[:, None] < H)
+            here = (t < own) & (cn < H)
             # On their way while the others are waited for: to convert them here would wait for them first.
             if HAS_G_OUT:
-                g_now = tl.load(g_tile + t64 * g_t, mask=here, other=0.0)
-            h_now = tl.load(out_tile + t64 * out_t, mask=here, other=0.0)
+                g_now = elements.load(tl.where(here, g_tile + t64 * g_t, g_out), INTERPRET)
+            h_now = elements.load(tl.where(here, out_tile + t64 * out_t, output), INTERPRET)
             after = rows + (t + 1 - 2 * d).to(tl.int64) * dz_t
             product, patience = meet_and_multiply(
                 after, later, later, ws, w, rn, count + job, target, status, patience,
                 dtype, H, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, FLAG, BITS, EMPTY, PRECISION, INTERPRET, WARPS,
                 DIRECT,
             )  # fmt: skip
-            product = tl.where(later[None, :], product, 0.0)  # zeros times infinite weights are none
+            product = tl.where(heard, product, 0.0)  # zeros times infinite weights are none
             if HAS_G_OUT:
                 product += g_now.to(ACC)
             if HAS_G_HN:
-                product += tl.where(last[None, :], end.to(ACC), 0.0)
-            g = tl.where(live[None, :], activate_backward(product, h_now.to(ACC), RELU), 0.0)
+                product += tl.where(ends, end.to(ACC), 0.0)
+            g = tl.where(t < own, activate_backward(product, h_now.to(ACC), RELU), 0.0)
             g = rounded(tl.where(patience > 0, g, float("nan")), dtype, INTERPRET)
-            to = rows[None, :] + t64 * dz_t + rn[:, None]
-            send(to, g, columns, count + job, patience, FLAG, BITS, EMPTY)
+            send(dz_tile + t64 * dz_t, g, stored, count + job, patience, FLAG, BITS, EMPTY, INTERPRET)
             t += 2 * d - 1
             target += NP
         if HAS_LENGTHS:
