@@ -53,6 +53,9 @@ PATIENCE = 1 << 22
 #: times programs): a waiter sees that the columns it waits for may be missing although the count is full.
 GAVE_UP = tl.constexpr(1 << 40)
 
+#: Words of the weight that a thread may hold in registers.
+HELD = tl.constexpr(64)
+
 
 @triton.jit
 def in_order(i, DIRECT: tl.constexpr):
@@ -83,6 +86,60 @@ def weight_chunk(
     i = in_order(tl.arange(0, PART), DIRECT)
     rk = k * BLOCK_K + tl.arange(0, WARPS)[:, None, None] * PART + i[None, None, :]
     return tl.load(w + rn[None, :, None] * H + rk, mask=(rk < H) & (rn[None, :, None] < H), other=0.0)
+
+
+@triton.constexpr_function
+def fetch_code(bits):
+    """A vector of 16 bytes, or zeros; of the elements of a word the first one's operands are taken."""
+    share = 32 // bits
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    return (
+        f"{{ .reg .pred p; {zeros} setp.ne.b32 p, ${4 + share}, 0; "
+        "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+    )
+
+
+@triton.constexpr_function
+def fetch_operands(bits):
+    return ",".join(["=&r"] * 4 + ["l"] * (32 // bits) + ["r"] * (32 // bits))
+
+
+@triton.constexpr_function
+def held_chunks(BLOCK_N, BLOCK_K, WARPS, bits, PRECISION, DIRECT, limit):
+    """Chunks of the weight that stay in registers: as the product wants them, at most `limit` a thread."""
+    words = BLOCK_N * (BLOCK_K // WARPS) * bits // 1024 * (2 if PRECISION == "tf32x3" else 1)
+    return limit // words if DIRECT else 0
+
+
+@triton.jit
+def held_chunk(
+    w, rn, k: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr
+):
+    """weight_chunk in the product's own layout, as poll's state."""
+    dtype: tl.constexpr = w.dtype.element_ty
+    PART: tl.constexpr = BLOCK_K // WARPS
+    SIZE: tl.constexpr = dtype.primitive_bitwidth
+    SHARE: tl.constexpr = 32 // SIZE
+    VECTORS: tl.constexpr = PART * SIZE // 512
+    v = tl.arange(0, VECTORS * SHARE)[None, :, None, None, None] // SHARE * 4
+    v += tl.arange(0, 4)[None, None, None, None, :]
+    rk = k * BLOCK_K + tl.arange(0, WARPS)[None, None, :, None, None] * PART + v * (128 // SIZE)
+    n = tl.arange(0, BLOCK_N // 8)[:, None, None, None, None] * 8
+    n += tl.program_id(0) * BLOCK_N + tl.arange(0, 8)[None, None, None, :, None]
+    ok = ((rk < H) & (n < H)).to(tl.int32)
+    E = tl.core.get_int_dtype(SIZE, True)
+    words = tl.inline_asm_elementwise(
+        fetch_code(SIZE),
+        fetch_operands(SIZE),
+        [(w + n * H + rk).to(tl.int64), ok],
+        [E, E, E, E],
+        is_pure=True,
+        pack=SHARE,
+    )
+    x = tl.join(tl.join(words[0], words[1]), tl.join(words[2], words[3]))
+    x = tl.reshape(x, (BLOCK_N // 8, VECTORS, SHARE, WARPS, 8, 4, 2, 2))
+    x = tl.reshape(tl.permute(x, (3, 0, 4, 1, 7, 5, 6, 2)), (WARPS, BLOCK_N, PART))
+    return x.to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -488,7 +545,10 @@ def forward_kernel(
         w = w_hh + d.to(tl.int64) * H * H
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
-            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT),)
+            if k < held_chunks(BLOCK_N, BLOCK_K, WARPS, BITS.primitive_bitwidth, PRECISION, DIRECT, HELD):
+                ws += (held_chunk(w, rn, k, H, BLOCK_N, BLOCK_K, WARPS),)
+            else:
+                ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT),)
         z_tile = z + d * H + cb.to(tl.int64) * z_b + cn
         out_tile = out + d * H + cb.to(tl.int64) * out_b + cn
         rows = out + d * H + rb.to(tl.int64) * out_b
@@ -583,7 +643,10 @@ def backward_kernel(
         w = w_hh + d.to(tl.int64) * H * H
         ws = ()
         for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
-            ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT),)
+            if k < held_chunks(BLOCK_N, BLOCK_K, WARPS, BITS.primitive_bitwidth, PRECISION, DIRECT, HELD):
+                ws += (held_chunk(w, rn, k, H, BLOCK_N, BLOCK_K, WARPS),)
+            else:
+                ws += (weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT),)
         cb64 = cb.to(tl.int64)
         g_tile = g_out + (d * H + cn).to(tl.int64) * g_h + cb64 * g_b
         out_tile = output + d * H + cb64 * out_b + cn
@@ -749,7 +812,7 @@ def _direct(buffer, tensors, strides, problem, config) -> int:
     size = buffer.element_size()
     rows = config.BLOCK_K // config.num_warps
     whole = problem.H * size % 16 == 0 and rows * size >= 64 and config.BLOCK_B == 8
-    aligned = [t.data_ptr() for t in (buffer, tensors[2])] + [n * size for n in buffer.stride()[:2]]
+    aligned = [t.data_ptr() for t in (buffer, *tensors[2:4])] + [n * size for n in buffer.stride()[:2]]
     if (
         INTERPRETED
         or torch.version.hip
