@@ -54,7 +54,7 @@ PATIENCE = 1 << 22
 GAVE_UP = tl.constexpr(1 << 40)
 
 #: Words of the weight that a thread may hold in registers.
-HELD = tl.constexpr(64)
+HELD = tl.constexpr(128)
 
 
 @triton.jit
