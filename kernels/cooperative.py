@@ -363,7 +363,7 @@ def receive(
             late = (reached < target) | (reached >= GAVE_UP)
         chunks = look(rows, ok, K0, CHUNKS, H, BLOCK_K, WARPS, FLAG)
     if late:
-        tl.atomic_xchg(status, 1, sem="relaxed", scope="gpu")
+        tl.store(status, 1)  # it may be the host's
         patience = 0
     return chunks, patience
 
@@ -793,18 +793,45 @@ def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:
     with on_device(buffer):
         if config.FLAG:
             buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
-        # Apart by 16 bytes: Triton compiles anew for a pointer that is aligned less.
-        status = torch.zeros(jobs + 2, dtype=torch.int64, device=buffer.device)
-        count = status[2:]
+        launched = programs, T, problem, config
+        status = _status(buffer.device)
+        if buffer.is_cuda:
+            check(buffer.device)
+            _launched[buffer.device.index] = launched
+        # What counts is aligned as any tensor is: Triton compiles anew for a pointer that is aligned less.
+        count = status if config.FLAG else torch.zeros(jobs, dtype=torch.int64, device=buffer.device)
         _run(kernel, (programs, number), (*tensors, count, status, T, B, jobs, PATIENCE, *strides), options)
-        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        if status[0].item():
-            raise DeviceHangError(
-                f"a group of {programs} programs waited in vain for one of its own and gave up after "
-                f"{PATIENCE} looks: {T} steps of {problem} with {config}. The results are thrown away. A "
-                "debugger that holds a program does this; if none did, report it, and take 'triton:step'."
-            )
+        if not buffer.is_cuda and status[0].item():
+            raise DeviceHangError(_about(*launched))
+
+
+def _about(programs, T, problem, config) -> str:
+    return (
+        f"a group of {programs} programs waited in vain for one of its own and gave up after "
+        f"{PATIENCE} looks: {T} steps of {problem} with {config}. The results are thrown away. A "
+        "debugger that holds a program does this; if none did, report it, and take 'triton:step'."
+    )
+
+
+#: A word a device, in the host's memory, where a launch that gives up says so; and what was launched last.
+_words: dict[int, torch.Tensor] = {}
+_launched: dict[int, tuple] = {}
+
+
+def _status(device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return torch.zeros(2, dtype=torch.int64)
+    if device.index not in _words:
+        _words[device.index] = torch.zeros(2, dtype=torch.int64).pin_memory()
+    return _words[device.index]
+
+
+def check(device: torch.device) -> None:
+    """Raises DeviceHangError if an earlier launch on the device is known by now to have given up."""
+    word = _words.get(device.index)
+    if word is not None and word[0].item():
+        word.zero_()
+        raise DeviceHangError(f"In an earlier launch, perhaps the last one, {_about(*_launched[device.index])}")
 
 
 def _direct(buffer, tensors, strides, problem, config) -> int:
