@@ -238,7 +238,7 @@ def poll_code(chunks, vectors, bits):
     code += ["@late bra LATE;", "@!more bra DONE;"]
     code += ["and.b32 t, n, 63;", "setp.ne.b32 q, t, 0;", "@q bra LOOK;"]
     code += [f"ld.volatile.global.b64 s, [{status}];", "setp.eq.s64 q, s, 0;", "@q bra LOOK;"]
-    code += ["LATE:", f"atom.relaxed.gpu.global.exch.b64 s, [{status}], 1;"]
+    code += ["LATE:", "mov.b64 s, 1;", f"st.volatile.global.b64 [{status}], s;"]
     code += ["DONE:", "bar.warp.sync -1;", "}"]
     return "\n".join(code)
 
