@@ -799,7 +799,7 @@ def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:
     T, B, _ = buffer.shape
     programs, number = groups(problem, config, chip(buffer.device))
     jobs = problem.D * triton.cdiv(B, config.BLOCK_B)
-    options = {**options, "DIRECT": _direct(buffer, tensors, strides, problem, config)}
+    options = {**options, "DIRECT": _direct(buffer, tensors, problem, config)}
     with on_device(buffer):
         if config.FLAG:
             buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(-1)
@@ -846,22 +846,13 @@ def check(device: torch.device) -> None:
         )
 
 
-def _direct(buffer, tensors, strides, problem, config) -> int:
+def _direct(buffer, tensors, problem, config) -> int:
     """The bits of an element where threads can poll by 16 bytes what they multiply, else 0."""
     size = buffer.element_size()
-    rows = config.BLOCK_K // config.num_warps
-    whole = problem.H * size % 16 == 0 and rows * size >= 64 and config.BLOCK_B == 8
     aligned = [t.data_ptr() for t in (buffer, *tensors[2:4])] + [n * size for n in buffer.stride()[:2]]
-    if (
-        INTERPRETED
-        or torch.version.hip
-        or not config.FLAG
-        or config.STREAMED
-        or config.CHUNKS > 4
-        or (size == 4 and config.PRECISION == "ieee")
-        or not whole
-        or any(n % 16 for n in aligned)
-    ):
+    if INTERPRETED or torch.version.hip or not configs.polls_directly(config, problem):
+        return 0
+    if any(n % 16 for n in aligned):
         return 0
     return 8 * size
 
