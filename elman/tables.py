@@ -301,7 +301,7 @@ def config_of(key: Key, values: Mapping[str, Any]) -> configs.Config | str | Non
         odd = sorted(dict(found.items() ^ expected.items()))
         return f"the config of {key} does not have this version's fields; they differ in {', '.join(odd)}"
     asked = configs.Problem(key.B, key.H, key.D, getattr(torch, key.dtype), key.precision)
-    if values["PRECISION"] not in configs._precisions(asked, configs.DEFAULT_CHIP):
+    if values["PRECISION"] not in configs.precisions_of(key.kernel, asked, configs.DEFAULT_CHIP):
         return (
             f"the config of {key} has PRECISION {values['PRECISION']!r}; that is not of class {key.precision}"
         )

@@ -99,6 +99,7 @@ class ResidentConfig:
 
     The first HELD rows of W_hh's tiles stay in registers, the others in shared memory. SPLIT: a last tile of
     16 rows is added up in one part a warp. What a step reads is fetched AHEAD steps before it.
+    With one row the kernel is that of kernels/vector.py.
     """
 
     BLOCK_B: int
@@ -141,11 +142,11 @@ STEP_SPACE = {
     "num_stages": (3,),
 }
 RESIDENT_SPACE = {
-    "BLOCK_B": (8, 16, 32, 64),
+    "BLOCK_B": (1, 8, 16, 32, 64),
     "C": (16, 32, 64, 128),
     "HELD": (0, 1, 2, 3),
     "SPLIT": (False, True),
-    "AHEAD": (1, 2),
+    "AHEAD": (1, 2, 4),
     "num_warps": (1, 2, 4, 8),
 }
 COOPERATIVE_SPACE = {
@@ -187,7 +188,7 @@ def space(kernel: str, problem: Problem, chip: Chip) -> Iterator[Config]:
     """Every config of the kernel's search space whose arithmetic is the one that the problem asks for."""
     make, axes = _SPACES[kernel]
     for values in itertools.product(*axes.values()):
-        for precision in _precisions(problem, chip):
+        for precision in precisions_of(kernel, problem, chip):
             config = make(**dict(zip(axes, values, strict=True)), PRECISION=precision)
             yield _fit_cooperative(config, problem, chip) if kernel == "cooperative" else config
 
@@ -231,12 +232,14 @@ def estimate(kernel: str, config: Config, problem: Problem, chip: Chip = DEFAULT
     return judge[kernel](config, problem, chip)
 
 
-def _precisions(problem: Problem, chip: Chip) -> tuple[str, ...]:
-    """The PRECISIONs whose product is of the problem's class."""
+def precisions_of(kernel: str, problem: Problem, chip: Chip) -> tuple[str, ...]:
+    """The kernel's PRECISIONs whose product is of the problem's class, or of a better one and quicker."""
     if problem.dtype != torch.float32:
         return ("ieee",)
     if problem.precision == "ieee" and chip.tf32:
         return ("tf32x3", "ieee")
+    if problem.precision == "tf32" and kernel == "resident":
+        return ("tf32", "ieee")
     return (problem.precision,)
 
 
@@ -341,9 +344,36 @@ def _without_tensor_cores(problem: Problem) -> tuple[int, int, int]:
     return 8, C, 8 if wide or problem.H > 128 else 4
 
 
+#: The widest state of kernels/vector.py: W_hh takes a register a thread for each of its columns.
+MAX_VECTOR = 128
+
+
+def _unfit_vector(config: ResidentConfig, problem: Problem, chip: Chip) -> str | None:
+    """Why the config is not for kernels/vector.py, if it isn't."""
+    if problem.dtype != torch.float32 or config.PRECISION != "ieee":
+        return "one row a program is for float32 in plain multiply-adds"
+    if chip.unit == "mfma":
+        return "one row a program was never tried on AMD's wider wavefronts"
+    if problem.H > MAX_VECTOR:
+        return f"W_hh stays in registers up to {MAX_VECTOR}"
+    if config.C != max(32, _power_of_two(problem.H)) or config.C != 32 * config.num_warps:
+        return "the state is one tile, with a thread for each of its elements"
+    if config.HELD or config.SPLIT:
+        return "W_hh is all in registers"
+    if config.AHEAD == 1:
+        return "its steps are shorter than a fetch"
+    return None
+
+
 def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str | None:
     """Why the config's blocks don't go together, if they don't."""
+    if config.BLOCK_B == 1:
+        return _unfit_vector(config, problem, chip)
     chunks, amd = _ceil(problem.H, config.C), chip.unit == "mfma"
+    if config.AHEAD > 2:
+        return "its steps are no shorter than half a fetch"
+    if problem.dtype == torch.float32 and problem.precision == "tf32" != config.PRECISION:
+        return "tf32 was asked for, and is quicker"
     if chunks > MAX_CHUNKS:
         return f"{chunks} x {chunks} tiles take too long to compile"
     if config.C > max(16, _power_of_two(problem.H)):
@@ -424,6 +454,8 @@ def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> 
     why_not = _unfit_resident(config, problem, chip)
     if why_not:
         return why_not
+    if config.BLOCK_B == 1:
+        return _estimate_vector(config, problem, chip)
     H, C, itemsize, warps = problem.H, config.C, problem.dtype.itemsize, config.num_warps
     widths = [tile_width(n, H, C) for n in range(_ceil(H, C))]
     inner = sum(widths) + (tile_width(0, problem.inputs, 64) if problem.inputs else 0)
@@ -457,6 +489,19 @@ def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> 
     step, fetch = cycles / (1000 * chip.ghz), FETCH_US / config.AHEAD
     us = max(step, fetch) + 0.1 * min(step, fetch) + 0.03 * config.AHEAD
     return Estimate(shared, registers, programs, waves, waves * us)
+
+
+def _estimate_vector(config: ResidentConfig, problem: Problem, chip: Chip) -> Estimate | str:
+    C = config.C
+    # A register for each column of W_hh and W_ih, and a quarter as many for what each step fetches.
+    inputs = tile_width(0, problem.inputs, 64) if problem.inputs else 0
+    registers = 56 + C + inputs + (config.AHEAD + 1) * inputs // 4
+    if registers > 255:
+        return f"it takes {registers} registers a thread and there are 255"
+    programs = problem.D * problem.B
+    waves = _ceil(programs, chip.processors)
+    us = max((175 + 4 * C) / (1000 * chip.ghz), FETCH_US / config.AHEAD) + 0.02 / config.AHEAD
+    return Estimate(C * problem.dtype.itemsize, registers, programs, waves, waves * us)
 
 
 def _fit_cooperative(config: CooperativeConfig, problem: Problem, chip: Chip) -> CooperativeConfig:

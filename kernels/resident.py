@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from . import configs, elements
+from . import configs, elements, vector
 from .activations import activate_backward
 from .common import (
     activated,
@@ -552,8 +552,9 @@ def _forward(
     if resets is not None:  # in the kernel another layout of h0 would need memory that there is none of
         h0 = torch.cat([h0[:1].masked_fill(resets[0, :, None], 0), h0[1:]])
     config = config or configs.choose("resident", problem, chip(x.device))
+    kernel = vector.forward_kernel if config.BLOCK_B == 1 else forward_kernel
     with on_device(x):
-        forward_kernel[triton.cdiv(B, config.BLOCK_B), D](
+        kernel[triton.cdiv(B, config.BLOCK_B), D](
             x,
             w_ih.contiguous() if w_ih is not None else x,
             bias.contiguous() if bias is not None else x,
@@ -602,7 +603,8 @@ def scan_backward(
         return
     config = config or configs.choose("resident", problem, chip(dz.device))
     options |= {**vars(config), **launch_options()}
+    kernel = vector.backward_kernel if config.BLOCK_B == 1 else backward_kernel
     with on_device(dz):
-        backward_kernel[triton.cdiv(problem.B, config.BLOCK_B), problem.D](
+        kernel[triton.cdiv(problem.B, config.BLOCK_B), problem.D](
             *tensors, len(dz), problem.B, *strides, **options
         )

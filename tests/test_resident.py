@@ -77,6 +77,23 @@ def test_every_variant(H, dtype):
         check_with(config, *arguments)
 
 
+@pytest.mark.parametrize("H", [1, 33, 128])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "resets"])
+def test_one_row_a_program(H, ragged, cut):
+    """kernels/vector.py, with its every AHEAD, also for fewer steps than are fetched ahead."""
+    asked = [configs.Problem(16, H, 2, torch.float32, p) for p in ("ieee", "tf32")]
+    offered = [{c for c, _ in configs.candidates("resident", p) if c.BLOCK_B == 1} for p in asked]
+    assert offered[0] == offered[1]
+    assert {c.AHEAD for c in offered[0]} == {2, 4}
+    for T, config in itertools.product((1, 6), offered[0]):
+        arguments = problem(T, 3, H, 2, torch.float32, ragged)
+        check_with(config, *arguments, resets=some_resets(T, 3, arguments[3]) if cut else None)
+        fused = fused_problem(T, 3, 5, H, 2, torch.float32, ragged)
+        resets = some_resets(T, 3, fused[-1]) if cut else None
+        check_fused(*fused, "tanh", config, resets)
+
+
 @pytest.mark.parametrize(("B", "H"), [(1, 130), (8, 264), (33, 130)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_sizes(B, H, dtype):
