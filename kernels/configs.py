@@ -97,15 +97,13 @@ class StepConfig:
 class ResidentConfig:
     """kernels/resident.py: BLOCK_B batch rows a program, H in tiles of C.
 
-    The first HELD rows of W_hh's tiles stay in registers, the others in shared memory. SPLIT: a last tile of
-    16 rows is added up in one part a warp. What a step reads is fetched AHEAD steps before it.
-    With one row the kernel is that of kernels/vector.py.
+    The first HELD rows of W_hh's tiles stay in registers, the others in shared memory. What a step reads is
+    fetched AHEAD steps before it. With one row the kernel is that of kernels/vector.py.
     """
 
     BLOCK_B: int
     C: int
     HELD: int = 0
-    SPLIT: bool = False
     AHEAD: int = 1
     PRECISION: str = "ieee"
     num_warps: int = 4
@@ -145,7 +143,6 @@ RESIDENT_SPACE = {
     "BLOCK_B": (1, 8, 16, 32, 64),
     "C": (16, 32, 64, 128),
     "HELD": (0, 1, 2, 3),
-    "SPLIT": (False, True),
     "AHEAD": (1, 2, 4),
     "num_warps": (1, 2, 4, 8),
 }
@@ -167,7 +164,7 @@ MAX_REGISTERS = 225
 #: What the compiler is told: left alone it saves registers for a second program that never comes.
 MAXNREG = 255
 #: Fields that choose between ways to do the same, which the model can't tell apart.
-VARIANTS = ("FLAG", "AHEAD", "SPLIT")
+VARIANTS = ("FLAG", "AHEAD")
 #: A key has at most this many candidates: what a tuner times, and what the compile matrix compiles.
 MAX_CANDIDATES = 4
 
@@ -318,8 +315,9 @@ def _estimate_step(config: StepConfig, problem: Problem, chip: Chip) -> Estimate
 MAX_CHUNKS = 5
 #: Registers that Triton 3.9 takes more with wide tiles in three rows: its reports at H = 264 and 320.
 NEWER_REGISTERS = 30
-#: Microseconds until what a program asks for is there, from memory.
-FETCH_US = 0.5
+#: Microseconds until what a program asks for is there, from L2; and what a resident step takes of the cycles
+#: that the model counts: both as an H200 did it (results/nvidia-h200-16-cores, 2026-11-27, B = 16).
+FETCH_US, RESIDENT_SCALE = 0.2, 0.85
 
 
 def tile_width(n: int, size: int, block: int) -> int:
@@ -358,7 +356,7 @@ def _unfit_vector(config: ResidentConfig, problem: Problem, chip: Chip) -> str |
         return f"W_hh stays in registers up to {MAX_VECTOR}"
     if config.C != max(32, _power_of_two(problem.H)) or config.C != 32 * config.num_warps:
         return "the state is one tile, with a thread for each of its elements"
-    if config.HELD or config.SPLIT:
+    if config.HELD:
         return "W_hh is all in registers"
     if config.AHEAD == 1:
         return "its steps are shorter than a fetch"
@@ -387,13 +385,7 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
         return "without tensor cores other tiles spill"
     elif problem.dtype == torch.float64 and problem.H > 64:
         return "float64 spills above 64"
-    if config.SPLIT and (amd or not _in_tensor_cores(config, problem, chip)):
-        return "by the compiler's reports it is less work on NVIDIA's tensor cores alone"
-    if config.SPLIT and (tile_width(chunks - 1, problem.H, config.C) > 16 or config.C < 64):
-        return "there is no last tile of 16 rows that four warps or more would repeat"
-    if config.SPLIT and chunks > 3:
-        return "so many tiles leave no registers for the parts of a split one"
-    if config.HELD > chunks - config.SPLIT:
+    if config.HELD > chunks:
         return f"there are no {config.HELD} rows of tiles to hold"
     if config.HELD and (problem.dtype.itemsize != 2 or amd):
         return "only NVIDIA's 16-bit products take an operand from registers"
@@ -413,8 +405,7 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
 def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, rows: int, inner: int) -> int:
     """Registers a thread, fitted to the compiler's reports; rows, inner: the weight's padded size."""
     threads, words = 32 * config.num_warps, max(1, problem.dtype.itemsize // 4)
-    # A split tile is done with before the others: its copies hardly count. Beside it an input's rows do.
-    elements = (inner if config.SPLIT else rows) * config.BLOCK_B / threads
+    elements = rows * config.BLOCK_B / threads
     each = 4.6 if problem.backward else 3.6
     if config.PRECISION == "tf32x3":
         each = 25 if problem.backward else each + 2
@@ -423,8 +414,8 @@ def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, ro
     weights = sum(max(tile_width(n, problem.H, config.C), config.C) for n in range(config.HELD)) * inner / 2
     if config.PRECISION == "tf32x3" and not problem.backward:
         # The compiler holds both halves by itself.
-        weights = 2.4 * (rows - config.C + 16 if config.SPLIT else rows) * inner
-    tiles = 32 * max(0, _ceil(problem.H, config.C) + bool(problem.inputs) - 3) + 18 * config.SPLIT
+        weights = 2.4 * rows * inner
+    tiles = 32 * max(0, _ceil(problem.H, config.C) + bool(problem.inputs) - 3)
     if TRITON >= (3, 9) and config.HELD and config.C > 64 and problem.H > 2 * config.C:
         tiles += NEWER_REGISTERS
     return int(40 * words + words * each * elements + weights / threads + tiles)
@@ -436,7 +427,7 @@ def _shared_resident(config: ResidentConfig, problem: Problem, chip: Chip, inner
     widths = [tile_width(n, H, C) for n in range(_ceil(H, C))]
     copies = 2 if config.PRECISION == "tf32x3" else 1
     states = 2 if chip.unit != "mfma" and config.BLOCK_B >= 16 and widths[-1] < 64 <= C else 1
-    if TRITON >= (3, 9) and widths[-1] != widths[0] and not config.SPLIT:
+    if TRITON >= (3, 9) and widths[-1] != widths[0]:
         states += 1  # for the narrower tile's product, by its reports
     # Both halves of a weight: Triton 3.9 puts them here forward, too.
     in_registers = copies == 2 and not problem.backward and TRITON < (3, 9)
@@ -445,8 +436,6 @@ def _shared_resident(config: ResidentConfig, problem: Problem, chip: Chip, inner
     state = copies * states * inner * config.BLOCK_B
     if chip.unit == "wgmma" and _large(config) and widths[-1] != widths[0]:
         state += C * config.BLOCK_B  # from the one instruction's layout to the other's
-    if config.SPLIT:  # the parts of its sum, in float32, where the second state was
-        state += max(0, C * config.BLOCK_B * 4 // itemsize - (states - 1) * state // states)
     return max(tile, weights + state) * itemsize
 
 
@@ -459,9 +448,8 @@ def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> 
     H, C, itemsize, warps = problem.H, config.C, problem.dtype.itemsize, config.num_warps
     widths = [tile_width(n, H, C) for n in range(_ceil(H, C))]
     inner = sum(widths) + (tile_width(0, problem.inputs, 64) if problem.inputs else 0)
-    # A tile with less than 16 rows a warp is several warps' work alike; a split one is so after its product.
+    # A tile with less than 16 rows a warp is several warps' work alike.
     rows = C * len(widths) if _in_tensor_cores(config, problem, chip) else sum(widths)
-    full = rows - C if config.SPLIT else rows
     registers = _registers_resident(config, problem, chip, rows, inner)
     if registers > 255:
         return f"it takes {registers} registers a thread and there are 255"
@@ -474,20 +462,18 @@ def _estimate_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> 
     if _in_tensor_cores(config, problem, chip):
         held = len(widths) if config.PRECISION == "tf32x3" and not problem.backward else config.HELD
         copies = 2 if config.PRECISION == "tf32x3" else 1
-        read += copies * max(0, full - C * held + 16 * config.SPLIT) * inner * itemsize
+        read += copies * max(0, rows - C * held) * inner * itemsize
     else:
         read += 5 * rows * inner * itemsize
     few = max(1.0, 4 / warps)  # a processor has four schedulers, and each its tensor core
-    product = few * _product_cycles(config.BLOCK_B, inner, full, config.PRECISION, problem.dtype)
+    product = few * _product_cycles(config.BLOCK_B, inner, rows, config.PRECISION, problem.dtype)
     # Instructions for each element of a state: most of them are tanh's, which for bfloat16 is one.
     each = 20 if problem.backward else 14 if problem.dtype == torch.bfloat16 else 36
     elements = each * few * rows * config.BLOCK_B / 128
-    cycles = max(product, 1.5 * inner) + read / 128 + elements + (250 if warps > 1 else 150)
-    if config.SPLIT:
-        cycles += 150  # its parts go through shared memory twice, mostly behind the other products
-    # What was asked for AHEAD steps ago must have come; each step that it waits is a move.
-    step, fetch = cycles / (1000 * chip.ghz), FETCH_US / config.AHEAD
-    us = max(step, fetch) + 0.1 * min(step, fetch) + 0.03 * config.AHEAD
+    cycles = max(product, 1.5 * inner) + read / 128 + elements + (130 if warps > 1 else 70)
+    # What was asked for AHEAD steps ago must have come.
+    step, fetch = RESIDENT_SCALE * cycles / (1000 * chip.ghz), FETCH_US / config.AHEAD
+    us = max(step, fetch) + 0.1 * min(step, fetch)
     return Estimate(shared, registers, programs, waves, waves * us)
 
 

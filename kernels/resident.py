@@ -12,8 +12,7 @@ NC x NC. Rows past H are kept zero.
 A step is a chain of latencies, so as little as possible lies between one product and the next
 (docs/tuning-notes.md): the first HELD rows of W_hh's tiles stay in registers and the others in shared memory,
 elements come and go in the product's own layout (elements.py), and each step fetches what the step AHEAD
-of it reads. A last tile of 16 rows would be every warp's work alike: with SPLIT each adds up its own part of
-the sum, out of the state that it has in registers, and the parts meet while the other tiles are multiplied.
+of it reads.
 """
 
 import torch
@@ -59,7 +58,6 @@ def load_weight(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HELD: tl.constexpr,
-    SPLIT: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -67,22 +65,15 @@ def load_weight(
 ):
     """The tiles, row by row, of the (M, K) weight whose element (m, k) lies at w + m * w_m + k * w_k.
 
-    Zero past the edges. The first HELD rows of tiles stay in registers. With SPLIT the tiles of the last row
-    but its last are cut along k in parts of 16, one a warp: (parts, 16, 16).
-    With HALVES a tile is two, each with every other 8 of its columns, as `halves` cuts the state.
+    Zero past the edges. The first HELD rows of tiles stay in registers. With HALVES a tile is two, each with
+    every other 8 of its columns, as `halves` cuts the state.
     """
-    if SPLIT:
-        tl.static_assert(0 < M % BLOCK_M and M % BLOCK_M <= 16, "SPLIT is for a last tile of 16 rows")
-        tl.static_assert(HELD <= M // BLOCK_M and M > BLOCK_M, "SPLIT needs full tiles beside the last")
     tiles = ()
     for m in tl.static_range((M + BLOCK_M - 1) // BLOCK_M):
         for k in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
             rm = m * BLOCK_M + tl.arange(0, width(m, M, BLOCK_M))[:, None]
             for half in tl.static_range(1 + (HALVES and width(k, K, BLOCK_K) >= 32)):
-                if SPLIT and m == M // BLOCK_M and k < K // BLOCK_K:
-                    rk = k * BLOCK_K + tl.reshape(tl.arange(0, BLOCK_K), (BLOCK_K // 16, 1, 16))
-                    rm = rm[None, :, :]
-                elif HALVES and width(k, K, BLOCK_K) >= 32:
+                if HALVES and width(k, K, BLOCK_K) >= 32:
                     rk = tl.arange(0, width(k, K, BLOCK_K) // 2)[None, :]
                     rk = k * BLOCK_K + rk // 8 * 16 + half * 8 + rk % 8
                 else:
@@ -168,8 +159,8 @@ def without_padding(tile, N0: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def add_product(accs, ws, hs, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """accs + the weight ws @ the state hs, all three as tuples of tiles; SPLIT as the weight was loaded."""
+def add_product(accs, ws, hs, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """accs + the weight ws @ the state hs, all three as tuples of tiles."""
     sums = ()
     operands = ()
     for k in tl.static_range(len(hs)):
@@ -177,15 +168,11 @@ def add_product(accs, ws, hs, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTE
     hs = operands
     for n in tl.static_range(len(accs)):
         acc = accs[n]
-        if SPLIT and n == len(accs) - 1:
-            acc = dot(ws[len(ws) - 1], hs[len(hs) - 1], acc, PRECISION, INTERPRET)
-            acc += split_product(ws[n * len(hs) : -1], hs[:-1], acc.dtype, PRECISION, INTERPRET)
+        if PRECISION == "tf32x3" and not INTERPRET and is_cuda():
+            acc = tf32x3_product(ws[n * len(hs) : (n + 1) * len(hs)], hs, acc)
         else:
-            if PRECISION == "tf32x3" and not INTERPRET and is_cuda():
-                acc = tf32x3_product(ws[n * len(hs) : (n + 1) * len(hs)], hs, acc)
-            else:
-                for k in tl.static_range(len(hs)):
-                    acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
+            for k in tl.static_range(len(hs)):
+                acc = dot(ws[n * len(hs) + k], hs[k], acc, PRECISION, INTERPRET)
         sums += (acc,)
     return sums
 
@@ -216,19 +203,6 @@ def tf32x3_product(ws, hs, acc):
     for k in tl.static_range(len(hs)):
         acc = tl.fma(bigs[k], ones, acc)
     return acc
-
-
-@triton.jit
-def split_product(ws, hs, dtype: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """A row of tiles in parts (parts, 16, 16) @ the state's full tiles.
-
-    Rows that a warp has of a product's result are a part here: they need not go through shared memory.
-    """
-    acc = tl.zeros((ws[0].shape[0], 16, hs[0].shape[1]), dtype)
-    for k in tl.static_range(len(hs)):
-        h = tl.reshape(hs[k], (ws[k].shape[0], 16, hs[k].shape[1]))
-        acc = dot(ws[k], h, acc, PRECISION, INTERPRET)
-    return tl.sum(acc, 0)
 
 
 @triton.jit
@@ -284,12 +258,11 @@ def forward_kernel(
     BLOCK_B: tl.constexpr,
     C: tl.constexpr,
     HELD: tl.constexpr,
-    SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """x is (T, B, I); or, where I is 0, it is z (T, B, D * H) in the output's own memory."""
     NC: tl.constexpr = (H + C - 1) // C
-    HALVES: tl.constexpr = PRECISION == "tf32x3" and not SPLIT
+    HALVES: tl.constexpr = PRECISION == "tf32x3"
     BLOCK_I: tl.constexpr = width(0, I, _MAX_INPUTS)
     d = tl.program_id(1)
     rb = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -301,7 +274,7 @@ def forward_kernel(
     t = d * (steps - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET)
+    ws = load_weight(w_hh + d64 * H * H, H, H, H, 1, C, C, HELD, HALVES, BLOCK_B, PRECISION, INTERPRET)
     hs = load_state(h0 + (d64 * B + rb) * H, 1, H, C, INTERPRET)
     out_columns = output + d * H + rb * out_b
     start = zeros(H, C, BLOCK_B, ACC)
@@ -310,12 +283,12 @@ def forward_kernel(
     if I > 0:
         x_columns = x + rb * x_b
         us = load_weight(
-            w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, False, False, BLOCK_B, PRECISION, INTERPRET
+            w_ih + d64 * H * I, H, I, I, 1, C, BLOCK_I, HELD, False, BLOCK_B, PRECISION, INTERPRET
         )
         if HAS_BIAS:
             start = load_bias(bias + d * H, H, C, BLOCK_B, ACC)
         xs = load_input(x_columns + t.to(tl.int64) * x_t, t < length, x_i, I, BLOCK_I)
-        accs = add_product(start, us, xs, False, PRECISION, INTERPRET)
+        accs = add_product(start, us, xs, PRECISION, INTERPRET)
         for i in tl.static_range(AHEAD):
             t_next = t + (i + 1) * sign
             inside = is_step(t_next, length, length)
@@ -327,7 +300,7 @@ def forward_kernel(
     if HAS_RESETS:
         cut = is_cut(resets, t + sign + d, rb, T, B)
     for _ in range(tl.minimum(steps, 1)):  # once; outside a loop it would read all the tiles before it starts
-        accs = add_product(accs, ws, halves(hs, H, C, HALVES), SPLIT, PRECISION, INTERPRET)
+        accs = add_product(accs, ws, halves(hs, H, C, HALVES), PRECISION, INTERPRET)
     for _ in range(steps):
         live = t < length
         if HAS_RESETS:
@@ -360,8 +333,8 @@ def forward_kernel(
             cut = cut_later
         accs = start
         if I > 0:
-            accs = add_product(start, us, queue[:1], False, PRECISION, INTERPRET)
-        accs = add_product(accs, ws, halves(hs, H, C, HALVES), SPLIT, PRECISION, INTERPRET)
+            accs = add_product(start, us, queue[:1], PRECISION, INTERPRET)
+        accs = add_product(accs, ws, halves(hs, H, C, HALVES), PRECISION, INTERPRET)
         queue = moved_up(queue, later)
         t += sign
     if HAS_LENGTHS:
@@ -398,11 +371,10 @@ def backward_kernel(
     BLOCK_B: tl.constexpr,
     C: tl.constexpr,
     HELD: tl.constexpr,
-    SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     NC: tl.constexpr = (H + C - 1) // C
-    HALVES: tl.constexpr = PRECISION == "tf32x3" and not SPLIT
+    HALVES: tl.constexpr = PRECISION == "tf32x3"
     d = tl.program_id(1)
     rb = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     ok = rb < B
@@ -414,7 +386,7 @@ def backward_kernel(
     last = (1 - d) * (length - 1)
 
     d64 = d.to(tl.int64)
-    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, SPLIT, HALVES, BLOCK_B, PRECISION, INTERPRET)
+    ws = load_weight(w_hh + d64 * H * H, H, H, 1, H, C, C, HELD, HALVES, BLOCK_B, PRECISION, INTERPRET)
     out_columns = output + d * H + rb * out_b
     g_columns = g_out + d64 * H * g_h + rb * g_b
     dz_columns = dz + d * H + rb * dz_b
@@ -458,7 +430,7 @@ def backward_kernel(
             new += (g,)
         if HAS_RESETS:
             cut = cut_later
-        accs = add_product(start, ws, halves(new, H, C, HALVES), SPLIT, PRECISION, INTERPRET)
+        accs = add_product(start, ws, halves(new, H, C, HALVES), PRECISION, INTERPRET)
         # After the product: before it the stores would stand in the queue in which it waits for its operands.
         for n in tl.static_range(NC):
             store_tile(dz_columns + t.to(tl.int64) * dz_t, new[n], ok, n * C, H, INTERPRET)

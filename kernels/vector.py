@@ -144,7 +144,6 @@ def forward_kernel(
     BLOCK_B: tl.constexpr,
     C: tl.constexpr,
     HELD: tl.constexpr,
-    SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """x is (T, B, I); or, where I is 0, it is z (T, B, D * H) in the output's own memory."""
@@ -228,7 +227,6 @@ def backward_kernel(
     BLOCK_B: tl.constexpr,
     C: tl.constexpr,
     HELD: tl.constexpr,
-    SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     b = tl.program_id(0)

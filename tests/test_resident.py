@@ -66,7 +66,7 @@ def variants(H, dtype):
         if isinstance(configs.estimate("resident", c, p), configs.Estimate)
     ]
     # Under the interpreter HELD and num_warps change nothing, and AHEAD has a test of its own.
-    return list({(c.BLOCK_B, c.C, c.SPLIT): c for c in fitting}.values())
+    return list({(c.BLOCK_B, c.C): c for c in fitting}.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
@@ -191,13 +191,12 @@ def test_what_fits(backward):
 
 
 def test_no_cliff():
-    """The model sees no power of two between 256 and 264, and 264 has its last tile split over the warps.
+    """The model sees no power of two between 256 and 264, whichever kernel is the quicker there.
 
-    Under Triton 3.9 two rows of tiles in registers spill there, and one is read from shared memory each step.
+    An H200 took 0.60 and 0.87 us a step forward, 0.69 and 0.70 backward (B 16, bfloat16).
     """
-    most = 1.3 if configs.TRITON < (3, 9) else 1.7
     for backward in (False, True):
         problems = [configs.Problem(16, H, 1, torch.bfloat16, backward=backward) for H in (256, 264)]
-        (_, whole), (config, more) = (configs.candidates("resident", p)[0] for p in problems)
-        assert config.SPLIT
-        assert more.us < most * whole.us
+        kernels = ("resident", "cooperative")
+        whole, more = (min(configs.candidates(k, p)[0][1].us for k in kernels) for p in problems)
+        assert more < 1.7 * whole
