@@ -185,5 +185,5 @@ def finite(value: float) -> float | None:
 def device_timing(device: torch.device, seconds: float, min_rounds: int) -> Timing:
     """Wall clock on a CPU, CUDA events on a GPU (which also needs longer to reach its clock)."""
     if device.type == "cuda":
-        return Timing(measure.cuda_seconds, seconds, min_rounds, warmup=0.5)
+        return Timing(measure.cuda_seconds, seconds, min_rounds, warmup=min(0.2, seconds))
     return Timing(measure.wall_seconds, seconds, min_rounds, warmup=min(0.1, seconds))

@@ -41,7 +41,7 @@ SHARES = {"compile": 0.35, "verify": 0.3, "tune": 0.5, "sweep": 0.85, "tools": 0
 #: (B, H) of the keys that are tuned, most wanted first.
 TUNED_B = (16, 1, 64)
 TUNED_H = (64, 128, 256, 512, 1024, 264, 320, 384, 768, 2048, 224, 336, 1760, 2560)
-TUNED_ARITHMETIC = ("bfloat16", "float32", "tf32")
+TUNED_ARITHMETIC = ("bfloat16", "float32", "tf32", "float16")
 #: Families that are verified at once, each in a process of its own.
 AT_ONCE = 14
 
@@ -233,12 +233,9 @@ def _keys(run: Run) -> Iterator[tuple[str, Problem]]:
 
 
 def _tried(kernel: str, problem: Problem, chip: Chip) -> list[Config]:
-    """The tuner's candidates, and of resident those that wgmma multiplies, which the model never offers."""
+    """The tuner's candidates: for as many rows as the key's bucket holds, where the kernel can run that."""
     whole = replace(problem, B=tables.bucket(problem.B))
-    found = precompile.candidates(kernel, whole, chip) or precompile.candidates(kernel, problem, chip)
-    if kernel == "resident" and problem.B >= 16:
-        found = list(dict.fromkeys([*found, *verify.wide(whole, chip)]))
-    return found
+    return precompile.candidates(kernel, whole, chip) or precompile.candidates(kernel, problem, chip)
 
 
 def stage_tune(run: Run) -> None:
@@ -311,9 +308,26 @@ def row_entry(kernel: str, problem: Problem, row: dict[str, Any]) -> tables.Entr
     key, first = tables.key_of(kernel, problem), row["candidates"][0]
     config = tables.config_of(key, row["config"])
     assert not isinstance(config, str), config
-    failed = {str(c["config"]): c["reason"] for c in row["candidates"] if "us" not in c and "reason" in c}
+    failed = {
+        str(tables.config_of(key, c["config"])): c["reason"]
+        for c in row["candidates"]
+        if "us" not in c and "reason" in c
+    }
+    times = {
+        str(tables.config_of(key, c["config"])): {"median": c["us"], "p20": c["p20"], "p80": c["p80"]}
+        for c in row["candidates"]
+        if "us" in c and config
+    }
     return tables.Entry(
-        key, config, row["us"], row["p20"], row["p80"], first.get("us"), len(row["candidates"]), failed
+        key,
+        config,
+        row["us"],
+        row["p20"],
+        row["p80"],
+        first.get("us"),
+        len(row["candidates"]),
+        failed,
+        times=times,
     )
 
 
@@ -321,33 +335,20 @@ def row_entry(kernel: str, problem: Problem, row: dict[str, Any]) -> tables.Entr
 
 
 def stage_sweep(run: Run) -> None:
-    """The bench's own sweeps, each within its part of the time."""
-    end = run.share("sweep")
-    plans = (
-        ("kernels", "bfloat16", "auto,cudnn"),
-        ("standard", "bfloat16", "auto"),
-        ("kernels", "float32,tf32", "auto"),
-    )
-    for sweep, dtypes, backends in plans:
-        minutes = (end - time.monotonic()) / 60
-        if minutes < 0.3:
-            run.say(f"sweep: no time for {sweep} {dtypes}")
-            continue
-        command = [
-            sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "--sweep", sweep,
-            "--dtype", dtypes, "--backends", backends, "--passes", "forward,training",
-            "--benchmark-max-time", "0.25", "--budget", f"{minutes:.2f}",
-            "-W", "default", "-p", "no:cacheprovider",
-        ]  # fmt: skip
-        log = run.folder / f"sweep.{sweep}.{dtypes.replace(',', '+')}.log"
-        with log.open("a", encoding="utf-8") as file:
-            try:
-                subprocess.run(
-                    command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, timeout=60 * minutes + 45
-                )
-            except subprocess.TimeoutExpired:
-                run.say(f"sweep: {sweep} {dtypes} was ended")
-        run.say(f"sweep: {sweep} {dtypes} done")
+    """The bench's sweep of this name, within its part of the time; what it leaves out its page names."""
+    minutes = (run.share("sweep") - time.monotonic()) / 60
+    command = [
+        sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "--sweep", "gpu",
+        "--results", str(run.folder.parents[1]), "--budget", f"{max(0.1, minutes - 0.3):.2f}",
+        "-p", "no:cacheprovider",
+    ]  # fmt: skip
+    with (run.folder / "sweep.log").open("a", encoding="utf-8") as file:
+        try:
+            subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, timeout=60 * minutes + 30
+            )
+        except subprocess.TimeoutExpired:
+            run.say("sweep: it was ended; its rows are kept, and the same command goes on")
 
 
 # report
@@ -399,7 +400,7 @@ def stage_tools(run: Run) -> None:
     end = run.share("tools")
     command = [
         sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-k", "graph or stream or thread or bits",
-        "-W", "default", "-p", "no:cacheprovider",
+        "-p", "no:cacheprovider",
     ]  # fmt: skip
     with (run.folder / "tests.log").open("a", encoding="utf-8") as file:
         try:

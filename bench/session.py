@@ -28,6 +28,9 @@ SCRATCH = ROOT / ".benchmarks" / "unpublished"
 
 Cell = tuple[Workload, str]
 
+# Seconds of sampling on a GPU, whose calls take milliseconds and differ little.
+GPU_SECONDS = 0.25
+
 # What a finished cell may consist of; one with any other row is measured again by the next run.
 SETTLED = (TIMED, UNAVAILABLE, LEFT_OUT)
 
@@ -112,7 +115,7 @@ class Plan:
         return cls(
             name,
             re.sub("[: ]", "-", "-".join([name, *suffix])),
-            chosen.seconds,
+            chosen.seconds if found.type == "cpu" else min(chosen.seconds, GPU_SECONDS),
             found,
             tuple(dataclasses.replace(w, dtype=d) for d in taken["--dtype"] for w in chosen.workloads),
             taken["--passes"],

@@ -167,6 +167,13 @@ SWEEPS = {
         takes="about five minutes on two slow cores",
     ),
     "standard": Sweep(_standard(), passes=("forward", "backward", "training")),
+    # What `make gpu` publishes of a new card: the standard shapes, the layer as it is used against nn.RNN.
+    "gpu": Sweep(
+        _standard(),
+        passes=("forward", "training"),
+        gpu_dtypes=("bfloat16", "float32", "tf32", "float16"),
+        contenders=("nn.RNN", "auto"),
+    ),
     # Where the kernels hand over to one another, and where cuDNN has its cliffs.
     "kernels": Sweep(_square(16, 1024, 64, 128, 256, 264, 384, 512, 1024, 2048)),
     # DeepBench's vanilla RNNs (training, then its two for devices).

@@ -73,12 +73,13 @@ def why_not(kernel: str, problem: configs.Problem, device: torch.device) -> str 
 def times(problem: configs.Problem, device: torch.device) -> tuple[Mapping[str, float], bool]:
     """Microseconds a step of every Triton kernel that can run the problem, and whether they were tuned.
 
-    They were if a table has all of them: a measured time and a predicted one are not compared.
+    They were if a table has all of them: a measured time and a predicted one are not compared. It may lack
+    step, a launch a step, where another kernel can run.
     """
     on = chip(device)
     able = [kernel for kernel in configs.KERNELS if why_not(kernel, problem, device) is None]
     entries = {kernel: tuning.lookup(kernel, problem, device) for kernel in able}
-    if able and all(entries.values()):
+    if able and all(entries[kernel] for kernel in able if kernel != "step" or able == ["step"]):
         return {kernel: entry.us for kernel, entry in entries.items() if entry}, True
     return {kernel: configs.candidates(kernel, problem, on)[0][1].us for kernel in able}, False
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -546,6 +547,32 @@ def _registers_cooperative(config: CooperativeConfig, problem: Problem) -> int:
     return 90 + held + 5 * sums + products + streams
 
 
+#: Microseconds of a cooperative step, fitted to 120 candidates on an H200 (results/nvidia-h200-16-cores,
+#: 2026-11-27, B = 16). MEETING_US: of two programs, whose threads poll their own vectors; who read a whole
+#: tile until it is complete; who wait at a counter. MEETING_DOUBLED_US: what twice the programs add.
+MEETING_US, MEETING_DOUBLED_US = (0.28, 0.45, 0.83), 0.07
+#: For each byte of the state, in the same order; and half of it more where four warps do the work of eight.
+STATE_US, FOUR_WARPS_US = (4e-5, 6e-5, 3e-5), 7e-5
+#: A further look at the state, a further chunk of it, and a column of the result.
+LOOK_US, CHUNK_US, COLUMN_US = 0.15, 0.02, 0.006
+#: Cycles of a program's multiply-add without tensor cores, there too: its operands don't stay in registers.
+FMA_CYCLES = 0.16
+
+
+def polls_directly(config: CooperativeConfig, problem: Problem) -> bool:
+    """Whether each thread polls by 16 bytes what it multiplies, as far as config and problem decide that."""
+    itemsize = problem.dtype.itemsize
+    return (
+        config.FLAG
+        and config.BLOCK_B == 8
+        and not config.STREAMED
+        and config.CHUNKS <= 4
+        and not (itemsize == 4 and config.PRECISION == "ieee")
+        and problem.H * itemsize % 16 == 0
+        and config.BLOCK_K // config.num_warps * itemsize >= 64
+    )
+
+
 def _estimate_cooperative(config: CooperativeConfig, problem: Problem, chip: Chip) -> Estimate | str:
     B, H, itemsize = problem.B, problem.H, problem.dtype.itemsize
     chunks = _ceil(H, config.BLOCK_K)
@@ -574,15 +601,17 @@ def _estimate_cooperative(config: CooperativeConfig, problem: Problem, chip: Chi
     jobs = problem.D * _ceil(B, config.BLOCK_B)
     groups = min(jobs, chip.processors // group)
     padded = chunks * config.BLOCK_K
+    state = padded * config.BLOCK_B * itemsize
+    way = 0 if polls_directly(config, problem) else 1 if config.FLAG else 2
+    us = MEETING_US[way] + MEETING_DOUBLED_US * math.log2(group) + COLUMN_US * config.BLOCK_N
+    us += state * STATE_US[way] * (1.3 if config.PRECISION == "tf32x3" else 1.0)
+    us += padded * itemsize * FOUR_WARPS_US * (config.num_warps < 8)
+    us += LOOK_US * (_ceil(chunks, config.CHUNKS) - 1) + CHUNK_US * (chunks - 1)
     # L2 gives some 64 bytes a cycle to one processor and 3,000 to all.
-    read = (padded * config.BLOCK_B + config.STREAMED * config.BLOCK_K * config.BLOCK_N) * itemsize
-    read_cycles = max(read / 64, group * groups * read / 3000)
-    copies = 2 if config.PRECISION == "tf32x3" else 1
-    product = _product_cycles(config.BLOCK_N, padded, max(config.BLOCK_B, 8), config.PRECISION, problem.dtype)
-    on_chip = padded * (config.BLOCK_N + config.BLOCK_B) * itemsize * copies / 128
-    looks = _ceil(chunks, config.CHUNKS)
-    trips = (1.5 if config.FLAG else 2.5) + 0.7 * (looks - 1)
-    barriers = 60 * chunks  # a chunk's way through shared memory to the tensor cores
-    us = L2_US * trips + 0.2 + (read_cycles + max(product, on_chip) + barriers) / (1000 * chip.ghz)
+    streamed = config.STREAMED * config.BLOCK_K * config.BLOCK_N * itemsize
+    cycles = max(streamed / 64, group * groups * streamed / 3000)
+    if itemsize > 2 and config.PRECISION == "ieee":
+        cycles += FMA_CYCLES * padded * config.BLOCK_N * config.BLOCK_B
+    us += cycles / (1000 * chip.ghz)
     waves = _ceil(jobs, groups)
     return Estimate(shared, registers, group * groups, waves, waves * us)

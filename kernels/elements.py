@@ -28,9 +28,10 @@ def load_operands(bits):
 
 
 @triton.constexpr_function
-def store_code(bits):
+def store_code(bits, past_l1):
     """Inline assembly must have a result: a zero."""
-    return f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b{bits} [$1], $2; mov.b32 $0, 0; }}"
+    cache = ".cg" if past_l1 else ""
+    return f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global{cache}.b{bits} [$1], $2; mov.b32 $0, 0; }}"
 
 
 @triton.constexpr_function
@@ -59,15 +60,15 @@ def load(pointers, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def store(pointers, x, mask, INTERPRET: tl.constexpr):
+def store(pointers, x, mask, INTERPRET: tl.constexpr, PAST_L1: tl.constexpr = False):
     """Writes x, of the pointers' dtype, where mask."""
     if INTERPRET or not is_cuda():
-        tl.store(pointers, x, mask=mask)
+        tl.store(pointers, x, mask=mask, cache_modifier=".cg" if PAST_L1 else "")
     else:
         bits: tl.constexpr = x.dtype.primitive_bitwidth
         # As numbers: pointers don't go into one piece of assembly together with anything else.
         x = x.to(tl.core.get_int_dtype(bits, True), bitcast=True)
         operands = [pointers.to(tl.int64), x, mask.to(tl.int32)]
         tl.inline_asm_elementwise(
-            store_code(bits), store_operands(bits), operands, tl.int32, is_pure=False, pack=1
+            store_code(bits, PAST_L1), store_operands(bits), operands, tl.int32, is_pure=False, pack=1
         )
