@@ -180,10 +180,10 @@ def forward_kernel(
             cut_later = is_cut(resets, t + 2 * sign + d, b, T, B)
         sums = tl.sum(w * operand(h)[:, None, :], 0)
         if I > 0:
-            sums += tl.sum(u * queue[0][:, None, :], 0)
+            sums += tl.sum(u * queue[0][:, None, :], 0)  # type: ignore[misc]
         acc = rows_sum(sums)
         if I == 0:
-            acc += queue[0].to(ACC)
+            acc += queue[0].to(ACC)  # type: ignore[misc]
         elif HAS_BIAS:
             acc += start
         h = without_padding(activated(acc, RELU, output.dtype.element_ty, INTERPRET), H, C)
@@ -258,8 +258,8 @@ def backward_kernel(
             cut_later = is_cut(resets, t + sign + d, b, T, B)
         if HAS_G_OUT:
             g_later = load_state(g_row + t_next * g_t, g_h, H, C)
-            acc += g_queue[0].to(ACC)
-        g = rounded(activate_backward(acc, queue[0].to(ACC), RELU), dz.dtype.element_ty, INTERPRET)
+            acc += g_queue[0].to(ACC)  # type: ignore[misc]
+        g = rounded(activate_backward(acc, queue[0].to(ACC), RELU), dz.dtype.element_ty, INTERPRET)  # type: ignore[misc]
         g = without_padding(g, H, C)
         acc = rows_sum(tl.sum(w * operand(g)[:, None, :], 0))
         store_state(dz_row + t.to(tl.int64) * dz_t, g, H, C)
