@@ -22,6 +22,7 @@ operator's schema holds none.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -126,21 +127,17 @@ def _scan(
     precision: str,
 ) -> Tensor:
     """The output (T, B, D * H) by a Triton kernel."""
-    from . import choice  # not above: importing elman must not import Triton
-
     # A tensor may be negated lazily, which torch's operators see to and a kernel doesn't.
-    x, h0, w_ih, w_hh = (t.resolve_neg() for t in (x, h0, w_ih, w_hh))
+    x, h0, w_ih, w_hh = (t.resolve_neg() if t.is_neg() else t for t in (x, h0, w_ih, w_hh))
     bias = None if bias is None else bias.resolve_neg()
-    T, _, I = x.shape
     ragged = lengths is not None or resets is not None
-    name, problem = choice.plan(kernel, _problem(x, w_hh, ragged, precision), x.device, T, I)
-    config = choice.config(name, problem, x.device)
+    name, problem, config = _launch(x, w_hh, kernel, precision, ragged, x.shape[2])
     if name == "cell":
         output, b = x.new_empty(1, x.shape[1], w_hh.shape[1]), None if bias is None else bias[0]
         h = h0[0] if resets is None else h0[0].masked_fill(resets[0, :, None], 0)
-        _module("step").cell(x[0], h, w_ih[0], w_hh[0], b, output[0], nonlinearity, precision, config)
+        _module("kernels.step").cell(x[0], h, w_ih[0], w_hh[0], b, output[0], nonlinearity, precision, config)
         return output
-    module = _module(name)
+    module = _module(f"kernels.{name}")
     if problem.inputs:
         return module.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, precision, config, resets)
     z = eager.project(x, w_ih, bias)
@@ -161,33 +158,34 @@ def _layer_dz(
     """dz, of the output's shape, by the backward scan of any kernel."""
     if kernel == "eager":
         return eager.backward(g_out, g_hn, output, w_hh, counts, resets, nonlinearity)
-    from . import choice
-
-    output, w_hh = output.resolve_neg(), w_hh.resolve_neg()
-    g_out, g_hn = (None if g is None else g.resolve_neg() for g in (g_out, g_hn))
+    output, w_hh = (t.resolve_neg() if t.is_neg() else t for t in (output, w_hh))
+    g_out, g_hn = (g.resolve_neg() if g is not None and g.is_neg() else g for g in (g_out, g_hn))
     dz = torch.empty_like(output)
     ragged = counts is not None or resets is not None
-    problem = _problem(output, w_hh, ragged, precision, backward=True)
-    name, problem = choice.plan(kernel, problem, output.device, len(output))
-    config = choice.config(name, problem, output.device)
-    _module(name).scan_backward(
+    name, _, config = _launch(output, w_hh, kernel, precision, ragged)
+    _module(f"kernels.{name}").scan_backward(
         g_out, g_hn, output, w_hh, dz, counts, nonlinearity, precision, config, resets
     )
     return dz
 
 
-def _problem(sequence: Tensor, w_hh: Tensor, ragged: bool, precision: str, **more: Any) -> configs.Problem:
-    """What a scan over (T, B, ...) with w_hh (D, H, H) chooses its kernel and config for."""
-    from .kernels.configs import Problem
+def _launch(
+    sequence: Tensor, w_hh: Tensor, kernel: str, precision: str, ragged: bool, inputs: int | None = None
+) -> tuple[str, configs.Problem, configs.Config | None]:
+    """What scans a sequence (T, B, ...) with w_hh (D, H, H), forward over `inputs`, or, at None, backward."""
+    choice = _module("choice")
+    # The interpreter, whose launches take a thousand times as long, remembers nothing: tests watch it choose.
+    find = choice.remembered_launch if sequence.is_cuda else choice.launch
+    (T, B, _), (D, H, _), backward = sequence.shape, w_hh.shape, inputs is None
+    return find(
+        kernel, B, H, D, sequence.dtype, precision, backward, ragged, sequence.device, T, inputs or 0
+    )
 
-    D, H, _ = w_hh.shape
-    precision = precision if sequence.dtype == torch.float32 else "ieee"
-    return Problem(sequence.shape[1], H, D, sequence.dtype, precision, ragged=ragged, **more)
 
-
-def _module(kernel: str) -> ModuleType:
+@functools.cache
+def _module(name: str) -> ModuleType:
     # On first use: importing the package must not import Triton.
-    return importlib.import_module(f"elman.kernels.{kernel}")
+    return importlib.import_module(f"elman.{name}")
 
 
 def _last(B: int, counts: Tensor | None, sequence: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -206,9 +207,14 @@ def launch_options() -> dict[str, int]:
     return {"enable_fp_fusion": True, **registers}
 
 
+_NOTHING = nullcontext()
+
+
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
 
 
 def backward_arguments(
@@ -300,4 +306,9 @@ def chip(device: torch.device) -> configs.Chip:
     like = configs.CHIPS.get(known, configs.CHIPS["gfx942" if amd else "sm_80"])
     # ROCm's properties have no opt-in limit.
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return replace(like, name=properties.name, processors=properties.multi_processor_count, shared=shared)
+    return _chip(like, properties.name, properties.multi_processor_count, shared)
+
+
+@lru_cache
+def _chip(like: configs.Chip, name: str, processors: int, shared: int) -> configs.Chip:
+    return replace(like, name=name, processors=processors, shared=shared)
