@@ -201,11 +201,16 @@ def _run(
     num_layers, D = options.num_layers, 1 + options.bidirectional
     states, precision = [], routing.float32_precision(x.device)
     h0s = hx.split(D) if num_layers > 1 else (hx,)
-    layers = stacked_weights(weights, num_layers, D, options.bias)
-    for n, (h0, (w_ih, w_hh, b)) in enumerate(zip(h0s, layers, strict=True)):
+    plain, size = ops.is_unobserved((x, hx, counts, resets, *weights)), len(weights) // num_layers
+    layers = h0s if plain else stacked_weights(weights, num_layers, D, options.bias)
+    how = (options.nonlinearity, route.kernel, precision)
+    for n, (h0, layer) in enumerate(zip(h0s, layers, strict=True)):
         if n and options.dropout:
             x = F.dropout(x, options.dropout, options.training)
-        x, h = ops.layer(x, h0, w_ih, w_hh, b, counts, resets, options.nonlinearity, route.kernel, precision)
+        if plain:
+            x, h = ops.plain_layer(x, h0, counts, resets, *how, D, weights[n * size : (n + 1) * size])
+        else:
+            x, h = ops.layer(x, h0, *layer, counts, resets, *how)
         states.append(h)
     return x, states[0] if num_layers == 1 else torch.cat(states)
 
