@@ -89,11 +89,11 @@ def _is_watched() -> bool:
 def is_unobserved(tensors: Iterable[Tensor | None]) -> bool:
     """Whether these are plain tensors and nothing looks on, so that `plain_layer` may stand for `layer`."""
     return (
-        not torch._C._are_functorch_transforms_active()
+        not routing.is_traced()
+        and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._autograd._profiler_enabled()  # it shall find the operators' names
-        and not routing.is_traced()
         and all(type(t) in _PLAIN for t in tensors)
     )
 

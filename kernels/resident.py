@@ -34,6 +34,7 @@ from .common import (
     expect_sequence,
     is_cut,
     is_step,
+    launch,
     launch_options,
     on_device,
     operand,
@@ -553,7 +554,7 @@ def _forward(
         h0 = torch.cat([h0[:1].masked_fill(resets[0, :, None], 0), h0[1:]])
     config = config or configs.choose("resident", problem, chip(x.device))
     with on_device(x):
-        forward_kernel[triton.cdiv(B, config.BLOCK_B), D](
+        arguments = (
             x,
             w_ih.contiguous() if w_ih is not None else x,
             bias.contiguous() if bias is not None else x,
@@ -565,15 +566,17 @@ def _forward(
             B,
             *x.stride(),
             *output.stride()[:2],
-            H=H,
-            I=problem.inputs,
-            HAS_BIAS=bias is not None,
-            HAS_LENGTHS=lengths is not None,
-            HAS_RESETS=resets is not None,
-            **options,
+        )
+        options |= {
+            "H": H,
+            "I": problem.inputs,
+            "HAS_BIAS": bias is not None,
+            "HAS_LENGTHS": lengths is not None,
+            "HAS_RESETS": resets is not None,
             **vars(config),
             **launch_options(),
-        )
+        }
+        launch(forward_kernel, (triton.cdiv(B, config.BLOCK_B), D), arguments, options)
     return output
 
 
@@ -603,6 +606,5 @@ def scan_backward(
     config = config or configs.choose("resident", problem, chip(dz.device))
     options |= {**vars(config), **launch_options()}
     with on_device(dz):
-        backward_kernel[triton.cdiv(problem.B, config.BLOCK_B), problem.D](
-            *tensors, len(dz), problem.B, *strides, **options
-        )
+        grid = (triton.cdiv(problem.B, config.BLOCK_B), problem.D)
+        launch(backward_kernel, grid, (*tensors, len(dz), problem.B, *strides), options)
