@@ -2,6 +2,7 @@
 
     plan(...)      the kernel of a launch, and whether it makes the input product too
     config(...)    its config, tuned if that is due
+    launch(...)    both of a pass over tensors, remembered by plain sizes
     why_not(...)   why a kernel can't run a problem
     times(...)     microseconds a step of each kernel that can
     compare(...)   the same beside cudnn's, as numbers and as text
@@ -52,6 +53,32 @@ def config(
         return None
     find = tuning.config_for if tuned else tuning.known_config
     return find("step" if kernel == "cell" else kernel, problem, device)
+
+
+def launch(
+    kernel: str,
+    B: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    precision: str,
+    backward: bool,
+    ragged: bool,
+    device: torch.device,
+    steps: int,
+    inputs: int = 0,
+) -> tuple[str, configs.Problem, configs.Config | None]:
+    """The kernel, the problem and the config of a pass: plan's and config's answers.
+
+    By plain numbers, which cost a fraction of a Problem to hash, and one look-up instead of four.
+    """
+    precision = precision if dtype == torch.float32 else "ieee"
+    problem = configs.Problem(B, H, D, dtype, precision, backward, ragged=ragged)
+    name, problem = plan(kernel, problem, device, steps, inputs)
+    return name, problem, config(name, problem, device)
+
+
+remembered_launch = tuning.remembered(launch)
 
 
 @tuning.remembered

@@ -70,7 +70,8 @@ def elman(
         weights = list(weights)  # before anything looks at them: an iterator can be read only once
     listed = weights if type(weights) is list else []
     tensors = (input, hx, weights, lengths, resets)
-    if has_torch_function(tensors) or has_torch_function(listed) or routing.is_exported_as_nn_rnn():
+    exported = routing.is_exported_as_nn_rnn()
+    if exported or has_torch_function(tensors) or has_torch_function(listed):
         overriding = _overriding(*tensors, *listed)
         given: dict[str, Any] = {
             "num_layers": num_layers,
@@ -87,7 +88,7 @@ def elman(
             given["backend"] = backend
             function: Callable[..., Any] = elman
             return handle_torch_function(function, overriding, input, hx, weights, **given)
-        if listed and (routing.is_exported_as_nn_rnn() or any(map(_is_expanded, listed))):
+        if listed and (exported or any(map(_is_expanded, listed))):
             return _by_nn_rnn(input, hx, weights, backend=backend, **given)
     D = 2 if bidirectional else 1
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
@@ -199,13 +200,19 @@ def _run(
     if route.backend == "cudnn":
         return cudnn.elman(x, hx, weights, counts, options)
     num_layers, D = options.num_layers, 1 + options.bidirectional
-    states, precision = [], routing.float32_precision(x.device)
+    precision = routing.float32_precision(x.device) if x.dtype == torch.float32 else "ieee"
+    states = []
     h0s = hx.split(D) if num_layers > 1 else (hx,)
-    layers = stacked_weights(weights, num_layers, D, options.bias)
-    for n, (h0, (w_ih, w_hh, b)) in enumerate(zip(h0s, layers, strict=True)):
+    plain, size = ops.is_unobserved((x, hx, counts, resets, *weights)), len(weights) // num_layers
+    layers = h0s if plain else stacked_weights(weights, num_layers, D, options.bias)
+    how = (options.nonlinearity, route.kernel, precision)
+    for n, (h0, layer) in enumerate(zip(h0s, layers, strict=True)):
         if n and options.dropout:
             x = F.dropout(x, options.dropout, options.training)
-        x, h = ops.layer(x, h0, w_ih, w_hh, b, counts, resets, options.nonlinearity, route.kernel, precision)
+        if plain:
+            x, h = ops.plain_layer(x, h0, counts, resets, *how, D, weights[n * size : (n + 1) * size])
+        else:
+            x, h = ops.layer(x, h0, *layer, counts, resets, *how)
         states.append(h)
     return x, states[0] if num_layers == 1 else torch.cat(states)
 
@@ -452,7 +459,8 @@ def _check_step(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> 
 def _check_weights(weights: Sequence[Tensor], input: Tensor, per_group: int, D: int) -> int:
     """The hidden size H, after checking every weight's kind and shape and the input's last size."""
     for i, weight in enumerate(weights):
-        _check_tensor(f"weights[{i}]", weight)
+        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+            _check_tensor(f"weights[{i}]", weight)
     if weights[0].dim() != 2:
         raise RuntimeError(f"weights[0] has shape {tuple(weights[0].shape)}; expected 2 dimensions, (H, I)")
     H, I = weights[0].shape
@@ -567,15 +575,14 @@ def _prepare(
             f"with input.to({dtype}), or the model with model.to({input.dtype})"
         )
     for i, tensor in enumerate((hx, *weights), -1):
-        if tensor is None:
+        if tensor is None or (tensor.dtype == dtype and tensor.device == device):
             continue
         name = f"weights[{i}]" if i >= 0 else "hx"
         if tensor.dtype != dtype:
             raise RuntimeError(
                 f"{name} is {tensor.dtype} and the input {dtype}; expected one dtype: convert with .to()"
             )
-        if tensor.device != device:
-            raise RuntimeError(
-                f"{name} is on {tensor.device} and the input on {device}; expected one: move with .to()"
-            )
+        raise RuntimeError(
+            f"{name} is on {tensor.device} and the input on {device}; expected one: move with .to()"
+        )
     return input, hx, weights, plain

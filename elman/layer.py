@@ -95,7 +95,8 @@ class Elman(nn.RNNBase):
             weights: list[Any] = list(self._flat_weights)
         else:
             # By name and at every call: a parametrization or functional_call puts other tensors there.
-            weights = [getattr(self, name) for name in self._flat_weights_names]
+            own = self._parameters
+            weights = [own[n] if n in own else getattr(self, n) for n in self._flat_weights_names]
         return elman(
             input,
             hx,

@@ -22,9 +22,10 @@ operator's schema holds none.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,91 @@ def _is_watched() -> bool:
     return watched
 
 
+def is_unobserved(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether these are plain tensors and nothing looks on, so that `plain_layer` may stand for `layer`."""
+    return (
+        not routing.is_traced()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._autograd._profiler_enabled()  # it shall find the operators' names
+        and all(type(t) in _PLAIN for t in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def plain_layer(
+    x: Tensor,
+    h0: Tensor,
+    counts: Tensor | None,
+    resets: Tensor | None,
+    nonlinearity: str,
+    kernel: str,
+    precision: str,
+    D: int,
+    weights: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """As `layer`, by nn.RNN's own weights of one layer, where `is_unobserved`: with the least of the host.
+
+    The dispatcher's way to an operator and its derivative cost more than a short sequence, and so does a node
+    of autograd for each view of a weight.
+    """
+    arguments = (x, h0, counts, resets, nonlinearity, kernel, precision, D, *weights)
+    if torch.is_grad_enabled():
+        return _Recorded.apply(*arguments)
+    return _plain_layer(*arguments)
+
+
+def _plain_layer(
+    x: Tensor,
+    h0: Tensor,
+    counts: Tensor | None,
+    resets: Tensor | None,
+    nonlinearity: str,
+    kernel: str,
+    precision: str,
+    D: int,
+    *weights: Tensor,
+) -> tuple[Tensor, Tensor]:
+    ((w_ih, w_hh, bias),) = reference.stacked_weights(weights, 1, D, len(weights) == 4 * D)
+    return _layer(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision)
+
+
+class _Recorded(torch.autograd.Function):
+    """`_plain_layer` with its derivative, the operator's."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        x, h0, counts, resets, ctx.nonlinearity, ctx.kernel, ctx.precision, ctx.D, *weights = arguments
+        output, h_n = _plain_layer(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, counts, resets, output, *weights)
+        return output, h_n
+
+    @staticmethod
+    def backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h0, counts, resets, output, *weights = ctx.saved_tensors
+        D, needs = ctx.D, ctx.needs_input_grad
+        size = len(weights) // D
+        # Joined here again, so that second derivatives find their way to the weights.
+        w_ih, w_hh = (reference.join(weights[i::size]) for i in (0, 1))
+        of_biases = size == 4 and any(needs[10::4] + needs[11::4])
+        wanted = [*needs[:2], any(needs[8::size]), any(needs[9::size]), of_biases]
+        arguments = (g_out, g_hn, x, h0, w_ih, w_hh, counts, resets, output)
+        dx, dh0, *found = _gradients(*arguments, ctx.nonlinearity, ctx.kernel, ctx.precision, wanted)
+        by_weight: list[Tensor | None] = []
+        for d in range(D):
+            dw_ih, dw_hh, db = (None if g is None else g[d] for g in found)
+            by_weight += [dw_ih, dw_hh]
+            if size == 4:
+                # Both get memory of their own: what works on gradients in place would else do it twice.
+                by_weight += [db, None if db is None or not needs[11 + d * size] else db.clone()]
+        by_weight = [g if needed else None for g, needed in zip(by_weight, needs[8:], strict=True)]
+        return dx, dh0, None, None, None, None, None, None, *by_weight
+
+
 def _tell_counters() -> None:
     from . import flops  # not above: it names the operators, which this file makes
 
@@ -108,6 +194,8 @@ def _layer(
     else:
         output = _scan(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision)
     B, (D, H, _) = h0.shape[1], w_hh.shape
+    if D == 1 and counts is None:
+        return output, output[-1:].clone()  # a copy, as h_n may be written into
     # Reversed, the last step is the first; a copy even of one, as h_n may be written into.
     ends = [_last(B, counts, output), _first(B, output)][:D]
     return output, torch.cat([output[end][None, :, d * H : (d + 1) * H] for d, end in enumerate(ends)])
@@ -126,21 +214,17 @@ def _scan(
     precision: str,
 ) -> Tensor:
     """The output (T, B, D * H) by a Triton kernel."""
-    from . import choice  # not above: importing elman must not import Triton
-
     # A tensor may be negated lazily, which torch's operators see to and a kernel doesn't.
-    x, h0, w_ih, w_hh = (t.resolve_neg() for t in (x, h0, w_ih, w_hh))
+    x, h0, w_ih, w_hh = (t.resolve_neg() if t.is_neg() else t for t in (x, h0, w_ih, w_hh))
     bias = None if bias is None else bias.resolve_neg()
-    T, _, I = x.shape
     ragged = lengths is not None or resets is not None
-    name, problem = choice.plan(kernel, _problem(x, w_hh, ragged, precision), x.device, T, I)
-    config = choice.config(name, problem, x.device)
+    name, problem, config = _launch(x, w_hh, kernel, precision, ragged, x.shape[2])
     if name == "cell":
         output, b = x.new_empty(1, x.shape[1], w_hh.shape[1]), None if bias is None else bias[0]
         h = h0[0] if resets is None else h0[0].masked_fill(resets[0, :, None], 0)
-        _module("step").cell(x[0], h, w_ih[0], w_hh[0], b, output[0], nonlinearity, precision, config)
+        _module("kernels.step").cell(x[0], h, w_ih[0], w_hh[0], b, output[0], nonlinearity, precision, config)
         return output
-    module = _module(name)
+    module = _module(f"kernels.{name}")
     if problem.inputs:
         return module.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, precision, config, resets)
     z = eager.project(x, w_ih, bias)
@@ -161,33 +245,32 @@ def _layer_dz(
     """dz, of the output's shape, by the backward scan of any kernel."""
     if kernel == "eager":
         return eager.backward(g_out, g_hn, output, w_hh, counts, resets, nonlinearity)
-    from . import choice
-
-    output, w_hh = output.resolve_neg(), w_hh.resolve_neg()
-    g_out, g_hn = (None if g is None else g.resolve_neg() for g in (g_out, g_hn))
+    output, w_hh = (t.resolve_neg() if t.is_neg() else t for t in (output, w_hh))
+    g_out, g_hn = (g.resolve_neg() if g is not None and g.is_neg() else g for g in (g_out, g_hn))
     dz = torch.empty_like(output)
     ragged = counts is not None or resets is not None
-    problem = _problem(output, w_hh, ragged, precision, backward=True)
-    name, problem = choice.plan(kernel, problem, output.device, len(output))
-    config = choice.config(name, problem, output.device)
-    _module(name).scan_backward(
+    name, _, config = _launch(output, w_hh, kernel, precision, ragged)
+    _module(f"kernels.{name}").scan_backward(
         g_out, g_hn, output, w_hh, dz, counts, nonlinearity, precision, config, resets
     )
     return dz
 
 
-def _problem(sequence: Tensor, w_hh: Tensor, ragged: bool, precision: str, **more: Any) -> configs.Problem:
-    """What a scan over (T, B, ...) with w_hh (D, H, H) chooses its kernel and config for."""
-    from .kernels.configs import Problem
+def _launch(
+    sequence: Tensor, w_hh: Tensor, kernel: str, precision: str, ragged: bool, inputs: int | None = None
+) -> tuple[str, configs.Problem, configs.Config | None]:
+    """What scans a sequence (T, B, ...) with w_hh (D, H, H), forward over `inputs`, or, at None, backward."""
+    choice = _module("choice")
+    # The interpreter, whose launches take a thousand times as long, remembers nothing: tests watch it choose.
+    find = choice.remembered_launch if sequence.is_cuda else choice.launch
+    (T, B, _), (D, H, _), backward = sequence.shape, w_hh.shape, inputs is None
+    return find(kernel, B, H, D, sequence.dtype, precision, backward, ragged, sequence.device, T, inputs or 0)
 
-    D, H, _ = w_hh.shape
-    precision = precision if sequence.dtype == torch.float32 else "ieee"
-    return Problem(sequence.shape[1], H, D, sequence.dtype, precision, ragged=ragged, **more)
 
-
-def _module(kernel: str) -> ModuleType:
+@functools.cache
+def _module(name: str) -> ModuleType:
     # On first use: importing the package must not import Triton.
-    return importlib.import_module(f"elman.kernels.{kernel}")
+    return importlib.import_module(f"elman.{name}")
 
 
 def _last(B: int, counts: Tensor | None, sequence: Tensor) -> Any:
@@ -232,12 +315,30 @@ def _layer_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None
 
 
 def _layer_gradients(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, h0, w_ih, w_hh, counts, resets, output = ctx.saved_tensors
-    needs, none = list(ctx.needs_input_grad[:5]), (None,) * 10
+    options = (ctx.nonlinearity, ctx.kernel, ctx.precision, list(ctx.needs_input_grad[:5]))
+    return *_gradients(g_out, g_hn, *ctx.saved_tensors, *options), *(None,) * 5
+
+
+def _gradients(
+    g_out: Tensor | None,
+    g_hn: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    counts: Tensor | None,
+    resets: Tensor | None,
+    output: Tensor,
+    nonlinearity: str,
+    kernel: str,
+    precision: str,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, h0, w_ih, w_hh and the bias that `needs` names, None for the others."""
     g = g_hn if g_out is None else g_out
     if g is None:
-        return none
-    arguments = (g_out, g_hn, output, w_hh, counts, resets, ctx.nonlinearity, ctx.kernel, ctx.precision)
+        return (None,) * 5
+    arguments = (g_out, g_hn, output, w_hh, counts, resets, nonlinearity, kernel, precision)
     in_transform = torch._C._are_functorch_transforms_active()
     opaque = not in_transform and _stands_for_another(g)
     if forward_ad._current_level >= 0:
@@ -251,7 +352,7 @@ def _layer_gradients(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tup
     # torch's own have derivatives and batching rules, but make a graph's code depend on T.
     products = torch.ops.elman.layer_products if opaque else _layer_products
     found = products(dz, x, h0, w_ih, w_hh, output, counts, resets, needs)
-    return *(t if needed else None for t, needed in zip(found, needs, strict=True)), *none[5:]
+    return tuple(t if needed else None for t, needed in zip(found, needs, strict=True))
 
 
 def _stands_for_another(t: Tensor) -> bool:
@@ -343,6 +444,8 @@ def _layer_products(
     From dz (T, B, D * H), or packed: products over the whole sequence.
     """
     dtype, compute = x.dtype, dz.dtype
+    if dz.device.type != "cpu" and dtype == compute and counts is None and resets is None:
+        return whole_products(dz, x, h0, w_ih, w_hh, output, needs)
     needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = needs
     D, H, I = w_ih.shape
     x, h0, w_ih, w_hh, output = (t.to(compute) for t in (x, h0, w_ih, w_hh, output))
@@ -389,6 +492,42 @@ def _layer_products(
             dw_hh = _stack([found[-1] for found in sums]).to(dtype)
     if needs_bias:
         db = flat.sum(0).view(D, H).to(dtype)
+    return dx, dh0, dw_ih, dw_hh, db
+
+
+def whole_products(
+    dz: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """As `_layer_products` where all rows have T steps, in as few operations as there can be.
+
+    On a GPU each costs its launch, and the vendor's library adds well whatever the length.
+    """
+    needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = needs
+    (D, H, I), B, T = w_ih.shape, h0.shape[1], len(dz)
+    flat = dz.flatten(0, 1)
+    columns = [flat] if D == 1 else [flat[:, :H], flat[:, H:]]
+    begins = [slice(B), slice((T - 1) * B, None)][:D]
+    others = [slice(B, None), slice((T - 1) * B)][:D]
+    dx = dh0 = dw_ih = dw_hh = db = None
+    if needs_x:
+        dx = (flat @ w_ih.flatten(0, 1)).view(x.shape)
+    if needs_h0:
+        dh0 = _stack([g[begin] @ w for g, begin, w in zip(columns, begins, w_hh, strict=True)])
+    if needs_w_ih:
+        dw_ih = (flat.t() @ x.flatten(0, 1)).view(D, H, I)
+    if needs_w_hh:
+        states, sums = output.flatten(0, 1), []
+        # In place it needs no copy, which torch.func's transforms don't know.
+        add = torch.addmm if torch._C._are_functorch_transforms_active() else Tensor.addmm_
+        for d, (g, begin, later) in enumerate(zip(columns, begins, others, strict=True)):
+            total = g[begin].t() @ h0[d]
+            if T > 1:
+                before = states[others[1 - d] if D == 2 else slice((T - 1) * B)]
+                total = add(total, g[later].t(), before if D == 1 else before[:, d * H : (d + 1) * H])
+            sums.append(total)
+        dw_hh = _stack(sums)
+    if needs_bias:
+        db = flat.sum(0).view(D, H)
     return dx, dh0, dw_ih, dw_hh, db
 
 

@@ -149,12 +149,14 @@ def stacked_weights(
         w_ih, w_hh, *biases = (weights[start + i : start + D * size : size] for i in range(size))
         # b_ih + b_hh, but that both get a gradient in memory of its own: what works on gradients in place
         # (clipping, hooks) would else do it twice.
-        b = _join([b_ih - b_hh.neg() for b_ih, b_hh in zip(*biases, strict=True)]) if bias else None
-        layers.append((_join(w_ih), _join(w_hh), b))
+        pairs = zip(*biases, strict=True) if bias else ()
+        b = join([torch.sub(b_ih, b_hh, alpha=-1) for b_ih, b_hh in pairs]) if bias else None
+        layers.append((join(w_ih), join(w_hh), b))
     return layers
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """The directions' tensors as one, a direction a row."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 

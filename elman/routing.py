@@ -156,7 +156,42 @@ def route(
     Raises BackendUnavailableError where a backend was asked for by name and can't run, for the
     backward pass too where gradients are enabled.
     """
-    name = asked_for(requested)
+    arguments = (asked_for(requested), device, dtype, hidden, batch, directions, one_step, ragged, resets)
+    if device.type != "cuda" or is_traced():
+        return _found(*arguments)
+    # All else that the answer follows from and that may change while the process lives.
+    key = (
+        *arguments,
+        torch.is_grad_enabled(),
+        torch.backends.cudnn.enabled,
+        dtype == torch.float32 and float32_precision(device),
+        torch._C._are_functorch_transforms_active(),
+        forward_ad._current_level >= 0,
+    )
+    found = routes.get(key)
+    if found is None:
+        if len(routes) > 4096:
+            routes.clear()
+        found = routes[key] = _found(*arguments)
+    return found
+
+
+#: What `route` answered on CUDA, where finding it out costs more than a short sequence; emptied by
+#: `tuning.forget`.
+routes: dict[tuple, Route] = {}
+
+
+def _found(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    batch: int,
+    directions: int,
+    one_step: bool,
+    ragged: bool,
+    resets: bool,
+) -> Route:
     if name == "auto" and one_step:
         name, reason = "eager", "auto: one step is one call of torch's own operator"
     elif name == "auto" and device.type != "cuda":

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 
-from . import sharing, tables
+from . import routing, sharing, tables
 from .commit import commit
 from .kernels import configs
 from .kernels.common import chip
@@ -62,6 +62,7 @@ def forget() -> None:
     """
     _chosen.clear()
     _unusable.clear()
+    routing.routes.clear()
     for cached in _caches:
         cached.cache_clear()
 

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -206,9 +207,56 @@ def launch_options() -> dict[str, int]:
     return {"enable_fp_fusion": True, **registers}
 
 
+def launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    arguments: tuple[torch.Tensor | int, ...],
+    options: dict,
+) -> None:
+    """kernel[grid](*arguments, **options), from the second time on without Triton's way to what it compiled.
+
+    That costs the host more than a torch operation does, most of it to find out what the arguments are. The
+    tensors come first, then the numbers that the kernel isn't specialized for, then the others. Only what
+    Triton compiles the same for all is remembered: aligned pointers, and these others by their very values.
+    """
+    if INTERPRETED or torch.version.hip or type(kernel) is not triton.JITFunction or kernel.pre_run_hooks:
+        kernel[grid](*arguments, **options)
+        return
+    tensors = [a for a in arguments if type(a) is not int]
+    numbers = arguments[len(tensors) :]
+    if id(kernel) not in _known:  # which holds it, so that the number stays its own
+        _known[id(kernel)] = kernel, sum(p.do_not_specialize for p in kernel.params), {}
+    _, free, compiled = _known[id(kernel)]
+    places = 0
+    for t in tensors:
+        places |= t.data_ptr()
+    if places % 16 or max(numbers[:free]) >= 2**31:
+        kernel[grid](*arguments, **options)
+        return
+    dtypes = tuple([t.dtype for t in tensors])
+    key = (tensors[0].device.index, dtypes, numbers[free:], tuple(options.values()))
+    found = compiled.get(key)
+    if found is None:
+        binary = kernel[grid](*arguments, **options)
+        constexprs = tuple(options.get(name) for name in kernel.arg_names[len(arguments) :])
+        if len(compiled) > 4096:
+            compiled.clear()
+        if binary is not None:
+            compiled[key] = binary, constexprs
+        return
+    binary, constexprs = found
+    binary[(*grid, 1, 1)[:3]](*arguments, *constexprs)
+
+
+_known: dict[int, tuple[triton.JITFunction, int, dict]] = {}
+_NOTHING = nullcontext()
+
+
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
 
 
 def backward_arguments(
@@ -300,4 +348,9 @@ def chip(device: torch.device) -> configs.Chip:
     like = configs.CHIPS.get(known, configs.CHIPS["gfx942" if amd else "sm_80"])
     # ROCm's properties have no opt-in limit.
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return replace(like, name=properties.name, processors=properties.multi_processor_count, shared=shared)
+    return _chip(like, properties.name, properties.multi_processor_count, shared)
+
+
+@lru_cache
+def _chip(like: configs.Chip, name: str, processors: int, shared: int) -> configs.Chip:
+    return replace(like, name=name, processors=processors, shared=shared)

@@ -37,6 +37,7 @@ from .common import (
     expect,
     expect_sequence,
     is_cut,
+    launch,
     launch_options,
     on_device,
     operand,
@@ -865,4 +866,4 @@ def _run(kernel, grid: tuple[int, int], arguments: tuple, options: dict) -> None
             f"H = {options['H']} with BLOCK_N = {options['BLOCK_N']} takes {grid[0]} programs at once, and "
             "the interpreter runs one after another; take a BLOCK_N of at least H."
         )
-    kernel[grid](*arguments, **options)
+    launch(kernel, grid, arguments, options)

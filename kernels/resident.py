@@ -33,6 +33,7 @@ from .common import (
     expect_sequence,
     is_cut,
     is_step,
+    launch,
     launch_options,
     on_device,
     operand,
@@ -526,7 +527,7 @@ def _forward(
     config = config or configs.choose("resident", problem, chip(x.device))
     kernel = vector.forward_kernel if config.BLOCK_B == 1 else forward_kernel
     with on_device(x):
-        kernel[triton.cdiv(B, config.BLOCK_B), D](
+        arguments = (
             x,
             w_ih.contiguous() if w_ih is not None else x,
             bias.contiguous() if bias is not None else x,
@@ -538,15 +539,17 @@ def _forward(
             B,
             *x.stride(),
             *output.stride()[:2],
-            H=H,
-            I=problem.inputs,
-            HAS_BIAS=bias is not None,
-            HAS_LENGTHS=lengths is not None,
-            HAS_RESETS=resets is not None,
-            **options,
+        )
+        options |= {
+            "H": H,
+            "I": problem.inputs,
+            "HAS_BIAS": bias is not None,
+            "HAS_LENGTHS": lengths is not None,
+            "HAS_RESETS": resets is not None,
             **vars(config),
             **launch_options(),
-        )
+        }
+        launch(kernel, (triton.cdiv(B, config.BLOCK_B), D), arguments, options)
     return output
 
 
@@ -577,6 +580,5 @@ def scan_backward(
     options |= {**vars(config), **launch_options()}
     kernel = vector.backward_kernel if config.BLOCK_B == 1 else backward_kernel
     with on_device(dz):
-        kernel[triton.cdiv(problem.B, config.BLOCK_B), problem.D](
-            *tensors, len(dz), problem.B, *strides, **options
-        )
+        grid = (triton.cdiv(problem.B, config.BLOCK_B), problem.D)
+        launch(kernel, grid, (*tensors, len(dz), problem.B, *strides), options)

@@ -23,6 +23,7 @@ from .common import (
     expect,
     expect_sequence,
     is_cut,
+    launch,
     launch_options,
     on_device,
     problem_of,
@@ -219,10 +220,10 @@ def scan(
     options |= {"H": H, "HAS_LENGTHS": lengths is not None, "HAS_RESETS": resets is not None}
     options |= {**vars(config), **launch_options()}
     h0, w_hh = h0.contiguous(), w_hh.contiguous()
-    launch = forward_kernel[triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N), D]
+    grid = (triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N), D)
     with on_device(z):
         for s in range(T):
-            launch(z, h0, w_hh, *rows, s, T, B, *z.stride()[:2], **options)
+            launch(forward_kernel, grid, (z, h0, w_hh, *rows, s, T, B, *z.stride()[:2]), options)
     return z
 
 
@@ -252,10 +253,10 @@ def scan_backward(
     T, B, D, H = len(dz), problem.B, problem.D, problem.H
     config = config or configs.choose("step", problem, chip(dz.device))
     options |= {**vars(config), **launch_options()}
-    launch = backward_kernel[triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N), D]
+    grid = (triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N), D)
     with on_device(dz):
         for s in range(T):
-            launch(*tensors, s, T, B, *strides, **options)
+            launch(backward_kernel, grid, (*tensors, s, T, B, *strides), options)
 
 
 def cell(
@@ -291,7 +292,7 @@ def cell(
     x = x if x.stride(1) == 1 else x.contiguous()
     h = h if h.stride(1) == 1 else h.contiguous()
     with on_device(x):
-        cell_kernel[triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N)](
+        arguments = (
             x,
             h,
             w_ih.contiguous(),
@@ -302,10 +303,8 @@ def cell(
             x.stride(0),
             h.stride(0),
             out.stride(0),
-            I=I,
-            H=H,
-            HAS_BIAS=bias is not None,
-            **options,
-            **vars(config),
-            **launch_options(),
+        )
+        options |= {"I": I, "H": H, "HAS_BIAS": bias is not None, **vars(config), **launch_options()}
+        launch(
+            cell_kernel, (triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N)), arguments, options
         )
