@@ -40,7 +40,7 @@ STAGES = ("machine", "compile", "verify", "floor", "tune", "sweep", "tools", "re
 SHARES = {"compile": 0.35, "verify": 0.3, "tune": 0.5, "sweep": 0.85, "tools": 0.9}
 #: (B, H) of the keys that are tuned, most wanted first.
 TUNED_B = (16, 1, 64)
-TUNED_H = (64, 128, 256, 512, 1024, 264, 320, 384, 768, 2048, 224, 336, 1760, 2560)
+TUNED_H = (64, 128, 256, 512, 1024, 264, 2048, 384, 768, 336, 224, 1760, 2560, 320)
 TUNED_ARITHMETIC = ("bfloat16", "float32", "tf32", "float16")
 #: Families that are verified at once, each in a process of its own.
 AT_ONCE = 14

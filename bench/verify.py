@@ -43,11 +43,11 @@ ARITHMETIC = {
 #: Hidden sizes by kernel; those that a kernel has no config for are left out. Of float16 and float64, which
 #: differ from others in little, every other one.
 HIDDEN = {
-    "resident": (64, 17, 128, 130, 256, 1, 264, 320),
-    "fused": (64, 17, 128, 264),
-    "cooperative": (512, 130, 1024, 264, 2048),
-    "step": (264, 17, 1024),
-    "cell": (264, 17, 1024),
+    "resident": (64, 17, 130, 264),
+    "fused": (64, 17),
+    "cooperative": (512, 130, 2048, 1024),
+    "step": (264,),
+    "cell": (264,),
 }
 FEWER = ("float16", "float64")
 #: Input size of the kernels that make the input product too.
