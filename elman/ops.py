@@ -117,7 +117,7 @@ def plain_layer(
     The dispatcher's way to an operator and its derivative cost more than a short sequence, and so does a node
     of autograd for each view of a weight.
     """
-    arguments = (x, h0, counts, resets, nonlinearity, kernel, precision, D, *weights)
+    arguments: tuple[Any, ...] = (x, h0, counts, resets, nonlinearity, kernel, precision, D, *weights)
     if torch.is_grad_enabled():
         return _Recorded.apply(*arguments)
     return _plain_layer(*arguments)
@@ -264,9 +264,7 @@ def _launch(
     # The interpreter, whose launches take a thousand times as long, remembers nothing: tests watch it choose.
     find = choice.remembered_launch if sequence.is_cuda else choice.launch
     (T, B, _), (D, H, _), backward = sequence.shape, w_hh.shape, inputs is None
-    return find(
-        kernel, B, H, D, sequence.dtype, precision, backward, ragged, sequence.device, T, inputs or 0
-    )
+    return find(kernel, B, H, D, sequence.dtype, precision, backward, ragged, sequence.device, T, inputs or 0)
 
 
 @functools.cache
@@ -318,7 +316,8 @@ def _layer_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None
 
 def _layer_gradients(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
     options = (ctx.nonlinearity, ctx.kernel, ctx.precision, list(ctx.needs_input_grad[:5]))
-    return *_gradients(g_out, g_hn, *ctx.saved_tensors, *options), *(None,) * 5
+    arguments: tuple[Any, ...] = (g_out, g_hn, *ctx.saved_tensors, *options)
+    return *_gradients(*arguments), *(None,) * 5
 
 
 def _gradients(
