@@ -93,6 +93,7 @@ def is_unobserved(tensors: Iterable[Tensor | None]) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()  # it shall find the operators' names
         and all(type(t) in _PLAIN for t in tensors)
     )
