@@ -204,15 +204,20 @@ def _run(
     states = []
     h0s = hx.split(D) if num_layers > 1 else (hx,)
     plain, size = ops.is_unobserved((x, hx, counts, resets, *weights)), len(weights) // num_layers
-    layers = h0s if plain else stacked_weights(weights, num_layers, D, options.bias)
-    how = (options.nonlinearity, route.kernel, precision)
+    layers: Sequence[Any] = h0s if plain else stacked_weights(weights, num_layers, D, options.bias)
     for n, (h0, layer) in enumerate(zip(h0s, layers, strict=True)):
         if n and options.dropout:
             x = F.dropout(x, options.dropout, options.training)
         if plain:
-            x, h = ops.plain_layer(x, h0, counts, resets, *how, D, weights[n * size : (n + 1) * size])
+            own = weights[n * size : (n + 1) * size]
+            x, h = ops.plain_layer(
+                x, h0, counts, resets, options.nonlinearity, route.kernel, precision, D, own
+            )
         else:
-            x, h = ops.layer(x, h0, *layer, counts, resets, *how)
+            w_ih, w_hh, b = layer
+            x, h = ops.layer(
+                x, h0, w_ih, w_hh, b, counts, resets, options.nonlinearity, route.kernel, precision
+            )
         states.append(h)
     return x, states[0] if num_layers == 1 else torch.cat(states)
 

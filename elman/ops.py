@@ -93,6 +93,7 @@ def is_unobserved(tensors: Iterable[Tensor | None]) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()  # it shall find the operators' names
         and all(type(t) in _PLAIN for t in tensors)
     )
@@ -117,7 +118,7 @@ def plain_layer(
     The dispatcher's way to an operator and its derivative cost more than a short sequence, and so does a node
     of autograd for each view of a weight.
     """
-    arguments = (x, h0, counts, resets, nonlinearity, kernel, precision, D, *weights)
+    arguments: tuple[Any, ...] = (x, h0, counts, resets, nonlinearity, kernel, precision, D, *weights)
     if torch.is_grad_enabled():
         return _Recorded.apply(*arguments)
     return _plain_layer(*arguments)
@@ -316,7 +317,8 @@ def _layer_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None
 
 def _layer_gradients(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
     options = (ctx.nonlinearity, ctx.kernel, ctx.precision, list(ctx.needs_input_grad[:5]))
-    return *_gradients(g_out, g_hn, *ctx.saved_tensors, *options), *(None,) * 5
+    arguments: tuple[Any, ...] = (g_out, g_hn, *ctx.saved_tensors, *options)
+    return *_gradients(*arguments), *(None,) * 5
 
 
 def _gradients(

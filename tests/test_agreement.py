@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import elman
+from elman import ops
 from tests.helpers import (
     ANY_BACKEND,
     BACKENDS,
@@ -475,3 +476,13 @@ def test_wrapper_takes_a_state_of_any_strides():
     strided = p.hx.transpose(1, 2).contiguous().transpose(1, 2)
     assert not strided.is_contiguous()
     assert torch.equal(*(forward(OPERATOR, p, p.x, h, weights)[0] for h in (p.hx, strided)))
+
+
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("T", [1, 5])
+def test_the_products_of_a_gpu_are_those_of_the_cpu(T, D):
+    sizes = [(T, 3, D * 6), (T, 3, 4), (D, 3, 6), (D, 6, 4), (D, 6, 6), (T, 3, D * 6)]
+    tensors, needs = [torch.randn(*size, dtype=torch.float64) for size in sizes], [True] * 5
+    expected = ops._layer_products(*tensors, None, None, needs)
+    for found, by_parts in zip(ops.whole_products(*tensors, needs), expected, strict=True):
+        torch.testing.assert_close(found, by_parts)
