@@ -338,7 +338,7 @@ def stage_sweep(run: Run) -> None:
     """The bench's sweep of this name, within its part of the time; what it leaves out its page names."""
     minutes = (run.share("sweep") - time.monotonic()) / 60
     command = [
-        sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "--sweep", "gpu",
+        sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "--sweep", "layer",
         "--results", str(run.folder.parents[1]), "--budget", f"{max(0.1, minutes - 0.3):.2f}",
         "-p", "no:cacheprovider",
     ]  # fmt: skip

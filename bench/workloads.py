@@ -167,8 +167,8 @@ SWEEPS = {
         takes="about five minutes on two slow cores",
     ),
     "standard": Sweep(_standard(), passes=("forward", "backward", "training")),
-    # What `make gpu` publishes of a new card: the standard shapes, the layer as it is used against nn.RNN.
-    "gpu": Sweep(
+    # What `make gpu` publishes of a new card: the standard shapes, the layer as it is used beside nn.RNN.
+    "layer": Sweep(
         _standard(),
         passes=("forward", "training"),
         gpu_dtypes=("bfloat16", "float32", "tf32", "float16"),

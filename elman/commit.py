@@ -16,17 +16,19 @@ MEASURED = ("results", "elman/tuned")
 def commit(root: Path = ROOT) -> dict[str, Any]:
     """{"commit": its name, "dirty": whether the tree has changes beside it, None if that is not known}.
 
-    From git, else from the variable ELMAN_COMMIT, else from the file COMMIT in the root, which whoever
-    carries the tree writes there. Both hold a name such as abc123 or, with changes, abc123-dirty.
+    From the variable ELMAN_COMMIT, else from git, else from the file COMMIT in the root. Who carries the tree
+    elsewhere sets the one or writes the other: a name such as abc123 or, with changes, abc123-dirty. The
+    variable comes first because a .git that was carried along may be older than the tree.
     """
-    if (root / ".git").exists():  # else git would answer for a repository that this one happens to lie in
+    told = os.environ.get(VARIABLE, "").strip()
+    if not told and (root / ".git").exists():  # else git would answer for a repository that this one lies in
         try:
             head = git(root, "rev-parse", "--short=12", "HEAD")
             changes = git(root, "status", "--porcelain", "--", ".", *(f":(exclude){m}" for m in MEASURED))
             return {"commit": head, "dirty": bool(changes)}
         except (OSError, subprocess.CalledProcessError):
             pass
-    told = os.environ.get(VARIABLE, "").strip() or _file(root / FILE)
+    told = told or _file(root / FILE)
     if not told:
         return {"commit": f"unknown (no git commit, no {VARIABLE}, no file {FILE})", "dirty": None}
     # A plain name may come from someone who did not look for changes.
