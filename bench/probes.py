@@ -72,7 +72,9 @@ def meeting_kernel(
     for _ in range(T):
         own = row[:, None] + tl.program_id(0)
         number = tl.zeros((1, 1), tl.float32)
-        cooperative.send(own, number, there[:, None] & FLAG, count, patience, FLAG, tl.int32, EMPTY)
+        cooperative.send(
+            own, number, there[:, None] & FLAG, count, patience, FLAG, tl.int32, EMPTY, INTERPRET
+        )  # fmt: skip
         target += PROGRAMS
         _, patience = cooperative.receive(
             row, there, there, count, target, status, patience, 0, CHUNKS,
