@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -42,8 +43,10 @@ SHARES = {"compile": 0.35, "verify": 0.3, "tune": 0.5, "sweep": 0.85, "tools": 0
 TUNED_B = (16, 1, 64)
 TUNED_H = (64, 128, 256, 512, 1024, 264, 2048, 384, 768, 336, 224, 1760, 2560, 320)
 TUNED_ARITHMETIC = ("bfloat16", "float32", "tf32", "float16")
-#: Families that are verified at once, each in a process of its own.
-AT_ONCE = 14
+#: Families that are verified at once, each in a process of its own; how often one is started at most.
+AT_ONCE, MOST_STARTS = 14, 5
+#: A case that takes longer hangs: it compiles for some seconds and runs for milliseconds.
+HANG_SECONDS = 30.0
 
 
 @dataclass
@@ -172,37 +175,42 @@ def stage_verify(run: Run) -> None:
 
 
 def _verify(run: Run, kernel: str, arithmetic: str, end: float) -> str:
+    """The family's cases, by as many processes as it takes: what ends one is a row, and the next goes on."""
     path = run.folder / f"verify.{kernel}.{arithmetic}.jsonl"
-    restarts = 0
-    while time.monotonic() < end and restarts < 4:
-        journal = Journal(path)
-        begun = [row["n"] for row in journal.rows if "begins" in row]
-        ended = {row["n"] for row in journal.rows if "row" in row}
-        skip = max(begun, default=-1) + 1
-        for n in set(begun) - ended:
-            (case,) = [row["begins"] for row in journal.rows if row["n"] == n and "begins" in row]
-            journal.add(n=n, row={**case, "verdict": "crashed", "reason": "its process ended"})
+    starts = 0
+    while time.monotonic() < end and starts < MOST_STARTS:
+        starts += 1
+        begun = [row["n"] for row in Journal(path).rows if "begins" in row]
         minutes = max(0.05, (end - time.monotonic() - 5) / 60)
         command = [sys.executable, "-m", "bench.verify", kernel, arithmetic, str(path)]
-        command += ["--minutes", f"{minutes:.3f}", "--skip", str(skip)]
+        command += ["--minutes", f"{minutes:.3f}", "--skip", str(max(begun, default=-1) + 1)]
         environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        limit = max(5.0, end - time.monotonic() + 10)
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, cwd=ROOT, env=environment,
-                timeout=max(5.0, end - time.monotonic() + 10),
-            )  # fmt: skip
-            code, said = done.returncode, done.stderr
-        except subprocess.TimeoutExpired as expired:
-            code, said = -9, f"hung; {expired}"
-        if code == 0:
-            break
-        restarts += 1
+                command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=limit
+            )
+            ended, said = f"its process ended with status {done.returncode}", done.stderr
+            if done.returncode == 0:
+                break
+        except subprocess.TimeoutExpired:
+            ended, said = f"it ran into the limit of {limit:.0f} s", ""
+        _blame(Journal(path), ended)
         with (run.folder / "verify.log").open("a", encoding="utf-8") as log:
-            log.write(f"{kernel} {arithmetic}: status {code}\n{said[-3000:]}\n")
+            log.write(f"{kernel} {arithmetic}: {ended}\n{said[-3000:]}\n")
     rows = [row["row"] for row in Journal(path).rows if "row" in row]
     counts = {v: sum(row["verdict"] == v for row in rows) for v in sorted({row["verdict"] for row in rows})}
-    worst = max((row["error"] / row["bar"] for row in rows if row.get("error") is not None), default=0.0)
-    return f"{kernel} {arithmetic}: {counts}, worst {worst:.2f} of its bar, {restarts} restarts"
+    return f"{kernel} {arithmetic}: {counts}, {starts} processes"
+
+
+def _blame(journal: Journal, ended: str) -> None:
+    """A row for the case that was running when its process ended: it crashed, hung, or time was up."""
+    finished = {row["n"] for row in journal.rows if "row" in row}
+    for row in [row for row in journal.rows if "begins" in row and row["n"] not in finished]:
+        seconds = time.time() - row["at"]
+        verdict = "crashed" if "status" in ended else "hung" if seconds > HANG_SECONDS else "unfinished"
+        reason = f"{ended}, {seconds:.0f} s after this case began"
+        journal.add(n=row["n"], row={**row["begins"], "verdict": verdict, "reason": reason})
 
 
 def stage_floor(run: Run) -> None:
@@ -355,44 +363,81 @@ def stage_sweep(run: Run) -> None:
 
 
 def stage_report(run: Run) -> None:
-    """What a person reads first, on the terminal and as gpu.md."""
-    text = "\n".join([*_report_verify(run), "", *_report_tune(run)])
-    (run.folder / "gpu.md").write_text(text + "\n", encoding="utf-8")
+    """What a person reads first: results/<gpu>/gpu.md, also on the terminal."""
+    text = page(run.folder)
+    (run.folder.parent / "gpu.md").write_text(text, encoding="utf-8")
     print(text, flush=True)
 
 
-def _report_verify(run: Run) -> Iterator[str]:
-    yield "| family | right | other | worst error over its bar | nn.RNN's |"
-    yield "|---|---:|---|---:|---:|"
-    for path in sorted(run.folder.glob("verify.*.jsonl")):
+def page(folder: Path) -> str:
+    """The page of a run, made of nothing but its rows."""
+    record = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+    on, software = record["machine"], ", ".join(f"{k} {v}" for k, v in record["software"].items())
+    lines = [
+        f"# {on.get('gpu', on['cpu'])}: are the kernels right, and how long does a step take",
+        "",
+        f"{record['date']}, commit {record['commit']}; {software}, driver {on.get('driver', 'unknown')}. "
+        "Made by `python -m bench.gpu` from the rows in gpu/. Only the last column is an estimate.",
+        "",
+        "## Right or wrong",
+        "",
+        "Each launch against the float64 reference. Right is an error of at most 1.5 times nn.RNN's own, or "
+        "of the rounding that no order of summation avoids. Errors are given as a part of that bar.",
+        "",
+        *_report_verify(folder),
+        "",
+        "## Microseconds a step",
+        "",
+        "The quickest config of each kernel, and nn.RNN's operator (cudnn), both without what a call costs "
+        "beside its steps. Where cuDNN launches kernels for each step, the host that launches them bounds "
+        "it: in a CUDA graph it is quicker. expected: the resource model's time of our quickest.",
+        "",
+        *_report_tune(folder),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _report_verify(folder: Path) -> Iterator[str]:
+    yield "| kernel | arithmetic | launches | right | others | largest error | nn.RNN's largest |"
+    yield "|---|---|---:|---:|---|---:|---:|"
+    for path in sorted(folder.glob("verify.*.jsonl")):
         rows = [row["row"] for row in Journal(path).rows if "row" in row]
         if not rows:
             continue
-        right = sum(row["verdict"] == "right" for row in rows)
         others = sorted({row["verdict"] for row in rows} - {"right"})
         words = ", ".join(f"{sum(row['verdict'] == v for row in rows)} {v}" for v in others)
         judged = [row for row in rows if row.get("error") is not None]
-        worst = max((row["error"] / row["bar"] for row in judged), default=0.0)
-        theirs = max((row["nn_rnn"] for row in judged if row["nn_rnn"]), default=0.0)
-        yield f"| {' '.join(path.name.split('.')[1:3])} | {right} | {words} | {worst:.2f} | {theirs:.1e} |"
+        worst = max((row["error"] / row["bar"] for row in judged), default=math.nan)
+        theirs = max((row["nn_rnn"] for row in judged if row["nn_rnn"]), default=None)
+        _, kernel, arithmetic, _ = path.name.split(".")
+        right = sum(row["verdict"] == "right" for row in rows)
+        yield (
+            f"| {kernel} | {arithmetic} | {len(rows)} | {right} | {words} | {worst:.2f} | "
+            f"{'' if theirs is None else f'{theirs:.1e}'} |"
+        )
 
 
-def _report_tune(run: Run) -> Iterator[str]:
-    rows = Journal(run.folder / "tune.jsonl").rows if (run.folder / "tune.jsonl").exists() else []
-    shapes = dict.fromkeys((r["arithmetic"], r["B"], r["H"], r["backward"]) for r in rows)
-    yield "| | B | H | pass | resident | cooperative | step | cudnn | cudnn over best |"
-    yield "|---|---:|---:|---|---:|---:|---:|---:|---:|"
-    for arithmetic, B, H, backward in shapes:
-        here = {
-            r["kernel"]: r["us"]
-            for r in rows
-            if (r["arithmetic"], r["B"], r["H"], r["backward"]) == (arithmetic, B, H, backward) and "us" in r
-        }
-        ours = [us for kernel, us in here.items() if kernel != "cudnn"]
-        ratio = f"{here['cudnn'] / min(ours):.2f}" if "cudnn" in here and ours else ""
-        cells = [f"{here[k]:.2f}" if k in here else "" for k in ("resident", "cooperative", "step", "cudnn")]
+def _report_tune(folder: Path) -> Iterator[str]:
+    rows = [row for row in Journal(folder / "tune.jsonl").rows if "us" in row]
+    shapes = sorted({(r["arithmetic"], r["B"], r["H"], r["backward"]) for r in rows})
+    shapes.sort(key=lambda s: (list(verify.ARITHMETIC).index(s[0]), *s[1:]))
+    kernels = (*configs.KERNELS, "cudnn")
+    yield f"| | B | H | pass | {' | '.join(kernels)} | cudnn over ours | expected |"
+    yield f"|---|---:|---:|---|{'---:|' * (len(kernels) + 2)}"
+    for shape in shapes:
+        here = {r["kernel"]: r for r in rows if (r["arithmetic"], r["B"], r["H"], r["backward"]) == shape}
+        ours = min((r for k, r in here.items() if k != "cudnn"), key=lambda r: r["us"], default=None)
+        cells = [f"{here[k]['us']:.2f}" if k in here else "" for k in kernels]
+        ratio = f"{here['cudnn']['us'] / ours['us']:.2f}" if "cudnn" in here and ours else ""
+        model = (
+            next((c.get("model_us") for c in ours["candidates"] if c["config"] == ours["config"]), None)
+            if ours
+            else None
+        )
+        arithmetic, B, H, backward = shape
         which = "backward" if backward else "forward"
-        yield f"| {arithmetic} | {B} | {H} | {which} | {' | '.join(cells)} | {ratio} |"
+        expected = "" if model is None else f"{model:.2f}"
+        yield f"| {arithmetic} | {B} | {H} | {which} | {' | '.join(cells)} | {ratio} | {expected} |"
 
 
 def stage_tools(run: Run) -> None:
@@ -453,10 +498,13 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def main(argv: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--stages", type=_list, default=STAGES)
-    parser.add_argument("--unpack", type=Path)
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it; default: 9")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="also pack what is new into few files there"
+    )
+    parser.add_argument("--stages", type=_list, default=STAGES, help=f"default: {','.join(STAGES)}")
+    parser.add_argument("--unpack", type=Path, metavar="DIR", help="put what --output DIR has in its places")
+    parser.add_argument("--page", type=Path, metavar="results/GPU", help="make gpu.md again from its rows")
     parser.add_argument("--hidden", type=_numbers, default=TUNED_H)
     parser.add_argument("--batches", type=_numbers, default=TUNED_B)
     parser.add_argument("--arithmetic", type=_list, default=TUNED_ARITHMETIC)
@@ -467,6 +515,11 @@ def main(argv: Iterable[str] | None = None) -> int:
     if options.unpack:
         unpack(options.unpack)
         return 0
+    if options.page:
+        (options.page / "gpu.md").write_text(page(options.page / "gpu"), encoding="utf-8")
+        return 0
+    if not torch.cuda.is_available():
+        parser.error("this machine has no CUDA device, and this command measures one")
     deadline = time.monotonic() + 60 * options.minutes
     device = torch.device("cuda", torch.cuda.current_device())
     folder = options.results / machine.slug(machine.machine(device)) / "gpu"

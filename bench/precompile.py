@@ -163,7 +163,7 @@ def compile_all(
 
     def start() -> tuple[Any, Any]:
         ours, theirs = context.Pipe()
-        hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
         with mock.patch.dict(os.environ, hidden):
             process = context.Process(target=_work, args=(theirs, chip, target, with_host_code), daemon=True)
             process.start()

@@ -147,7 +147,10 @@ def _machine(
     results: Path, folder: str, tables: dict[str, tuple[Run, list[Row]]], models: list[charlm_page.Record]
 ) -> list[str]:
     """A machine's line and its picture."""
-    links = [f"[{name}]({folder}/{name}.md)" for name in (*tables, *(["charlm"] if models else []))]
+    pages_of = [*tables, *(["charlm"] if models else [])]
+    if (results / folder / "gpu.md").exists():  # bench/gpu.py's: right or wrong, and each kernel's steps
+        pages_of.insert(0, "gpu")
+    links = [f"[{name}]({folder}/{name}.md)" for name in pages_of]
     if not tables:
         return [f"**{machine_name(models[0])}**: {', '.join(links)}. Measured {models[0]['date']}."]
     chosen = next((name for name in ("standard", "quick") if name in tables), next(iter(tables)))

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -210,7 +211,7 @@ def launch_options() -> dict[str, int]:
 def launch(
     kernel: triton.JITFunction,
     grid: tuple[int, ...],
-    arguments: tuple[torch.Tensor | int, ...],
+    arguments: tuple[Any, ...],
     options: dict,
 ) -> None:
     """kernel[grid](*arguments, **options), from the second time on without Triton's way to what it compiled.
