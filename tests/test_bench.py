@@ -947,15 +947,15 @@ def test_the_commit_of_a_tree_that_was_carried_without_git(monkeypatch, tmp_path
     assert commit(tmp_path) == {"commit": "def456", "dirty": True}
 
 
-def test_git_knows_the_commit_better_than_what_was_carried(monkeypatch, tmp_path):
+def test_git_knows_the_commit_better_than_a_file_and_the_variable_best(monkeypatch, tmp_path):
     def git(*arguments):
         who = ("-c", "user.name=Somebody", "-c", "user.email=somebody@example.com")
         subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
 
-    monkeypatch.setenv("ELMAN_COMMIT", "abc123")
+    monkeypatch.delenv("ELMAN_COMMIT", raising=False)
     (tmp_path / "COMMIT").write_text("def456")
     git("init")
-    assert commit(tmp_path)["commit"] == "abc123", "there is no commit yet"
+    assert commit(tmp_path)["commit"] == "def456", "there is no commit yet"
     git("add", "COMMIT")
     git("commit", "--message", "First")
     found = commit(tmp_path)
@@ -968,7 +968,10 @@ def test_git_knows_the_commit_better_than_what_was_carried(monkeypatch, tmp_path
     (tmp_path / "COMMIT").write_text("changed")
     assert commit(tmp_path)["dirty"] is True
     (tmp_path / "inner").mkdir()
-    assert commit(tmp_path / "inner") == {"commit": "abc123", "dirty": None}, "not the outer repository's"
+    (tmp_path / "inner" / "COMMIT").write_text("aaa")
+    assert commit(tmp_path / "inner") == {"commit": "aaa", "dirty": None}, "not the outer repository's"
+    monkeypatch.setenv("ELMAN_COMMIT", "abc123")
+    assert commit(tmp_path) == {"commit": "abc123", "dirty": None}
 
 
 def test_bench_and_tuner_tell_the_same_commit(monkeypatch):
