@@ -7,7 +7,7 @@
 from torch.serialization import add_safe_globals
 
 from . import reference
-from .errors import DeviceHangError
+from .errors import DeviceHangError, synchronize
 from .functional import elman, elman_step
 from .initialization import initialize
 from .layer import Elman, ElmanCell, ElmanNetwork
@@ -30,6 +30,7 @@ __all__ = [
     "initialize",
     "reference",
     "replace",
+    "synchronize",
     "use_backend",
 ]
 

@@ -20,6 +20,10 @@ All programs must be on the chip at once, which a cooperative launch checks. Who
 looks gives up: it sets `status`, computes NaN from there on and waits no more, so the launch ends.
 """
 
+import atexit
+import os
+import sys
+
 import torch
 import triton
 import triton.language as tl
@@ -796,7 +800,12 @@ def _options(tensor, problem, options, config):
 
 
 def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:
-    """Launches a kernel that passes the state on through `buffer`, and waits for its word that all met."""
+    """Launches a kernel that passes the state on through `buffer`; who gives up says so in the status word.
+
+    On a GPU nothing waits for that word: `check` reads it at the next launch. ELMAN_SYNC=1 waits.
+    """
+    if buffer.is_cuda:
+        check(buffer.device)
     T, B, _ = buffer.shape
     programs, number = groups(problem, config, chip(buffer.device))
     jobs = problem.D * triton.cdiv(B, config.BLOCK_B)
@@ -807,13 +816,16 @@ def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:
         launched = programs, T, problem, config
         status = _status(buffer.device)
         if buffer.is_cuda:
-            check(buffer.device)
             _launched[buffer.device.index] = launched
         # What counts is aligned as any tensor is: Triton compiles anew for a pointer that is aligned less.
         count = status if config.FLAG else torch.zeros(jobs, dtype=torch.int64, device=buffer.device)
         _run(kernel, (programs, number), (*tensors, count, status, T, B, jobs, PATIENCE, *strides), options)
         if not buffer.is_cuda and status[0].item():
             raise DeviceHangError(_about(*launched))
+        waits = buffer.is_cuda and os.environ.get("ELMAN_SYNC") == "1"
+        if waits and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()
+            check(buffer.device)
 
 
 def _about(programs, T, problem, config) -> str:
@@ -833,12 +845,24 @@ def _status(device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return torch.zeros(2, dtype=torch.int64)
     if device.index not in _words:
+        if not _words:
+            atexit.register(_at_exit)
         _words[device.index] = torch.zeros(2, dtype=torch.int64).pin_memory()
     return _words[device.index]
 
 
+def _at_exit() -> None:
+    """The last launches' word, for which no call came any more."""
+    for index in list(_words):
+        torch.cuda.synchronize(index)
+        try:
+            check(torch.device("cuda", index))
+        except DeviceHangError as error:  # nobody is there to catch it
+            print(f"elman: {error}", file=sys.stderr)
+
+
 def check(device: torch.device) -> None:
-    """Raises DeviceHangError if an earlier launch on the device is known by now to have given up."""
+    """Raises DeviceHangError, once, if an earlier launch on the device is known by now to have given up."""
     word = _words.get(device.index)
     if word is not None and word[0].item():
         word.zero_()

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import interpreter_builder
 
-from elman.kernels import common, cooperative
+import elman
+from elman.kernels import common, configs, cooperative
 from elman.kernels.errors import DeviceHangError
 
 pytestmark = [
@@ -287,3 +288,41 @@ def test_a_hang_and_a_dead_worker_fail_in_time():
             with few.at_once(2), pytest.raises(LaunchError, match="process of program 1 died"):
                 run_one_pass(kernel, p, backward=False)
             assert not few.processes
+
+
+@pytest.fixture
+def gave_up(monkeypatch):
+    """A status word of a GPU that no machine needs to have, on which a launch has given up."""
+    word = torch.tensor([1, 0])
+    monkeypatch.setattr(cooperative, "_words", {0: word})
+    problem = configs.Problem(8, 64)
+    launched = (4, 10, problem, configs.choose("cooperative", problem))
+    monkeypatch.setattr(cooperative, "_launched", {0: launched})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return word
+
+
+def test_a_launch_that_gave_up_is_reported_once(gave_up):
+    device = torch.device("cuda", 0)
+    with pytest.raises(DeviceHangError, match="earlier launch, perhaps the last one, a group of 4 programs"):
+        cooperative.check(device)
+    cooperative.check(device)
+    assert gave_up[0] == 0
+
+
+def test_synchronize_raises_what_only_the_end_shows(gave_up):
+    with pytest.raises(DeviceHangError, match="10 steps of Problem"):
+        elman.synchronize("cuda:0")
+    elman.synchronize("cuda:0")
+    gave_up[0] = 1
+    with pytest.raises(DeviceHangError):
+        elman.synchronize()
+
+
+def test_the_last_word_is_printed_at_exit(gave_up, capsys):
+    cooperative._at_exit()
+    assert "elman: In an earlier launch" in capsys.readouterr().err
+    cooperative._at_exit()
+    assert capsys.readouterr().err == ""
