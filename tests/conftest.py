@@ -54,6 +54,7 @@ if torch.cuda.is_available():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@pytest.hookimpl(trylast=True)  # pytest-benchmark warns while it is configured, beside xdist
 def pytest_configure(config: pytest.Config) -> None:
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
