@@ -322,7 +322,7 @@ def test_cudnn_switched_off(machine, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("hidden", [64, 128, 224, 256, 264, 384, 512, 1024, 2048])
 def test_triton_takes_the_kernel_that_the_model_makes_the_quickest(machine, hidden, dtype):
-    machine(name="NVIDIA H200")
+    machine(name="A GPU without a table")
     call = {**SHAPE, "seq": 1024, "dtype": dtype, "device": "cuda", "backend": "triton"}
     route = elman.explain(**{**call, "hidden": hidden, "input": hidden})
     problem = configs.Problem(16, hidden, 1, dtype, routing.float32_precision(CUDA))
@@ -332,6 +332,8 @@ def test_triton_takes_the_kernel_that_the_model_makes_the_quickest(machine, hidd
         us |= {kernel: found[0][1].us} if found else {}
     assert us[route.kernel] == min(us.values())
     assert f"{route.kernel} {us[route.kernel]:.2f}" in route.reason
+    if "makes the input product too" in route.reason:
+        problem = dataclasses.replace(problem, inputs=hidden)
     assert dict(route.config) == vars(configs.choose(route.kernel, problem, chip(CUDA)))
     if dtype == torch.bfloat16:
         assert route.kernel == (
