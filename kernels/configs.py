@@ -311,10 +311,11 @@ def _estimate_step(config: StepConfig, problem: Problem, chip: Chip) -> Estimate
     )
 
 
-#: The tiles are unrolled: above 5 x 5 of them a kernel may take 10 seconds and more to compile.
-MAX_CHUNKS = 5
-#: Registers that Triton 3.9 takes more with wide tiles in three rows: its reports at H = 264 and 320.
-NEWER_REGISTERS = 30
+#: The tiles are unrolled: above 5 x 5 of them a kernel may take 10 seconds and more to compile, and 5 x 5
+#: spill under Triton 3.9, and took twice cooperative's time on an H200.
+MAX_CHUNKS = 4
+#: Registers that Triton 3.9 takes more with wide tiles in three rows: its reports at H = 264 with resets.
+NEWER_REGISTERS = 52
 #: Microseconds until what a program asks for is there, from L2; and what a resident step takes of the cycles
 #: that the model counts: both as an H200 did it (results/nvidia-h200-16-cores, 2026-11-27, B = 16).
 FETCH_US, RESIDENT_SCALE = 0.2, 0.85
