@@ -1,5 +1,5 @@
-# make test | make bench | make charlm | make check | make fuzz | make compile-matrix: each sets up .venv first, a
-# second run is quick.
+# make test | make bench | make gpu | make charlm | make check | make fuzz | make compile-matrix: each sets up .venv
+# first, a second run is quick.
 PYTHON ?= python3
 BIN := .venv/bin
 # What the tests run on: newest is the tested set of constraints.txt; the others have a .venv inside, where clean
@@ -7,7 +7,7 @@ BIN := .venv/bin
 STACK := newest
 VENV := $(patsubst %/newest,%,.venv/$(STACK))
 
-.PHONY: test bench charlm check fuzz compile-matrix clean
+.PHONY: test bench gpu charlm check fuzz compile-matrix clean
 
 # STACK: newest, oldest or middle; ARGS: any of pytest's, e.g. make test STACK=oldest ARGS=tests/test_layer.py
 test: $(VENV)/ready
@@ -17,6 +17,11 @@ test: $(VENV)/ready
 # ARGS: any of the options that `pytest bench --help` lists, e.g. make bench ARGS="--sweep smallest"
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# A new GPU, nine minutes: verifies and tunes the kernels, times the layer; into results/ and elman/tuned/.
+# ARGS: any of the options that `python -m bench.gpu --help` lists, e.g. make gpu ARGS="--minutes 30"
+gpu: .venv/ready
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 # ARGS: any of the options that `python -m bench.charlm --help` lists, e.g. make charlm ARGS="--compare"; to go on
 # with what the last one trained, ARGS=--resume
