@@ -723,8 +723,8 @@ def scan(
     resets None or bool (T, B), none of them past a row's length: where rows begin anew, so that no state
     passes, in either direction, between the step and the one before it.
     Raises ValueError where shapes, dtypes or devices disagree, Triton's RuntimeError where the programs don't
-    all fit on the chip at once, and DeviceHangError where they waited in vain for one another (found out by
-    waiting for the launch to end; inside a CUDA graph capture not: there the output is NaN).
+    all fit on the chip at once, and DeviceHangError where those of an earlier launch on this device waited in
+    vain for one another: this launch's own are not waited for. The results of the launch that hung are NaN.
     """
     T, B, D, H = expect_sequence(z, "z", w_hh, lengths)
     expect(h0, "h0", (D, B, H), z)
@@ -796,7 +796,7 @@ def _options(tensor, problem, options, config):
 
 
 def _launch(kernel, buffer, tensors, strides, problem, config, options) -> None:
-    """Launches a kernel that passes the state on through `buffer`, and waits for its word that all met."""
+    """Launches a kernel that passes the state on through `buffer`; raises if an earlier launch hung."""
     T, B, _ = buffer.shape
     programs, number = groups(problem, config, chip(buffer.device))
     jobs = problem.D * triton.cdiv(B, config.BLOCK_B)
@@ -830,10 +830,11 @@ _launched: dict[int, tuple] = {}
 
 
 def _status(device: torch.device) -> torch.Tensor:
+    # "cpu" in so many words: the default device, which torch.set_default_device sets, may be another.
     if device.type != "cuda":
-        return torch.zeros(2, dtype=torch.int64)
+        return torch.zeros(2, dtype=torch.int64, device="cpu")
     if device.index not in _words:
-        _words[device.index] = torch.zeros(2, dtype=torch.int64).pin_memory()
+        _words[device.index] = torch.zeros(2, dtype=torch.int64, device="cpu").pin_memory()
     return _words[device.index]
 
 
