@@ -28,7 +28,7 @@ from torch import Tensor
 from bench import agreement
 from bench.precompile import Launch, candidates
 from elman import cudnn, reference
-from elman.kernels import configs
+from elman.kernels import configs, cooperative
 from elman.kernels.configs import Chip, Config, Problem
 
 #: Arithmetic by name: dtype, and the class of a float32 product; float32's candidates are of both ways to
@@ -246,6 +246,8 @@ def judge(case: Case, device: torch.device) -> dict[str, Any]:
     own, truth = run(case, n)
     again, _ = run(case, n)
     found, nn_rnn = error(own, truth), n.nn_rnn
+    if case.kernel == "cooperative":  # its launches have been waited for: a hang is not the next case's
+        cooperative.check(device)
     bar = agreement.floor("d x" if case.backward else "output", STEPS, case.problem.dtype)
     if case.arithmetic == "tf32":
         bar = TF32_BAR

@@ -147,16 +147,18 @@ class _Recorded(torch.autograd.Function):
         x, h0, counts, resets, ctx.nonlinearity, ctx.kernel, ctx.precision, ctx.D, *weights = arguments
         output, h_n = _plain_layer(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, counts, resets, output, *weights)
+        # Not the biases: who writes into one before the backward pass changes nothing that it reads.
+        ctx.size = len(weights) // ctx.D
+        kept = [w for i, w in enumerate(weights) if i % ctx.size < 2]
+        ctx.save_for_backward(x, h0, counts, resets, output, *kept)
         return output, h_n
 
     @staticmethod
     def backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h0, counts, resets, output, *weights = ctx.saved_tensors
-        D, needs = ctx.D, ctx.needs_input_grad
-        size = len(weights) // D
+        D, size, needs = ctx.D, ctx.size, ctx.needs_input_grad
         # Joined here again, so that second derivatives find their way to the weights.
-        w_ih, w_hh = (reference.join(weights[i::size]) for i in (0, 1))
+        w_ih, w_hh = reference.join(weights[::2]), reference.join(weights[1::2])
         of_biases = size == 4 and any(needs[10::4] + needs[11::4])
         wanted = [*needs[:2], any(needs[8::size]), any(needs[9::size]), of_biases]
         arguments = (g_out, g_hn, x, h0, w_ih, w_hh, counts, resets, output)
@@ -519,11 +521,13 @@ def whole_products(
         dw_ih = (flat.t() @ x.flatten(0, 1)).view(D, H, I)
     if needs_w_hh:
         states, sums = output.flatten(0, 1), []
-        # In place it needs no copy, which torch.func's transforms don't know.
-        add = torch.addmm if torch._C._are_functorch_transforms_active() else Tensor.addmm_
+        in_transform = torch._C._are_functorch_transforms_active()
         for d, (g, begin, later) in enumerate(zip(columns, begins, others, strict=True)):
             total = g[begin].t() @ h0[d]
             if T > 1:
+                # In place it needs no copy, but torch.func's transforms don't know that, and a backward pass
+                # within autocast has made `total` of another dtype.
+                add = torch.addmm if in_transform or total.dtype != g.dtype else Tensor.addmm_
                 before = states[others[1 - d] if D == 2 else slice((T - 1) * B)]
                 total = add(total, g[later].t(), before if D == 1 else before[:, d * H : (d + 1) * H])
             sums.append(total)

@@ -157,8 +157,8 @@ def route(
     backward pass too where gradients are enabled.
     """
     arguments = (asked_for(requested), device, dtype, hidden, batch, directions, one_step, ragged, resets)
-    if device.type != "cuda" or is_traced():
-        return _found(*arguments)
+    if device.type != "cuda" or is_traced() or type(hidden) is not int or type(batch) is not int:
+        return _found(*arguments)  # make_fx's sizes, SymInts, can't be looked up
     # All else that the answer follows from and that may change while the process lives.
     key = (
         *arguments,

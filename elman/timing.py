@@ -70,14 +70,24 @@ def measure(
                 if isinstance(samples, str):
                     continue
                 try:
-                    if turn == 0 and not all(torch.isfinite(launch(config)).all() for launch in launches):
-                        raise ArithmeticError("its result is not finite")
+                    if turn == 0:
+                        finite = all(torch.isfinite(launch(config)).all() for launch in launches)
+                        _expect_no_hang(kernel, device)
+                        if not finite:
+                            raise ArithmeticError("its result is not finite")
                     short, long = (clock(functools.partial(launch, config)) for launch in launches)
+                    _expect_no_hang(kernel, device)
                     if turn >= WARM_UPS:
                         samples.append((long - short) / (lengths[1] - lengths[0]))
                 except Exception as error:  # a config that can't be compiled or launched is no candidate
                     results[i] = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500]
     return [_expect_slope(samples) for samples in results]
+
+
+def _expect_no_hang(kernel: str, device: torch.device) -> None:
+    """Raises DeviceHangError if a launch that has been waited for hung: else the next config's would."""
+    if kernel == "cooperative":
+        importlib.import_module("elman.kernels.cooperative").check(device)
 
 
 @contextlib.contextmanager

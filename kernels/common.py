@@ -223,7 +223,7 @@ def launch(
     if INTERPRETED or torch.version.hip or type(kernel) is not triton.JITFunction or kernel.pre_run_hooks:
         kernel[grid](*arguments, **options)
         return
-    tensors = [a for a in arguments if type(a) is not int]
+    tensors = [a for a in arguments if not isinstance(a, int)]
     numbers = arguments[len(tensors) :]
     if id(kernel) not in _known:  # which holds it, so that the number stays its own
         _known[id(kernel)] = kernel, sum(p.do_not_specialize for p in kernel.params), {}

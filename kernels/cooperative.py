@@ -727,8 +727,8 @@ def scan(
     resets None or bool (T, B), none of them past a row's length: where rows begin anew, so that no state
     passes, in either direction, between the step and the one before it.
     Raises ValueError where shapes, dtypes or devices disagree, Triton's RuntimeError where the programs don't
-    all fit on the chip at once, and DeviceHangError where they waited in vain for one another (found out by
-    waiting for the launch to end; inside a CUDA graph capture not: there the output is NaN).
+    all fit on the chip at once, and DeviceHangError where those of an earlier launch on this device waited in
+    vain for one another: this launch's own are not waited for. The results of the launch that hung are NaN.
     """
     T, B, D, H = expect_sequence(z, "z", w_hh, lengths)
     expect(h0, "h0", (D, B, H), z)
@@ -842,12 +842,13 @@ _launched: dict[int, tuple] = {}
 
 
 def _status(device: torch.device) -> torch.Tensor:
+    # "cpu" in so many words: the default device, which torch.set_default_device sets, may be another.
     if device.type != "cuda":
-        return torch.zeros(2, dtype=torch.int64)
+        return torch.zeros(2, dtype=torch.int64, device="cpu")
     if device.index not in _words:
         if not _words:
             atexit.register(_at_exit)
-        _words[device.index] = torch.zeros(2, dtype=torch.int64).pin_memory()
+        _words[device.index] = torch.zeros(2, dtype=torch.int64, device="cpu").pin_memory()
     return _words[device.index]
 
 

@@ -527,7 +527,7 @@ def _forward(
     config = config or configs.choose("resident", problem, chip(x.device))
     kernel = vector.forward_kernel if config.BLOCK_B == 1 else forward_kernel
     with on_device(x):
-        arguments = (
+        arguments: tuple[torch.Tensor | int, ...] = (
             x,
             w_ih.contiguous() if w_ih is not None else x,
             bias.contiguous() if bias is not None else x,

@@ -486,3 +486,15 @@ def test_the_products_of_a_gpu_are_those_of_the_cpu(T, D):
     expected = ops._layer_products(*tensors, None, None, needs)
     for found, by_parts in zip(ops.whole_products(*tensors, needs), expected, strict=True):
         torch.testing.assert_close(found, by_parts)
+
+
+@pytest.mark.parametrize("D", [1, 2])
+def test_the_products_of_a_gpu_within_autocast(D):
+    """A backward pass may be called there though the layer's own forward pass was not."""
+    sizes = [(5, 3, D * 6), (5, 3, 4), (D, 3, 6), (D, 6, 4), (D, 6, 6), (5, 3, D * 6)]
+    tensors, needs = [torch.randn(*size) for size in sizes], [True] * 5
+    expected = ops.whole_products(*tensors, needs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.whole_products(*tensors, needs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.1)

@@ -269,6 +269,14 @@ def test_launchers_say_what_they_cannot():
         Cooperative().scan_backward(g_out, None, z, w_hh, z.clone(), None, "tanh", "ieee")
 
 
+def test_the_status_is_the_host_s_whatever_the_default_device(monkeypatch):
+    monkeypatch.setattr(cooperative, "_words", {})
+    monkeypatch.setattr(Tensor, "pin_memory", lambda t: t)
+    with torch.device("meta"):  # as torch.set_default_device("cuda")
+        found = [cooperative._status(torch.device(*d)) for d in (("cuda", 0), ("cpu",))]
+    assert [(t.device.type, t.tolist()) for t in found] == [("cpu", [0, 0])] * 2
+
+
 def test_a_hang_and_a_dead_worker_fail_in_time():
     """The harness itself; it starts its workers anew."""
     kernel, p = Cooperative(BLOCK_N=16), problem(2, 1, 17, 1, FP32, ragged=False)

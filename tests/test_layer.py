@@ -699,6 +699,22 @@ def test_results_may_be_written_over():
         output.sum().backward()
 
 
+@each_option
+def test_a_bias_may_be_written_over_before_the_backward_pass(options):
+    """The backward pass reads none, nn.RNN's neither; of the weights both say so."""
+    ours, theirs = pair(**options)
+    x, found = sequence(options), []
+    for layer in (ours, theirs):
+        output, _ = layer(x)
+        with torch.no_grad():
+            for name, p in layer.named_parameters():
+                if "bias" in name:
+                    p.add_(1)
+        output.square().sum().backward()
+        found.append([p.grad for p in layer.parameters()])
+    assert_close(*found)
+
+
 def test_a_result_that_was_dropped_frees_the_graph():
     ours, _ = pair()
     output, _ = ours(sequence())

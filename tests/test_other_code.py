@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
@@ -556,6 +557,19 @@ def test_proxies_among_the_weights_alone(kind):
     layer, x = Elman(I, H), sequence()
     traced = torch.fx.symbolic_trace(lambda a, b, c, d: elman.elman(x, None, kind([a, b, c, d]))[0])
     assert_close(traced(*layer._flat_weights), layer(x)[0])
+
+
+def test_make_fx_with_sizes_that_are_symbols_on_cuda():
+    """Of fake tensors, so that no GPU is needed: a route is looked up by sizes, and symbols have no hash."""
+
+    def run(rows):
+        shapes = [(H, I), (H, H), (H,), (H,)]
+        weights = [torch.empty(shape, device="cuda") for shape in shapes]
+        x = torch.empty(T, rows.shape[0], I, device="cuda")
+        return elman.elman(x, None, weights, backend="eager")[0]
+
+    graph = make_fx(run, tracing_mode="symbolic")(torch.empty(B, 2))
+    assert any(node.target is torch.ops.elman.layer.default for node in graph.graph.nodes)
 
 
 # A backend by name, where nn.RNN's operator is taken

@@ -20,7 +20,7 @@ import torch
 
 import elman
 from elman import choice, cli, ops, routing, tables, timing, tuning
-from elman.kernels import configs, resident, step
+from elman.kernels import configs, cooperative, resident, step
 from tests.machines import simulate_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -537,6 +537,29 @@ def test_a_config_that_raises_or_computes_nonsense_fails_alone(monkeypatch):
     assert results[0] == "RuntimeError: out of resources"
     assert results[1] == "ArithmeticError: its result is not finite"
     assert len(results[2]) == timing.ROUNDS_LAUNCHED
+
+
+@pytest.mark.parametrize("hanging", [1, 2, 4, 4 + 2 * timing.WARM_UPS])
+def test_a_config_that_hangs_fails_alone(hanging, monkeypatch):
+    """On a GPU a launch that hung is known once it has been waited for, and raises at the next one."""
+    first, second = (configs.CooperativeConfig(8, n, 64, 1) for n in (16, 32))
+    word, launched = torch.zeros(2, dtype=torch.int64), []
+    monkeypatch.setitem(cooperative._words, CPU.index, word)
+    monkeypatch.setitem(cooperative._launched, CPU.index, (2, 8, SMALL, first))
+
+    def launch(config):
+        cooperative.check(CPU)
+        launched.append(config)
+        hangs = config == first and launched.count(first) == hanging
+        word[0] = int(hangs)
+        return torch.full((1,), float("nan") if hangs else 1.0)
+
+    monkeypatch.setattr(timing, "_work", lambda *_: launch)
+    ticks = itertools.count(1.0)
+    clock = lambda launch: (launch(), next(ticks))[1]  # noqa: E731
+    hung, samples = timing.measure("cooperative", SMALL, [first, second], CPU, clock)
+    assert hung.startswith("DeviceHangError: ")
+    assert len(samples) == timing.ROUNDS
 
 
 @pytest.mark.parametrize(("kernel", "steps", "rounds"), [("step", (8, 40), 8), ("resident", (64, 320), 25)])
