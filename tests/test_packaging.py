@@ -46,6 +46,7 @@ def test_wheel_holds_elman_alone(built):
     names = [name for name in zipfile.ZipFile(built[0]).namelist() if ".dist-info/" not in name]
     expected = [f"elman/{name}" for name in modules("elman")]
     expected += [f"elman/kernels/{name}" for name in modules("kernels")]
+    expected += [f"elman/tuned/{table.name}" for table in ROOT.glob("elman/tuned/*.json")]
     assert sorted(names) == sorted([*expected, "elman/py.typed"])
 
 
