@@ -38,7 +38,7 @@ from elman.kernels.configs import Chip, Config, Problem
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("machine", "compile", "verify", "floor", "tune", "sweep", "tools", "report")
 #: The part of the minutes that are left which a stage may take.
-SHARES = {"compile": 0.35, "verify": 0.3, "tune": 0.5, "sweep": 0.85, "tools": 0.9}
+SHARES = {"compile": 0.2, "verify": 0.2, "tune": 0.45, "sweep": 0.85, "tools": 0.9}
 #: (B, H) of the keys that are tuned, most wanted first.
 TUNED_B = (16, 1, 64)
 TUNED_H = (64, 128, 256, 512, 1024, 264, 2048, 384, 768, 336, 224, 1760, 2560, 320)

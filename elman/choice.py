@@ -112,7 +112,7 @@ def times(problem: configs.Problem, device: torch.device) -> tuple[Mapping[str, 
 
 
 #: Guesses of a launch's microseconds beside its steps: for resident the launch and W_hh's way onto the chip,
-#: for cooperative a buffer and a counter to fill, a cooperative launch and a wait of the host too.
+#: for cooperative a buffer to fill and a cooperative launch too.
 FIXED_US = {"resident": 5.0, "cooperative": 30.0, "step": 0.0}
 
 
