@@ -133,6 +133,21 @@ def add_product(
 
 
 @triton.jit
+def within(t, steps):
+    """The step t, or the nearest one that there is, as a 64-bit factor of a stride."""
+    return tl.minimum(tl.maximum(t, 0), steps - 1).to(tl.int64)
+
+
+@triton.jit
+def moved_up(queue, new):
+    """The queue of tiles without its first len(new), and the new ones at its end."""
+    rest = ()
+    for i in tl.static_range(len(new), len(queue)):
+        rest += (queue[i],)
+    return rest + new
+
+
+@triton.jit
 def clear(pointers, mask, start, stop, stride):
     """Zeros where mask, at the steps from start to stop."""
     t = start  # not the loop's own variable, which the interpreter makes a Python int

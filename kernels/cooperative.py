@@ -149,6 +149,31 @@ def held_chunk(
 
 
 @triton.jit
+def chunks_on_chip(
+    w,
+    rn,
+    H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STREAMED: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """The chunks of the rows rn of w (H, H) that stay on chip, in registers first. SIZE: bits an element."""
+    ws = ()
+    for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
+        if k < held_chunks(BLOCK_N, BLOCK_K, WARPS, SIZE, PRECISION, DIRECT, HELD):
+            chunk = held_chunk(w, rn, k, H, BLOCK_N, BLOCK_K, WARPS)
+        else:
+            chunk = weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT)
+        ws += (operand(chunk, PRECISION, INTERPRET),)
+    return ws
+
+
+@triton.jit
 def look(
     rows,
     ok,
@@ -556,13 +581,9 @@ def forward_kernel(
         steps = tl.max(length, 0)
         t = d * (steps - 1)
         w = w_hh + d.to(tl.int64) * H * H
-        ws = ()
-        for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
-            if k < held_chunks(BLOCK_N, BLOCK_K, WARPS, BITS.primitive_bitwidth, PRECISION, DIRECT, HELD):
-                chunk = held_chunk(w, rn, k, H, BLOCK_N, BLOCK_K, WARPS)
-            else:
-                chunk = weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT)
-            ws += (operand(chunk, PRECISION, INTERPRET),)
+        ws = chunks_on_chip(
+            w, rn, H, BLOCK_N, BLOCK_K, STREAMED, BITS.primitive_bitwidth, DIRECT, PRECISION, INTERPRET, WARPS
+        )
         z_tile = z + d * H + cb.to(tl.int64) * z_b + cn
         out_tile = out + d * H + cb.to(tl.int64) * out_b + cn
         rows = out + d * H + rb.to(tl.int64) * out_b
@@ -655,13 +676,9 @@ def backward_kernel(
         steps = tl.max(length, 0)
         t = (1 - d) * (steps - 1)
         w = w_hh + d.to(tl.int64) * H * H
-        ws = ()
-        for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K - STREAMED):
-            if k < held_chunks(BLOCK_N, BLOCK_K, WARPS, BITS.primitive_bitwidth, PRECISION, DIRECT, HELD):
-                chunk = held_chunk(w, rn, k, H, BLOCK_N, BLOCK_K, WARPS)
-            else:
-                chunk = weight_chunk(w, rn, k, H, BLOCK_K, WARPS, DIRECT)
-            ws += (operand(chunk, PRECISION, INTERPRET),)
+        ws = chunks_on_chip(
+            w, rn, H, BLOCK_N, BLOCK_K, STREAMED, BITS.primitive_bitwidth, DIRECT, PRECISION, INTERPRET, WARPS
+        )
         cb64 = cb.to(tl.int64)
         g_tile = g_out + (d * H + cn).to(tl.int64) * g_h + cb64 * g_b
         out_tile = output + d * H + cb64 * out_b + cn
@@ -874,13 +891,11 @@ def check(device: torch.device) -> None:
 
 def _direct(buffer, tensors, problem, config) -> int:
     """The bits of an element where threads can poll by 16 bytes what they multiply, else 0."""
-    size = buffer.element_size()
-    aligned = [t.data_ptr() for t in (buffer, *tensors[2:4])] + [n * size for n in buffer.stride()[:2]]
     if INTERPRETED or torch.version.hip or not configs.polls_directly(config, problem):
         return 0
-    if any(n % 16 for n in aligned):
-        return 0
-    return 8 * size
+    size = buffer.element_size()
+    places = [t.data_ptr() for t in (buffer, *tensors[2:4])] + [n * size for n in buffer.stride()[:2]]
+    return 0 if any(n % 16 for n in places) else 8 * size
 
 
 def _run(kernel, grid: tuple[int, int], arguments: tuple, options: dict) -> None:

@@ -35,12 +35,14 @@ from .common import (
     is_step,
     launch,
     launch_options,
+    moved_up,
     on_device,
     operand,
     problem_of,
     rounded,
     row_arguments,
     row_lengths,
+    within,
 )
 
 #: As wide as an input may be for the fused scan, which keeps W_ih on chip beside W_hh.
@@ -213,21 +215,6 @@ def zeros(H: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, dtype: tl.con
     for n in tl.static_range((H + C - 1) // C):
         tiles += (tl.zeros((width(n, H, C), BLOCK_B), dtype),)
     return tiles
-
-
-@triton.jit
-def within(t, steps):
-    """The step t, or the nearest one that there is, as a 64-bit factor of a stride."""
-    return tl.minimum(tl.maximum(t, 0), steps - 1).to(tl.int64)
-
-
-@triton.jit
-def moved_up(queue, new):
-    """The queue of tiles without its first len(new), and the new ones at its end."""
-    rest = ()
-    for i in tl.static_range(len(new), len(queue)):
-        rest += (queue[i],)
-    return rest + new
 
 
 @triton.jit(do_not_specialize=["T", "B"])

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import elements
 from .activations import activate_backward
-from .common import activated, clear, is_cut, rounded
+from .common import activated, clear, is_cut, moved_up, rounded, within
 
 #: Lanes that share a row's sum, and rows that they add up: together they have one of each at its end.
 LANES = tl.constexpr(4)
@@ -100,21 +100,6 @@ def row_steps(lengths, b, T, HAS_LENGTHS: tl.constexpr):
         return T
 
 
-@triton.jit
-def within(t, steps):
-    """The step t, or the nearest one that there is, as a 64-bit factor of a stride."""
-    return tl.minimum(tl.maximum(t, 0), steps - 1).to(tl.int64)
-
-
-@triton.jit
-def after_first(queue, new):
-    """The queue without its first element, and the new tuple at its end."""
-    rest = ()
-    for i in tl.static_range(1, len(queue)):
-        rest += (queue[i],)
-    return rest + new
-
-
 @triton.jit(do_not_specialize=["T", "B"])
 def forward_kernel(
     x,
@@ -191,7 +176,7 @@ def forward_kernel(
         if HAS_RESETS:
             h = tl.where(cut, 0.0, h)
             cut = cut_later
-        queue = after_first(queue, (later,))
+        queue = moved_up(queue, (later,))
         t += sign
     if HAS_LENGTHS:
         clear_state(out_row, steps, T, out_t, H, C)
@@ -266,9 +251,9 @@ def backward_kernel(
         if HAS_RESETS:
             acc = tl.where(cut, 0.0, acc)
             cut = cut_later
-        queue = after_first(queue, (later,))
+        queue = moved_up(queue, (later,))
         if HAS_G_OUT:
-            g_queue = after_first(g_queue, (g_later,))
+            g_queue = moved_up(g_queue, (g_later,))
         t += sign
     if HAS_LENGTHS:
         clear_state(dz_row, steps, T, dz_t, H, C)
