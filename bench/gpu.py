@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -29,9 +28,9 @@ from typing import Any
 
 import torch
 
-from bench import contenders, floor, machine, precompile, verify
+from bench import floor, machine, precompile, verify
 from bench.precompile import Launch
-from elman import choice, tables, timing, tuning
+from elman import cli, tables, timing, tuning
 from elman.kernels import common, configs
 from elman.kernels.configs import Chip, Config, Problem
 
@@ -40,7 +39,7 @@ STAGES = ("machine", "compile", "verify", "floor", "tune", "sweep", "tools", "re
 #: The part of the minutes that are left which a stage may take.
 SHARES = {"compile": 0.2, "verify": 0.2, "tune": 0.45, "sweep": 0.85, "tools": 0.9}
 #: (B, H) of the keys that are tuned, most wanted first.
-TUNED_B = (16, 1, 64)
+TUNED_B = cli.TUNED_B
 TUNED_H = (64, 128, 256, 512, 1024, 264, 2048, 384, 768, 336, 224, 1760, 2560, 320)
 TUNED_ARITHMETIC = ("bfloat16", "float32", "tf32", "float16")
 #: Families that are verified at once, each in a process of its own; how often one is started at most.
@@ -154,7 +153,8 @@ def _launches_verified(run: Run) -> Iterator[Launch]:
 def _launches_tuned(run: Run) -> Iterator[Launch]:
     for kernel, problem in _keys(run):
         if kernel != "cudnn":
-            for config in _tried(kernel, problem, run.chip):
+            for config in tuning.work(kernel, problem, run.chip)[1]:
+                assert config
                 yield Launch(kernel, problem, config)
 
 
@@ -190,12 +190,12 @@ def _verify(run: Run, kernel: str, arithmetic: str, end: float) -> str:
             done = subprocess.run(
                 command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=limit
             )
-            ended, said = f"its process ended with status {done.returncode}", done.stderr
+            crashed, ended, said = True, f"its process ended with status {done.returncode}", done.stderr
             if done.returncode == 0:
                 break
         except subprocess.TimeoutExpired:
-            ended, said = f"it ran into the limit of {limit:.0f} s", ""
-        _blame(Journal(path), ended)
+            crashed, ended, said = False, f"it ran into the limit of {limit:.0f} s", ""
+        _blame(Journal(path), ended, crashed)
         with (run.folder / "verify.log").open("a", encoding="utf-8") as log:
             log.write(f"{kernel} {arithmetic}: {ended}\n{said[-3000:]}\n")
     rows = [row["row"] for row in Journal(path).rows if "row" in row]
@@ -203,18 +203,18 @@ def _verify(run: Run, kernel: str, arithmetic: str, end: float) -> str:
     return f"{kernel} {arithmetic}: {counts}, {starts} processes"
 
 
-def _blame(journal: Journal, ended: str) -> None:
+def _blame(journal: Journal, ended: str, crashed: bool) -> None:
     """A row for the case that was running when its process ended: it crashed, hung, or time was up."""
     finished = {row["n"] for row in journal.rows if "row" in row}
     for row in [row for row in journal.rows if "begins" in row and row["n"] not in finished]:
         seconds = time.time() - row["at"]
-        verdict = "crashed" if "status" in ended else "hung" if seconds > HANG_SECONDS else "unfinished"
+        verdict = "crashed" if crashed else "hung" if seconds > HANG_SECONDS else "unfinished"
         reason = f"{ended}, {seconds:.0f} s after this case began"
         journal.add(n=row["n"], row={**row["begins"], "verdict": verdict, "reason": reason})
 
 
 def stage_floor(run: Run) -> None:
-    """What the GPU does at best: bandwidth, products, the shortest step, meetings."""
+    """What the GPU does at best: bandwidth, products, the shortest step, grid barriers."""
     found = floor.measure(run.device, run.arithmetic)
     (run.folder / "floor.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     run.say(f"floor: {found['step']}")
@@ -224,26 +224,12 @@ def stage_floor(run: Run) -> None:
 
 
 def _keys(run: Run) -> Iterator[tuple[str, Problem]]:
-    """(kernel, problem) of each key, most wanted first; step, whose launches cost the host most, last."""
-    last: list[tuple[str, Problem]] = []
-    for B, arithmetic, H in itertools.product(run.batches, run.arithmetic, run.hidden):
-        dtype, precision = verify.ARITHMETIC[arithmetic]
-        for problem in precompile.both_passes(Problem(B, H, 1, dtype, precision)):
-            for kernel in run.kernels:
-                if kernel == "cudnn":
-                    yield kernel, problem
-                elif choice.why_not(kernel, problem, run.device) is None:
-                    if kernel == "step":
-                        last.append((kernel, problem))
-                    else:
-                        yield kernel, problem
-    yield from last
-
-
-def _tried(kernel: str, problem: Problem, chip: Chip) -> list[Config]:
-    """The tuner's candidates: for as many rows as the key's bucket holds, where the kernel can run that."""
-    whole = replace(problem, B=tables.bucket(problem.B))
-    return precompile.candidates(kernel, whole, chip) or precompile.candidates(kernel, problem, chip)
+    """(kernel, problem) of each key, most wanted first, as `python -m elman tune` goes through them."""
+    wanted = [verify.ARITHMETIC[arithmetic] for arithmetic in run.arithmetic]
+    dtypes = list(dict.fromkeys(dtype for dtype, _ in wanted))
+    for kernel, problem in cli.jobs([*itertools.product(run.batches, run.hidden)], dtypes, [1], run.device):
+        if kernel in run.kernels and (problem.dtype, problem.precision) in wanted:
+            yield kernel, problem
 
 
 def stage_tune(run: Run) -> None:
@@ -269,9 +255,8 @@ def stage_tune(run: Run) -> None:
 def _tuned(run: Run, kernel: str, problem: Problem) -> dict[str, Any]:
     """A key's row: each candidate's microseconds a step or why it has none, the model's, and the best."""
     key = tables.key_of(kernel, problem)
-    whole = replace(problem, B=key.B)
+    whole, tried = tuning.work(kernel, problem, run.chip)
     arithmetic = next(a for a, p in verify.ARITHMETIC.items() if p == (problem.dtype, problem.precision))
-    tried: list[Config | None] = [None] if kernel == "cudnn" else [*_tried(kernel, problem, run.chip)]
     start, found = time.perf_counter(), []
     right: list[Config | None] = []
     for config in tried:
@@ -289,19 +274,14 @@ def _tuned(run: Run, kernel: str, problem: Problem) -> dict[str, Any]:
         if candidate.get("verdict") in (None, "right"):  # an imprecise one must not win either
             right.append(config)
         found.append(candidate)
-    with contenders.arithmetic("tf32" if arithmetic == "tf32" else "float32"):
-        results = timing.measure(kernel, whole, right, run.device)
+    results = timing.measure(kernel, whole, right, run.device)
     for config, samples in zip(right, results, strict=True):
         candidate = found[tried.index(config)]
         if isinstance(samples, str):
             candidate["reason"] = samples
         else:
-            p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
-            candidate |= {
-                "us": round(statistics.median(samples), 4),
-                "p20": round(p20, 4),
-                "p80": round(p80, 4),
-            }
+            us, p20, p80 = (round(value, 4) for value in tuning.quantiles(samples).values())
+            candidate |= {"us": us, "p20": p20, "p80": p80}
     timed = [c for c in found if "us" in c]
     best = min(timed, key=lambda c: c["us"]) if timed else {}
     return {

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
@@ -225,8 +225,3 @@ def _work(connection: Connection, chip: Chip, target: GPUTarget, with_host_code:
 def candidates(kernel: str, problem: Problem, chip: Chip) -> list[Config]:
     """The configs that a tuner tries, its first choice first."""
     return [config for config, _ in configs.candidates(module_of(kernel), problem, chip)]
-
-
-def both_passes(problem: Problem) -> tuple[Problem, Problem]:
-    """The problem forward and backward."""
-    return replace(problem, backward=False), replace(problem, backward=True)

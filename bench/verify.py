@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import agreement
+from bench import agreement, contenders
 from bench.precompile import Launch, candidates
 from elman import cudnn, reference
 from elman.kernels import configs, cooperative
@@ -204,12 +204,8 @@ def _nn_rnn(n: Numbers, arithmetic: str, has_inputs: bool) -> float:
         bias = n.bias[d] if has_inputs else torch.zeros_like(n.bias[d])
         weights += [t.clone() for t in (w_ih[d], n.w_hh[d], bias, torch.zeros_like(bias))]
     weights = cudnn.in_one_chunk(weights, cudnn.Options(True, 1, "tanh", 0.0, False, D == 2))
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = arithmetic == "tf32"
-    try:
+    with contenders.arithmetic(arithmetic):
         output, _ = torch.rnn_tanh(x, n.h0, weights, True, 1, 0.0, False, D == 2, False)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
     return error(output, n.output)
 
 

@@ -174,7 +174,7 @@ def tune(arguments: argparse.Namespace) -> int:
     done = tables.read(path, gpu).entries
     shapes = arguments.shapes or [(B, H) for B in TUNED_B for H in TUNED_H]
     dtypes = [DTYPES[name] for name in arguments.dtype]
-    work = {tables.key_of(*job): job for job in _jobs(shapes, dtypes, arguments.directions, device)}
+    work = {tables.key_of(*job): job for job in jobs(shapes, dtypes, arguments.directions, device)}
     work = {key: job for key, job in work.items() if key not in done}
     print(f"{path}: {len(done)} entries are there, {len(work)} to do", file=sys.stderr)
     start, finished, failures = time.monotonic(), 0, 0
@@ -202,7 +202,7 @@ def tune(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _jobs(
+def jobs(
     shapes: Sequence[tuple[int, int]],
     dtypes: Sequence[torch.dtype],
     directions: Sequence[int],

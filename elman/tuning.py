@@ -220,12 +220,7 @@ def tune_key(
     run that. Raises RuntimeError where no candidate runs.
     """
     on, key = chip(device), tables.key_of(kernel, problem)
-    problem = replace(problem, ragged=False)
-    whole = replace(problem, B=key.B)
-    tried: list[configs.Config | None] = [None]
-    if kernel != "cudnn":
-        whole = whole if configs.candidates(kernel, whole, on) else problem
-        tried = [config for config, _ in configs.candidates(kernel, whole, on)]
+    whole, tried = work(kernel, replace(problem, ragged=False), on)
     results = (timer or measure)(kernel, whole, tried, device)
     failed = {str(c): r for c, r in zip(tried, results, strict=True) if isinstance(r, str)}
     timed = {c: r for c, r in zip(tried, results, strict=True) if not isinstance(r, str)}
@@ -233,7 +228,7 @@ def tune_key(
         raise RuntimeError(
             f"no candidate of {key} runs: {'; '.join(failed.values()) or 'the model has none'}"
         )
-    found = {config: _quantiles(samples) for config, samples in timed.items()}
+    found = {config: quantiles(samples) for config, samples in timed.items()}
     best = min(found, key=lambda config: found[config]["median"])
     default = found[tried[0]]["median"] if tried[0] in found else None
     times = {str(config): all_ for config, all_ in found.items() if config is not None}
@@ -241,7 +236,21 @@ def tune_key(
     return tables.Entry(key, best, us, p20, p80, default, len(tried), failed, times=times)
 
 
-def _quantiles(samples: list[float]) -> dict[str, float]:
+def work(
+    kernel: str, problem: configs.Problem, on: configs.Chip
+) -> tuple[configs.Problem, list[configs.Config | None]]:
+    """What the key of a problem is tuned on, and the configs to try, None standing for cudnn itself.
+
+    As many rows as the bucket holds, where the kernel can run that.
+    """
+    whole = replace(problem, B=tables.bucket(problem.B))
+    if kernel == "cudnn":
+        return whole, [None]
+    whole = whole if configs.candidates(kernel, whole, on) else problem
+    return whole, [config for config, _ in configs.candidates(kernel, whole, on)]
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
     p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
     return {"median": statistics.median(samples), "p20": p20, "p80": p80}
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from bench import gpu, precompile, verify
-from elman import tables, timing
+from elman import tables, timing, tuning
 from elman.kernels import configs
 
 CHIP = replace(configs.CHIPS["sm_90"], name="Test GPU")
@@ -98,7 +98,7 @@ def test_what_ends_a_process_is_a_row_and_the_next_goes_on(run, monkeypatch, end
 
 
 def test_tune_keeps_every_time_and_a_wrong_candidate_never_wins(run, monkeypatch):
-    first, second = gpu._tried("resident", replace(BF16, B=8, H=17), CHIP)[:2]
+    first, second = tuning.work("resident", replace(BF16, B=8, H=17), CHIP)[1][:2]
 
     def measure(kernel, problem, tried, device):
         return [[1.0 + tried.index(config)] * 25 for config in tried]

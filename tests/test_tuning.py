@@ -849,7 +849,7 @@ TUNE = ["tune", "--shapes", "16,1024;1,64", "--dtype", "bfloat16"]
 
 def jobs():
     """(kernel, H, backward) of TUNE's keys."""
-    found = list(cli._jobs([(16, 1024), (1, 64)], [torch.bfloat16], [1], CUDA))
+    found = list(cli.jobs([(16, 1024), (1, 64)], [torch.bfloat16], [1], CUDA))
     return [(kernel, problem.H, problem.backward) for kernel, problem in found]
 
 
@@ -879,7 +879,7 @@ def test_tune_times_every_kernel_and_cudnn_and_goes_on_where_it_stopped(timer, c
 @pytest.mark.parametrize("allowed", [False, True])
 def test_float32_is_tuned_in_both_classes_whatever_the_switch_says(allowed, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    found = list(cli._jobs([(16, 128)], [torch.float32], [1], CUDA))
+    found = list(cli.jobs([(16, 128)], [torch.float32], [1], CUDA))
     for kernel in ("resident", "cudnn", "step"):
         problems = [p for name, p in found if name == kernel]
         assert [(p.precision, p.backward) for p in problems] == [
@@ -889,12 +889,12 @@ def test_float32_is_tuned_in_both_classes_whatever_the_switch_says(allowed, monk
             ("tf32", True),
         ]
     simulate_gpu(monkeypatch, hip="6.4")
-    assert {p.precision for _, p in cli._jobs([(16, 128)], [torch.float32], [1], CUDA)} == {"ieee"}
+    assert {p.precision for _, p in cli.jobs([(16, 128)], [torch.float32], [1], CUDA)} == {"ieee"}
 
 
 def test_the_most_wanted_keys_come_first():
     dtypes = [torch.float32, torch.bfloat16]
-    found = list(cli._jobs([(1, 64), (16, 64), (16, 128)], dtypes, [1], CUDA))
+    found = list(cli.jobs([(1, 64), (16, 64), (16, 128)], dtypes, [1], CUDA))
     kernels = [kernel for kernel, _ in found]
     assert "step" not in kernels[: kernels.index("step")]
     assert set(kernels[kernels.index("step") :]) == {"step"}, "it is last"
