@@ -2,7 +2,7 @@
 
     plan(...)      the kernel of a launch, and whether it makes the input product too
     config(...)    its config, tuned if that is due
-    launch(...)    both of a pass over tensors, remembered by plain sizes
+    launch(...)    both of a pass over tensors, cached by plain sizes
     why_not(...)   why a kernel can't run a problem
     times(...)     microseconds a step of each kernel that can
     compare(...)   the same beside cudnn's, as numbers and as text
@@ -78,7 +78,7 @@ def launch(
     return name, problem, config(name, problem, device)
 
 
-remembered_launch = tuning.remembered(launch)
+cached_launch = tuning.remembered(launch)
 
 
 @tuning.remembered

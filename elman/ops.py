@@ -265,7 +265,7 @@ def _launch(
     """What scans a sequence (T, B, ...) with w_hh (D, H, H), forward over `inputs`, or, at None, backward."""
     choice = _module("choice")
     # The interpreter, whose launches take a thousand times as long, remembers nothing: tests watch it choose.
-    find = choice.remembered_launch if sequence.is_cuda else choice.launch
+    find = choice.cached_launch if sequence.is_cuda else choice.launch
     (T, B, _), (D, H, _), backward = sequence.shape, w_hh.shape, inputs is None
     return find(kernel, B, H, D, sequence.dtype, precision, backward, ragged, sequence.device, T, inputs or 0)
 

@@ -233,7 +233,7 @@ def launch(
 
     That costs the host more than a torch operation does, most of it to find out what the arguments are. The
     tensors come first, then the numbers that the kernel isn't specialized for, then the others. Only what
-    Triton compiles the same for all is remembered: aligned pointers, and these others by their very values.
+    Triton compiles the same for all is cached: aligned pointers, and these others by their very values.
     """
     if INTERPRETED or torch.version.hip or type(kernel) is not triton.JITFunction or kernel.pre_run_hooks:
         kernel[grid](*arguments, **options)
