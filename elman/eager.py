@@ -53,22 +53,29 @@ def forward(
     D, H, _ = w_hh.shape
     dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
     act_, act = (torch.tanh_, torch.tanh) if nonlinearity == "tanh" else (torch.relu_, _RELU)
-    b = None if bias is None else bias.to(compute)
-    output = project(x.to(compute), w_ih.to(compute), b)
+    if compute != dtype:
+        x, h0, w_ih, w_hh = x.to(compute), h0.to(compute), w_ih.to(compute), w_hh.to(compute)
+        bias = None if bias is None else bias.to(compute)
+    output = project(x, w_ih, bias)
     counts = None if sizes is None else sizes.tolist()
     cuts = _cuts(resets, sizes, B)
+    # With nothing to do between the steps, the host's time is that of two operations a step.
+    plain = counts is None and not cuts and compute == dtype and not _adds_apart(w_hh, B, T)
     with _threads_for(output, B * H * H):
         for d in range(D):
             rows = _rows(output, d, H, counts)
             h = start = h0[d, 0] if B == 1 and counts is None else h0[d]
-            h = h.to(compute)
-            add_product = _adder(w_hh[d].to(compute).t(), B, T, counts is not None)
+            add_product = _adder(w_hh[d].t(), B, T, counts is not None)
+            if plain:
+                for z in rows if d == 0 else rows[::-1]:
+                    h = act_(add_product(z, h))
+                continue
             for t in range(T) if d == 0 else range(T - 1, -1, -1):
                 z = rows[t]
                 if counts is not None and counts[t] != len(h):
                     # Forward, rows leave as t grows; reversed, rows of t + 1 steps begin here with h0.
                     n, had = counts[t], len(h)
-                    h = h[:n] if had > n else torch.cat([h, start[had:n].to(compute)])
+                    h = h[:n] if had > n else torch.cat([h, start[had:n]])
                 if t + d in cuts:
                     h = h.masked_fill(_of_rows(cuts[t + d], len(h)), 0)
                 total = add_product(z, h)
@@ -197,8 +204,9 @@ def step(
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
     """W_ih x + b for all steps and directions: x (..., I), w_ih (D, H, I) -> (..., D * H)."""
     z = product(x.flatten(0, -2), w_ih.flatten(0, 1), None if bias is None else bias.flatten())
-    # Not view: autograd would take the output for a view of this product, and forbid writing into it.
-    return torch.ops.aten._unsafe_view(z, [*x.shape[:-1], z.shape[1]])
+    shape = (*x.shape[:-1], z.shape[1])
+    # Of a view, autograd would forbid that the output's steps are written into.
+    return torch.ops.aten._unsafe_view(z, shape) if torch.is_grad_enabled() else z.view(shape)
 
 
 def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -95,11 +95,11 @@ def is_unobserved(tensors: Iterable[Tensor | None]) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()  # it shall find the operators' names
-        and all(type(t) in _PLAIN for t in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def plain_layer(
