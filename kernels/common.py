@@ -134,8 +134,11 @@ def add_product(
 
 @triton.jit
 def within(t, steps):
-    """The step t, or the nearest one that there is, as a 64-bit factor of a stride."""
-    return tl.minimum(tl.maximum(t, 0), steps - 1).to(tl.int64)
+    """The step t, or the nearest one that there is, as a 64-bit factor of a stride.
+
+    0 where there is none: in a graph nobody has looked at the lengths, and the buffer begins there.
+    """
+    return tl.maximum(tl.minimum(t, steps - 1), 0).to(tl.int64)
 
 
 @triton.jit

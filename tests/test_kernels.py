@@ -318,6 +318,20 @@ def test_activations_follow_torch_at_the_edges(dtype):
         assert torch.equal(dy.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@triton.jit
+def within_kernel(found, t, steps):
+    tl.store(found, common.within(t, steps))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_what_is_fetched_ahead_lies_in_the_buffer(steps):
+    """For a length of 0 too, which nobody has looked at in a graph: before step 0 is other memory."""
+    found = torch.empty(1, dtype=torch.int64, device=DEVICE)
+    for t in range(-2, 6):
+        within_kernel[1,](found, t, steps)
+        assert found.item() == max(min(t, steps - 1), 0)
+
+
 @pytest.mark.skipif(not common.INTERPRETED, reason="the interpreter's rounding")
 def test_bfloat16_rounds_to_nearest_under_the_interpreter():
     """Triton's interpreter cuts; the error would be twice the hardware's and biased."""
