@@ -180,6 +180,63 @@ def backward(
     return dz
 
 
+def backward_vjp(
+    u: Tensor,
+    g_out: Tensor | None,
+    g_hn: Tensor | None,
+    output: Tensor,
+    w_hh: Tensor,
+    dz: Tensor,
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of backward()'s g_out, g_hn, output and w_hh, from u (T, B, D * H), that of its dz.
+
+    With s_t = act'(h_t), and a bar for a gradient, in the order of the forward pass,
+
+        a_t = g_t + W_hh^T dz_{t+1}                what dz_t = s_t * a_t is made of
+        u_t += W_hh abar_{t-1}
+        abar_t = s_t * u_t                         g_t's gradient
+        hbar_t = -2 h_t * a_t * u_t                for tanh; zero for relu
+        Wbar_hh = sum_t dz_{t+1} abar_t^T
+
+    One scan, as forward and backward are, and whole products. All tensors are of the compute dtype; rows have
+    T steps each.
+    """
+    T, B, _ = output.shape
+    D, H, _ = w_hh.shape
+    # As a product: 1 - h^2 cancels where h is near 1.
+    slope = (1 - output) * (1 + output) if nonlinearity == "tanh" else (output > 0).to(output.dtype)
+    u, a_bar = u.clone(), torch.empty_like(output)
+    with _threads_for(u, B * H * H):
+        for d in range(D):
+            sums, slopes, results = (_rows(sequence, d, H, None) for sequence in (u, slope, a_bar))
+            add_product = _adder(w_hh[d].t(), B, T, False)
+            before = None
+            for t in range(T) if d == 0 else range(T - 1, -1, -1):
+                if before is not None:
+                    total = add_product(sums[t], before)
+                    if total is not sums[t]:
+                        sums[t].copy_(total)
+                before = torch.mul(sums[t], slopes[t], out=results[t])
+    a = torch.zeros_like(output) if g_out is None else g_out.clone()
+    ends, w_bar = [], []
+    for d in range(D):
+        columns = slice(d * H, (d + 1) * H)
+        # The steps that hear from another on the way back, those that they hear from, and where it begins.
+        hearing, heard, end = [(slice(-1), slice(1, None), -1), (slice(1, None), slice(-1), 0)][d]
+        later = dz[heard][..., columns].reshape(-1, H)
+        if T > 1:
+            a[hearing][..., columns] += product(later, w_hh[d].t()).view(T - 1, B, H)
+            w_bar += sums_of_products(later, [a_bar[hearing][..., columns]], T)
+        else:
+            w_bar.append(torch.zeros_like(w_hh[d]))
+        if g_hn is not None:
+            a[end, :, columns] += g_hn[d]
+        ends.append(a_bar[end, :, columns])
+    h_bar = output * a * u * -2 if nonlinearity == "tanh" else torch.zeros_like(output)
+    return a_bar, torch.stack(ends), h_bar, torch.stack(w_bar)
+
+
 def step(
     x: Tensor,
     h: Tensor,

@@ -377,7 +377,7 @@ def _vjp_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         arguments: list[Any] = list(ctx.others)
-        for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+        for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=False):  # layer_dz's result is saved too
             arguments[i] = tensor
         in_transform = torch._C._are_functorch_transforms_active()
         floating = [i for i in ctx.places if arguments[i].is_floating_point()]
@@ -409,6 +409,30 @@ def _vjp_of(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(by_place.get(i) for i in range(len(arguments)))
 
     return backward
+
+
+def _setup_dz(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _setup_vjp(ctx, inputs, output)
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places), output)
+
+
+def _dz_gradients(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass of layer_dz: a scan of its own, where nothing differentiates this one again."""
+    *tensors, dz = ctx.saved_tensors
+    given = dict(zip(ctx.places, tensors, strict=True))
+    output, w_hh = given[2], given[3]
+    if (
+        given.keys() & {4, 5}  # counts, resets
+        or output.dtype != dz.dtype
+        or torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(_stands_for_another(t) for t in (u, *tensors))
+    ):
+        return _vjp_of(_differentiable_dz)(ctx, u)
+    found = eager.backward_vjp(u, given.get(0), given.get(1), output, w_hh, dz, ctx.others[6])
+    wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
+    return *wanted, *(None,) * 5
 
 
 def _differentiable_dz(
@@ -448,7 +472,7 @@ def _layer_products(
     From dz (T, B, D * H), or packed: products over the whole sequence.
     """
     dtype, compute = x.dtype, dz.dtype
-    if dz.device.type != "cpu" and dtype == compute and counts is None and resets is None:
+    if dtype == compute and counts is None and resets is None and _sums_well(dz):
         return whole_products(dz, x, h0, w_ih, w_hh, output, needs)
     needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = needs
     D, H, I = w_ih.shape
@@ -499,12 +523,22 @@ def _layer_products(
     return dx, dh0, dw_ih, dw_hh, db
 
 
+def _sums_well(dz: Tensor) -> bool:
+    """Whether one product adds up all rows of dz (T, B, D * H) exactly and quickly enough."""
+    if dz.device.type != "cpu":
+        return True  # the vendor's library does, whatever the length
+    if torch._C._are_functorch_transforms_active() or type(dz) is not Tensor:
+        return False  # a graph that is traced must not depend on T
+    # Of so many products eager's sums are oneDNN's, where that is the quicker one.
+    return dz.shape[0] * dz.shape[1] <= eager.SHORTEST_SUM and dz.numel() * dz.shape[2] < 2**24
+
+
 def whole_products(
     dz: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """As `_layer_products` where all rows have T steps, in as few operations as there can be.
 
-    On a GPU each costs its launch, and the vendor's library adds well whatever the length.
+    On a GPU each costs its launch.
     """
     needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = needs
     (D, H, I), B, T = w_ih.shape, h0.shape[1], len(dz)
@@ -620,7 +654,7 @@ def _register() -> torch.library.Library:
 
     for name, setup, backward in (
         ("elman::layer", _layer_setup, _layer_gradients),
-        ("elman::layer_dz", _setup_vjp, _vjp_of(_differentiable_dz)),
+        ("elman::layer_dz", _setup_dz, _dz_gradients),
         ("elman::layer_products", _setup_vjp, _vjp_of(_all_products)),
     ):
         torch.library.register_autograd(name, backward, setup_context=setup, lib=library)

@@ -360,6 +360,52 @@ sys.exit("torch._dynamo" in sys.modules)
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("given", ["both", "output", "h_n"])
+@pytest.mark.parametrize(
+    ("T", "B", "H", "D"), [(1, 1, 1, 1), (1, 3, 17, 2), (5, 1, 63, 2), (9, 4, 17, 1), (70, 2, 130, 2)]
+)
+def test_scan_of_second_derivatives(T, B, H, D, given, nonlinearity, dtype):
+    """The scan that eager has for them, beside what torch makes of the reference's backward scan."""
+    torch.manual_seed(0)
+    output, w_hh = torch.randn(T, B, D * H).mul(3).tanh(), torch.randn(D, H, H) / H**0.5
+    if nonlinearity == "relu":
+        output = output.relu()
+    g_out = None if given == "h_n" else torch.randn(B, T, D * H).transpose(0, 1)
+    g_hn = None if given == "output" else torch.randn(D, B, H)
+    u = torch.randn(T, D * H, B).transpose(1, 2)
+    inputs = [None if t is None else t.double().requires_grad_() for t in (g_out, g_hn, output, w_hh)]
+    dz = elman.reference.layer_dz(*inputs, nonlinearity=nonlinearity)
+    there = [t for t in inputs if t is not None]
+    expected = torch.autograd.grad(dz, there, u.double(), materialize_grads=True)
+    own = [None if t is None else t.to(dtype) for t in (g_out, g_hn, output, w_hh)]
+    found = elman.eager.backward_vjp(u.to(dtype), *own, dz.detach().to(dtype), nonlinearity)
+    found = [g for g, t in zip(found, inputs, strict=True) if t is not None]
+    for g, truth in zip(found, expected, strict=True):
+        assert (g.dtype, g.shape) == (dtype, truth.shape)
+        assert error(g, truth) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("T", "B"), [(3, 2), (40, 3)], ids=str)
+def test_gradient_penalty_is_nn_rnns(T, B, bidirectional):
+    """Every gradient of a loss that holds gradients: the whole way through both scans, on plain tensors."""
+    theirs = nn.RNN(5, 17, bidirectional=bidirectional, dtype=torch.float64)
+    ours = elman.Elman(5, 17, bidirectional=bidirectional, dtype=torch.float64)
+    ours.load_state_dict(theirs.state_dict())
+    x, hx = torch.randn(T, B, 5, dtype=torch.float64), torch.randn(1 + bidirectional, B, 17).double()
+
+    def penalty(layer):
+        leaves = [x.clone().requires_grad_(), hx.clone().requires_grad_(), *layer.parameters()]
+        output, h_n = layer(*leaves[:2])
+        first = torch.autograd.grad(output.square().sum() + h_n.sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves, create_graph=True)
+
+    for found, expected in zip(penalty(ours), penalty(theirs), strict=True):
+        assert error(found, expected) <= tolerance(torch.float64)
+
+
 def test_argument_computed_from_another(any_backend):
     """The state comes from the input: under create_graph each path to it is counted once."""
     p = make(T=3, dtype=torch.float64, ragged=True, directions=2)
