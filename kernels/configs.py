@@ -405,6 +405,9 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
 
 def _registers_resident(config: ResidentConfig, problem: Problem, chip: Chip, rows: int, inner: int) -> int:
     """Registers a thread, fitted to the compiler's reports; rows, inner: the weight's padded size."""
+    plain = not problem.backward and not _in_tensor_cores(config, problem, chip)
+    if TRITON >= (3, 9) and plain and problem.dtype == torch.float32 and problem.H >= 128:
+        return MAXNREG  # and it spills: a tenth of the time loop's instructions
     threads, words = 32 * config.num_warps, max(1, problem.dtype.itemsize // 4)
     elements = rows * config.BLOCK_B / threads
     each = 4.6 if problem.backward else 3.6

@@ -94,6 +94,13 @@ def test_a_problem_is_found_and_fails(changes, message, tmp_path):
     assert message in (tmp_path / "sm_90.md").read_text().split("## Problems")[1]
 
 
+def test_a_spill_before_the_time_loop_is_shown_and_is_no_problem():
+    before = row(spills=8, loop=row()["loop"] | {"spills": 0})
+    assert compile_report.problems(before) == []
+    page, wrong = compile_report.markdown("sm_90", [before])
+    assert "8 bytes, 0 in the loop" in page and not wrong
+
+
 def test_float32_needs_tensor_cores_only_where_it_asks_for_them():
     problem = row()["problem"] | {"dtype": "float32"}
     for precision, found in {"ieee": 0, "tf32": 1, "tf32x3": 1}.items():
