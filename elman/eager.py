@@ -261,9 +261,8 @@ def step(
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
     """W_ih x + b for all steps and directions: x (..., I), w_ih (D, H, I) -> (..., D * H)."""
     z = product(x.flatten(0, -2), w_ih.flatten(0, 1), None if bias is None else bias.flatten())
-    shape = (*x.shape[:-1], z.shape[1])
-    # Of a view, autograd would forbid that the output's steps are written into.
-    return torch.ops.aten._unsafe_view(z, shape) if torch.is_grad_enabled() else z.view(shape)
+    # Not view: autograd would take the output for a view of this product, and forbid writing into it.
+    return torch.ops.aten._unsafe_view(z, [*x.shape[:-1], z.shape[1]])
 
 
 def product(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
