@@ -48,7 +48,7 @@ def problems(row: Row) -> list[str]:
         found.append(f"takes {shared} bytes of shared memory; {row['target']} grants {row['limit']}")
     elif shared > expected:
         found.append(f"takes {shared} bytes of shared memory; the model expects at most {expected}")
-    if row["spills"] and _counted(row)["spills"]:  # before the loop they cost a launch some cycles, and no step
+    if row["spills"] and _counted(row)["spills"]:  # those before the loop cost cycles of a launch alone
         found.append(f"spills {_spills(row)}")
     if not _counted(row)["tensor"] and _on_tensor_cores(row):
         found.append("makes its products without a tensor core")

@@ -98,7 +98,8 @@ def test_a_spill_before_the_time_loop_is_shown_and_is_no_problem():
     before = row(spills=8, loop=row()["loop"] | {"spills": 0})
     assert compile_report.problems(before) == []
     page, wrong = compile_report.markdown("sm_90", [before])
-    assert "8 bytes, 0 in the loop" in page and not wrong
+    assert "8 bytes, 0 in the loop" in page
+    assert not wrong
 
 
 def test_float32_needs_tensor_cores_only_where_it_asks_for_them():
