@@ -36,8 +36,8 @@ from tests.helpers import ANY_BACKEND, BACKENDS, DEVICE
 #: warning of a driver or a plugin would end the run.
 WARNINGS = (
     "error",
-    # torch.autograd.forward_ad's first use scripts its own decompositions: a FutureWarning from torch 2.14, in
-    # other words on Python 3.14.
+    # torch.autograd.forward_ad's first use scripts its own decompositions: a FutureWarning from torch 2.14,
+    # in other words on Python 3.14.
     "ignore:`torch.jit.script` is (deprecated|not supported)",
     # torch.compile on Python 3.13.0.
     "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",
