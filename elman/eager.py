@@ -114,7 +114,7 @@ def _forward_one(
         states.append(z.addmm_(h, w_hh[d].t()))
     output = states[0] if len(states) == 1 else torch.cat(states, dim=1)
     (torch.tanh_ if nonlinearity == "tanh" else torch.relu_)(output)
-    return output.to(dtype)[None]
+    return torch.ops.aten._unsafe_view(output.to(dtype), [1, *output.shape])  # not a view: see project
 
 
 def backward(
@@ -188,8 +188,11 @@ def backward_vjp(
     w_hh: Tensor,
     dz: Tensor,
     nonlinearity: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
     """The gradients of backward()'s g_out, g_hn, output and w_hh, from u (T, B, D * H), that of its dz.
+
+    None for those that `needs` doesn't name.
 
     With s_t = act'(h_t), and a bar for a gradient, in the order of the forward pass,
 
@@ -204,8 +207,10 @@ def backward_vjp(
     """
     T, B, _ = output.shape
     D, H, _ = w_hh.shape
-    # As a product: 1 - h^2 cancels where h is near 1.
-    slope = (1 - output) * (1 + output) if nonlinearity == "tanh" else (output > 0).to(output.dtype)
+    if nonlinearity == "tanh":
+        slope = (1 - output) * (1 + output)  # 1 - h^2 cancels where h is near 1
+    else:
+        slope = (output <= 0).logical_not().to(output.dtype)  # 1 of a NaN, as torch has it
     u, a_bar = u.clone(), torch.empty_like(output)
     with _threads_for(u, B * H * H):
         for d in range(D):
@@ -218,23 +223,32 @@ def backward_vjp(
                     if total is not sums[t]:
                         sums[t].copy_(total)
                 before = torch.mul(sums[t], slopes[t], out=results[t])
-    a = torch.zeros_like(output) if g_out is None else g_out.clone()
-    ends, w_bar = [], []
-    for d in range(D):
-        columns = slice(d * H, (d + 1) * H)
-        # The steps that hear from another on the way back, those that they hear from, and where it begins.
-        hearing, heard, end = [(slice(-1), slice(1, None), -1), (slice(1, None), slice(-1), 0)][d]
-        later = dz[heard][..., columns].reshape(-1, H)
-        if T > 1:
-            a[hearing][..., columns] += product(later, w_hh[d].t()).view(T - 1, B, H)
-            w_bar += sums_of_products(later, [a_bar[hearing][..., columns]], T)
-        else:
-            w_bar.append(torch.zeros_like(w_hh[d]))
-        if g_hn is not None:
-            a[end, :, columns] += g_hn[d]
-        ends.append(a_bar[end, :, columns])
-    h_bar = output * a * u * -2 if nonlinearity == "tanh" else torch.zeros_like(output)
-    return a_bar, torch.stack(ends), h_bar, torch.stack(w_bar)
+    # The steps that hear from another on the way back, those that they hear from, and where it begins.
+    hearing, heard, ends = [slice(-1), slice(1, None)], [slice(1, None), slice(-1)], [-1, 0]
+    columns = [slice(d * H, (d + 1) * H) for d in range(D)]
+    g_hn_bar = h_bar = w_bar = None
+    if needs[1]:
+        g_hn_bar = torch.stack([a_bar[ends[d], :, columns[d]] for d in range(D)])
+    if needs[2] and nonlinearity == "tanh":
+        a = torch.zeros_like(output) if g_out is None else g_out.clone()
+        for d in range(D):
+            if T > 1:
+                later = product(dz[heard[d], :, columns[d]].reshape(-1, H), w_hh[d].t())
+                a[hearing[d], :, columns[d]].add_(later.view(T - 1, B, H))
+            if g_hn is not None:
+                a[ends[d], :, columns[d]].add_(g_hn[d])
+        h_bar = output * a * u * -2
+    elif needs[2]:
+        h_bar = torch.zeros_like(output)
+    if needs[3] and T > 1:
+        found = [
+            sums_of_products(dz[heard[d], :, columns[d]], [a_bar[hearing[d], :, columns[d]]], T)
+            for d in range(D)
+        ]
+        w_bar = torch.stack([total for (total,) in found])
+    elif needs[3]:
+        w_bar = torch.zeros_like(w_hh)
+    return a_bar if needs[0] else None, g_hn_bar, h_bar, w_bar
 
 
 def step(

@@ -540,19 +540,6 @@ def _check_resets(
         )
 
 
-# Asked once: a graph that torch 2.11 traces can't.
-_AUTOCASTING = {
-    name
-    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia")
-    if torch.amp.is_autocast_available(name)
-}
-
-
-def is_autocast(device: str) -> bool:
-    """Whether autocast is on for tensors of that type of device."""
-    return device in _AUTOCASTING and torch.is_autocast_enabled(device)
-
-
 def _prepare(
     input: Tensor, hx: Tensor | None, weights: list[Tensor], mismatch: type[Exception]
 ) -> tuple[Tensor, Tensor | None, list[Tensor], AbstractContextManager]:
@@ -563,7 +550,7 @@ def _prepare(
     """
     device = input.device
     plain: AbstractContextManager = nullcontext()
-    if is_autocast(device.type):
+    if routing.is_autocast(device.type):
         low = torch.get_autocast_dtype(device.type)
 
         def cast(tensor: Tensor) -> Tensor:

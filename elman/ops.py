@@ -26,6 +26,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -339,24 +340,31 @@ def _gradients(
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, h0, w_ih, w_hh and the bias that `needs` names, None for the others."""
-    g = g_hn if g_out is None else g_out
-    if g is None:
+    if g_out is None and g_hn is None:
         return (None,) * 5
     arguments = (g_out, g_hn, output, w_hh, counts, resets, nonlinearity, kernel, precision)
     in_transform = torch._C._are_functorch_transforms_active()
-    opaque = not in_transform and _stands_for_another(g)
-    if forward_ad._current_level >= 0:
-        dz = _differentiable_dz(*arguments)
-    elif in_transform:
-        dz = _Dz.apply(*arguments)
-    else:
-        # What watches each operation sees ours as one, which it can do whatever is written into what.
-        operator = _is_watched() or opaque or torch.is_grad_enabled()
-        dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
-    # torch's own have derivatives and batching rules, but make a graph's code depend on T.
-    products = torch.ops.elman.layer_products if opaque else _layer_products
-    found = products(dz, x, h0, w_ih, w_hh, output, counts, resets, needs)
+    opaque = not in_transform and any(_stands_for_another(g) for g in (g_out, g_hn) if g is not None)
+    with _uncast(x.device):
+        if forward_ad._current_level >= 0:
+            dz = _differentiable_dz(*arguments)
+        elif in_transform:
+            dz = _Dz.apply(*arguments)
+        else:
+            # What watches each operation sees ours as one, which it can do whatever is written into what.
+            operator = _is_watched() or opaque or torch.is_grad_enabled()
+            dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
+        # torch's own have derivatives and batching rules, but make a graph's code depend on T.
+        products = torch.ops.elman.layer_products if opaque else _layer_products
+        found = products(dz, x, h0, w_ih, w_hh, output, counts, resets, needs)
     return tuple(t if needed else None for t, needed in zip(found, needs, strict=True))
+
+
+def _uncast(device: torch.device) -> AbstractContextManager:
+    """Switches autocast off, within which a backward pass may run: it would round the products' factors."""
+    if routing.is_autocast(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _stands_for_another(t: Tensor) -> bool:
@@ -366,19 +374,17 @@ def _stands_for_another(t: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(t)
 
 
-def _setup_vjp(ctx: Any, inputs: tuple, output: Any) -> None:
+def _setup_vjp(ctx: Any, inputs: tuple, output: Any, *kept: Tensor) -> None:
     ctx.places = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
     ctx.others = [None if isinstance(a, Tensor) else a for a in inputs]
-    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places), *kept)
 
 
 def _vjp_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """The backward pass of an operator whose results `function` makes in torch's own: second derivatives."""
 
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        arguments: list[Any] = list(ctx.others)
-        for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=False):  # layer_dz's result is saved too
-            arguments[i] = tensor
+        arguments = _arguments(ctx)
         in_transform = torch._C._are_functorch_transforms_active()
         floating = [i for i in ctx.places if arguments[i].is_floating_point()]
         wanted = [i for i in floating if in_transform or ctx.needs_input_grad[i]]
@@ -390,49 +396,52 @@ def _vjp_of(function: Callable[..., Any]) -> Callable[..., Any]:
             return (results,) if isinstance(results, Tensor) else results
 
         tensors = [arguments[i] for i in wanted]
-        if in_transform:
-            results, vjp, *_ = torch.func.vjp(call, *tensors)
-            found = vjp(tuple(g.to(r.dtype) for g, r in zip(gradients, results, strict=True)))
-        else:  # torch.func would import torch's compiler
-            again = torch.is_grad_enabled()
-            with torch.enable_grad():
-                tensors = [t.view_as(t) if again else t.detach().requires_grad_() for t in tensors]
-                pairs = [(r, g) for r, g in zip(call(*tensors), gradients, strict=True) if r.requires_grad]
-            found = torch.autograd.grad(
-                [r for r, _ in pairs],
-                tensors,
-                [g.to(r.dtype) for r, g in pairs],
-                create_graph=again,
-                materialize_grads=True,  # of relu's: zeros are what nn.RNN has
-            )
+        with _uncast(gradients[0].device):
+            if in_transform:
+                results, vjp, *_ = torch.func.vjp(call, *tensors)
+                found = vjp(tuple(g.to(r.dtype) for g, r in zip(gradients, results, strict=True)))
+            else:  # torch.func would import torch's compiler
+                again = torch.is_grad_enabled()
+                with torch.enable_grad():
+                    tensors = [t.view_as(t) if again else t.detach().requires_grad_() for t in tensors]
+                    made = zip(call(*tensors), gradients, strict=True)
+                    pairs = [(r, g) for r, g in made if r.requires_grad]
+                found = torch.autograd.grad(
+                    [r for r, _ in pairs],
+                    tensors,
+                    [g.to(r.dtype) for r, g in pairs],
+                    create_graph=again,
+                    materialize_grads=True,  # of relu's: zeros are what nn.RNN has
+                )
         by_place = dict(zip(wanted, found, strict=True))
         return tuple(by_place.get(i) for i in range(len(arguments)))
 
     return backward
 
 
+def _arguments(ctx: Any) -> list[Any]:
+    """What an operator was called with, as `_setup_vjp` kept it."""
+    arguments: list[Any] = list(ctx.others)
+    for i, tensor in zip(ctx.places, ctx.saved_tensors[: len(ctx.places)], strict=True):
+        arguments[i] = tensor
+    return arguments
+
+
 def _setup_dz(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _setup_vjp(ctx, inputs, output)
-    ctx.save_for_backward(*(inputs[i] for i in ctx.places), output)
+    _setup_vjp(ctx, inputs, output, output)
 
 
 def _dz_gradients(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward pass of layer_dz: a scan of its own, where nothing differentiates this one again."""
-    *tensors, dz = ctx.saved_tensors
-    given = dict(zip(ctx.places, tensors, strict=True))
-    output, w_hh = given[2], given[3]
-    if (
-        given.keys() & {4, 5}  # counts, resets
-        or output.dtype != dz.dtype
-        or torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or any(_stands_for_another(t) for t in (u, *tensors))
-    ):
+    """The backward pass of layer_dz: a scan of its own, where nothing looks on or differentiates it again."""
+    g_out, g_hn, output, w_hh, counts, resets, nonlinearity, *_ = _arguments(ctx)
+    whole = counts is None and resets is None and output.dtype not in reference.COMPUTE
+    plain = is_unobserved((u, *ctx.saved_tensors)) and not _stands_for_another(u)
+    if not whole or not plain or torch.is_grad_enabled():
         return _vjp_of(_differentiable_dz)(ctx, u)
-    found = eager.backward_vjp(u, given.get(0), given.get(1), output, w_hh, dz, ctx.others[6])
-    wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
-    return *wanted, *(None,) * 5
+    needs = list(ctx.needs_input_grad[:4])
+    with _uncast(u.device):
+        found = eager.backward_vjp(u, g_out, g_hn, output, w_hh, ctx.saved_tensors[-1], nonlinearity, needs)
+    return *found, *(None,) * 5
 
 
 def _differentiable_dz(
@@ -529,7 +538,7 @@ def _sums_well(dz: Tensor) -> bool:
         return True  # the vendor's library does, whatever the length
     if torch._C._are_functorch_transforms_active() or type(dz) is not Tensor:
         return False  # a graph that is traced must not depend on T
-    # Of so many products eager's sums are oneDNN's, where that is the quicker one.
+    # Longer sums are cut into parts, and larger ones go to oneDNN where it is quicker: both by eager.
     return dz.shape[0] * dz.shape[1] <= eager.SHORTEST_SUM and dz.numel() * dz.shape[2] < 2**24
 
 
@@ -559,9 +568,8 @@ def whole_products(
         for d, (g, begin, later) in enumerate(zip(columns, begins, others, strict=True)):
             total = g[begin].t() @ h0[d]
             if T > 1:
-                # In place it needs no copy, but torch.func's transforms don't know that, and a backward pass
-                # within autocast has made `total` of another dtype.
-                add = torch.addmm if in_transform or total.dtype != g.dtype else Tensor.addmm_
+                # In place it needs no copy, but torch.func's transforms and counters don't know that.
+                add = torch.addmm if in_transform or _is_watched() else Tensor.addmm_
                 before = states[others[1 - d] if D == 2 else slice((T - 1) * B)]
                 total = add(total, g[later].t(), before if D == 1 else before[:, d * H : (d + 1) * H])
             sums.append(total)

@@ -263,6 +263,19 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+# Asked once: a graph that torch 2.11 traces can't.
+_AUTOCASTING = {
+    name
+    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia")
+    if torch.amp.is_autocast_available(name)
+}
+
+
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for tensors of that type of device."""
+    return device in _AUTOCASTING and torch.is_autocast_enabled(device)
+
+
 def _passes(
     device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, bool]
 ) -> tuple[Problem, ...]:

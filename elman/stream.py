@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import Input, is_autocast
+from . import routing
+from .functional import Input
 from .layer import ElmanNetwork
 
 
@@ -268,7 +269,7 @@ class Stream(nn.Module):
                 f"the input is on {data.device} and the state of the call before on {state.device}; expected "
                 f"one: move the stream with .to(), or {self._remedy()}"
             )
-        if state.dtype != data.dtype and not is_autocast(data.device.type):
+        if state.dtype != data.dtype and not routing.is_autocast(data.device.type):
             raise RuntimeError(
                 f"the input is {data.dtype} and the state of the call before {state.dtype}; expected one "
                 f"dtype: convert the stream with .to(), or {self._remedy()}"

@@ -699,6 +699,22 @@ def test_results_may_be_written_over():
         output.sum().backward()
 
 
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "frozen"])
+def test_a_parameter_may_be_added_to_a_result_that_records_nothing(T, frozen):
+    """As to nn.RNN's: a view, made where nothing was recorded, would refuse."""
+    ours, _ = pair()
+    ours.requires_grad_(not frozen)
+    with torch.set_grad_enabled(frozen):
+        output, h_n = ours(torch.randn(T, 2, 3, dtype=F64))
+    bias = nn.Parameter(torch.ones(output.shape[-1], dtype=F64))
+    for result in (output, h_n):
+        assert result._base is None
+        result.add_(bias)
+    output.sum().backward()
+    assert bias.grad.eq(T * 2).all()
+
+
 @each_option
 def test_a_bias_may_be_written_over_before_the_backward_pass(options):
     """The backward pass reads none, nn.RNN's neither; of the weights both say so."""

@@ -153,6 +153,16 @@ def test_jacobian_by_rows(backend):
     same(jacrev(lambda a: layer(a)[0])(x), torch.autograd.functional.jacobian(lambda a: layer(a)[0], x))
 
 
+def test_vectorized_hessian_of_a_state_alone():
+    """relu's gradient of the output is plain zeros there, beside a batch of the state's."""
+    ours, x = layer_of(**OPTIONS["relu"]), inputs(T=3)[0]
+
+    def of(layer):
+        return torch.autograd.functional.hessian(lambda a: layer(a)[1].exp().sum(), x, vectorize=True)
+
+    same(of(ours), of(copy_of(ours)))
+
+
 @each_options
 def test_a_batch_of_gradients_at_once(options):
     """torch.autograd.grad(is_grads_batched=True), of the input and of every weight, and again through it."""
