@@ -223,26 +223,26 @@ def backward_vjp(
                     if total is not sums[t]:
                         sums[t].copy_(total)
                 before = torch.mul(sums[t], slopes[t], out=results[t])
-    # The steps that hear from another on the way back, those that they hear from, and where it begins.
-    hearing, heard, ends = [slice(-1), slice(1, None)], [slice(1, None), slice(-1)], [-1, 0]
+    # For each direction: the steps that another follows, those that follow them, and its last step.
+    followed, following, last = [slice(-1), slice(1, None)], [slice(1, None), slice(-1)], [-1, 0]
     columns = [slice(d * H, (d + 1) * H) for d in range(D)]
     g_hn_bar = h_bar = w_bar = None
     if needs[1]:
-        g_hn_bar = torch.stack([a_bar[ends[d], :, columns[d]] for d in range(D)])
+        g_hn_bar = torch.stack([a_bar[last[d], :, columns[d]] for d in range(D)])
     if needs[2] and nonlinearity == "tanh":
         a = torch.zeros_like(output) if g_out is None else g_out.clone()
         for d in range(D):
             if T > 1:
-                later = product(dz[heard[d], :, columns[d]].reshape(-1, H), w_hh[d].t())
-                a[hearing[d], :, columns[d]].add_(later.view(T - 1, B, H))
+                total = product(dz[following[d], :, columns[d]].reshape(-1, H), w_hh[d].t())
+                a[followed[d], :, columns[d]].add_(total.view(T - 1, B, H))
             if g_hn is not None:
-                a[ends[d], :, columns[d]].add_(g_hn[d])
+                a[last[d], :, columns[d]].add_(g_hn[d])
         h_bar = output * a * u * -2
     elif needs[2]:
         h_bar = torch.zeros_like(output)
     if needs[3] and T > 1:
         found = [
-            sums_of_products(dz[heard[d], :, columns[d]], [a_bar[hearing[d], :, columns[d]]], T)
+            sums_of_products(dz[following[d], :, columns[d]], [a_bar[followed[d], :, columns[d]]], T)
             for d in range(D)
         ]
         w_bar = torch.stack([total for (total,) in found])

@@ -59,7 +59,7 @@ def gradients(call, x, weights):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is (deprecated|not supported)")
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize(
     "options", [{}, {"batch_first": True, "bias": False, **STACK}], ids=["plain", "stack"]
@@ -310,7 +310,7 @@ def test_a_graph_trains():
         assert torch.equal(gradients[0][name], gradient), name
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is (deprecated|not supported)")
 @pytest.mark.skipif(not has_compiler(), reason="AOTInductor needs a C++ compiler")
 def test_compiled_ahead_of_time(tmp_path):
     """AOTInductor calls the operator as it is: its package needs a Python process that imported elman."""
