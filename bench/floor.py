@@ -138,11 +138,14 @@ def _steps_seconds(workload: Workload, pass_name: str, step: dict[str, Any]) -> 
     if "call" in step:
         return steps(workload, pass_name) * step["call"]
     launches = len(_parts(pass_name)) * step["launch"]
-    return max(launches, steps(workload, pass_name) * _shortest_step(workload, step))
+    return max(launches, steps(workload, pass_name) * shortest_step(workload, step))
 
 
-def _shortest_step(workload: Workload, step: dict[str, Any]) -> float:
-    """Of one multiprocessor or of several that meet, where these have room for W_hh; a launch has always."""
+def shortest_step(workload: Workload, step: dict[str, Any]) -> float:
+    """Seconds of a step on one multiprocessor or on several that meet, where these have room for W_hh.
+
+    step: of what `measure` returned on a GPU. A launch a step has room always.
+    """
     weight = workload.hidden_size**2 * _itemsize(workload.dtype)
     serve = [step["launch"]]
     if weight <= step["on_chip"]:

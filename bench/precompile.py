@@ -32,6 +32,8 @@ from elman.kernels.configs import Chip, Config, Problem
 
 #: Seconds that one compile may take.
 LIMIT = 60.0
+#: The error of what was not compiled before the deadline.
+NO_TIME = "no time was left for it"
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def compile_all(
                     idle.append(start())
                     yield Compiled(launch, limit, f"not compiled after {limit:g} s")
         for launch in [launch for _, launch, _ in busy.values()] + todo[::-1]:
-            yield Compiled(launch, 0.0, "no time was left for it")
+            yield Compiled(launch, 0.0, NO_TIME)
     finally:
         for process in [process for process, _ in idle] + [process for process, _, _ in busy.values()]:
             process.kill()
@@ -206,7 +208,10 @@ def compile_all(
 def _work(connection: Connection, chip: Chip, target: GPUTarget, with_host_code: bool) -> None:
     """A process's work: launches come in, an empty string or an error goes out."""
     while True:
-        launch = connection.recv()
+        try:
+            launch = connection.recv()
+        except EOFError:  # whom it works for was killed
+            return
         try:
             kernel = build(launch, target, chip)
             if with_host_code:

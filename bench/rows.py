@@ -90,9 +90,14 @@ def line(table: str, **record: Run | Row) -> str:
 
 
 def append(path: Path, table: str, rows: Iterable[Row]) -> None:
-    """Add rows to the file, and see them on the disk: a run may be killed at any moment."""
+    """Add rows to the file."""
+    append_text(path, "".join(line(table, row=row) for row in rows))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds to the file, and returns when it is on the disk: a run may be killed at any moment."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write("".join(line(table, row=row) for row in rows))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in routing.DTYPES}
 
 #: What `tune` tunes by itself, the most wanted first: the sizes of the benchmark's sweeps.
-TUNED_H = (64, 128, 224, 256, 264, 336, 384, 512, 768, 1024, 1760, 2048, 2560)
+TUNED_H = (64, 128, 256, 512, 1024, 264, 2048, 384, 768, 336, 224, 1760, 2560, 320)
 TUNED_B = (16, 1, 64)
 
 

@@ -57,7 +57,7 @@ def measure(
     longer, rounds = (STEPS_LAUNCHED, ROUNDS_LAUNCHED) if kernel == "step" else (STEPS, ROUNDS)
     most = max(4 * SHORTER, min(longer, MAX_ELEMENTS // (problem.B * problem.D * problem.H)))
     lengths = (most // SHORTER, most)
-    work = _cudnn_work if kernel == "cudnn" else functools.partial(_work, kernel)
+    work = _cudnn_work if kernel == "cudnn" else functools.partial(launch_of, kernel)
     results: list[list[float] | str] = [[] for _ in tried]
     with (
         torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
@@ -123,7 +123,7 @@ def _uniform(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     return make
 
 
-def _work(kernel: str, problem: configs.Problem, steps: int, device: torch.device) -> Callable[[Any], Tensor]:
+def launch_of(kernel: str, problem: configs.Problem, steps: int, device: torch.device) -> Callable[[Any], Tensor]:
     """A launch of the kernel's scan or backward scan, by config, that returns what it wrote."""
     module = importlib.import_module(f"elman.kernels.{kernel}")
     B, H, D, uniform = problem.B, problem.H, problem.D, _uniform(device, problem.dtype)

@@ -137,6 +137,31 @@ def test_a_million_meetings(flag):
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize("flag", [True, False], ids=["flag", "counter"])
+def test_two_launches_that_fill_the_chip_on_two_streams(flag):
+    """Programs that wait for one another, of two launches without room beside each other: no deadlock."""
+    H, B, T = 2048, 16, 2000
+    found = [c for c in candidates("cooperative", B, H, 1, torch.bfloat16, False) if flag == c.FLAG]
+    config = min(found, key=lambda config: config.BLOCK_N)  # the most programs
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert 2 * (H // config.BLOCK_N) > processors
+    w_hh = torch.randn(1, H, H, device="cuda", dtype=torch.bfloat16) / H**0.5
+    h0 = torch.zeros(1, B, H, device="cuda", dtype=torch.bfloat16)
+    inputs = [torch.randn(T, B, H, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    expected = [cooperative.scan(z.clone(), h0, w_hh, None, "tanh", "ieee", config) for z in inputs]
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in inputs], [[], []]
+    for _ in range(5):
+        for stream, z, own in zip(streams, inputs, found, strict=True):
+            with torch.cuda.stream(stream):
+                own.append(cooperative.scan(z.clone(), h0, w_hh, None, "tanh", "ieee", config))
+    torch.cuda.synchronize()
+    cooperative.check(torch.device("cuda", torch.cuda.current_device()))
+    for own, output in zip(found, expected, strict=True):
+        for again in own:
+            assert torch.equal(again, output)
+
+
 @KERNELS
 def test_more_elements_than_an_int32_counts(kernel):
     """T * B * H = 2^31 + 2^22, the last steps against a scan that starts from the state before them."""

@@ -1,10 +1,14 @@
-"""`python -m bench.gpu` without a GPU: its files, its processes, its choice of configs, its page."""
+"""`python -m bench.gpu` without a GPU: its stages on simulated processes, its rows, page and real parts."""
 
 import json
+import os
+import re
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,33 +17,96 @@ pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 
-from bench import gpu, precompile, verify
+from bench import machine, precompile, rows
+from bench.gpu import __main__ as command
+from bench.gpu import carry, page, stages, tuner, verify
+from bench.gpu import run as runs
+from bench.gpu.journal import Journal, in_flight, plain, read
+from bench.workloads import Workload
 from elman import tables, timing, tuning
 from elman.kernels import configs
+from tests import simulated_gpu
 
+ROOT = Path(__file__).parents[1]
 CHIP = replace(configs.CHIPS["sm_90"], name="Test GPU")
 BF16 = configs.Problem(16, 32, 1, torch.bfloat16)
 LAUNCH = precompile.Launch("resident", BF16, precompile.candidates("resident", BF16, CHIP)[0])
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A Run on the interpreter that tunes one key into a table of its own."""
-    monkeypatch.setattr(tables, "shipped_path", lambda name: tmp_path / "table.json")
-    folder = tmp_path / "card" / "gpu"
-    folder.mkdir(parents=True)
-    options = {"hidden": (17,), "batches": (1,), "arithmetic": ("bfloat16",), "kernels": ("resident",)}
-    return gpu.Run(torch.device("cpu"), CHIP, folder, time.monotonic() + 100, None, **options)
+# Rows
 
 
-def test_a_killed_run_loses_the_row_in_flight_alone(tmp_path):
+def test_a_killed_process_loses_the_row_in_flight_alone(tmp_path):
     path = tmp_path / "rows.jsonl"
-    gpu.Journal(path).add(n=1)
+    Journal(path).add(n=1)
     with path.open("a") as file:
         file.write('{"n": 2, "half')
-    assert gpu.Journal(path).rows == [{"n": 1}]
-    gpu.Journal(path).add(n=3)
+    assert read(path) == [{"n": 1}]
+    assert Journal(path).rows == [{"n": 1}]
+    Journal(path).add(n=3)
     assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_what_a_process_is_at_is_known_until_it_has_a_row(tmp_path):
+    journal = Journal(tmp_path / "rows.jsonl")
+    assert in_flight(journal.path) is None
+    journal.begin([1, "times"], kernel="resident")
+    begun = in_flight(journal.path)
+    assert (begun["n"], begun["what"]) == ([1, "times"], {"kernel": "resident"})
+    assert 0 <= time.time() - begun["at"] < 60
+    journal.add(n=[1, "times"])
+    assert in_flight(journal.path) is None
+
+
+def test_an_error_in_a_row_names_no_path():
+    error = RuntimeError(
+        "no ptxas at\n/home/someone/.triton/bin/ptxas-12.8, see https://a.b/c/d and kernels/x.py"
+    )
+    assert plain(error) == "RuntimeError: no ptxas at ptxas-12.8, see https://a.b/c/d and kernels/x.py"
+    assert len(plain("x" * 1000)) == 500
+
+
+# Processes
+
+
+def test_a_tethered_process_and_its_own_end_with_their_starter(tmp_path):
+    """The starter is killed; what it started, and what that started, must be gone at once."""
+    (tmp_path / "endless.py").write_text(
+        "import os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(os.getpid(), child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    starter = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-m', 'bench.gpu.tether', 'endless'], stdin=subprocess.PIPE,"
+        " start_new_session=True)\n"
+        "time.sleep(600)\n"
+    )
+    paths = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=paths
+    )
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert len(pids) == 2
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 30
+    while left := [pid for pid in pids if _runs(pid)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.01)
+    process.stdout.close()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "(python" in Path(f"/proc/{pid}/stat").read_text() and _state(pid) != "Z"
+    except OSError:
+        return False
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_launches_compile_in_processes_that_see_no_gpu():
@@ -50,13 +117,218 @@ def test_launches_compile_in_processes_that_see_no_gpu():
     (late,) = precompile.compile_all([LAUNCH], CHIP, target, 1, limit=0.0)
     assert "not compiled after 0 s" in late.error
     (never,) = precompile.compile_all([LAUNCH], CHIP, target, 1, deadline=time.monotonic())
-    assert never.error == "no time was left for it"
+    assert never.error == precompile.NO_TIME
 
 
 def test_a_launch_that_does_not_compile_says_why():
     wrong = replace(LAUNCH, config=replace(LAUNCH.config, BLOCK_B=12))
     (found,) = precompile.compile_all([wrong], CHIP, GPUTarget("cuda", 90, 32), 1)
     assert "power of 2" in found.error
+
+
+# The stages, on a GPU that is simulated
+
+
+@pytest.fixture
+def simulated(tmp_path, monkeypatch):
+    """Makes a Run whose processes are simulated: simulated(minutes, event=...)."""
+    for owner, name, value in simulated_gpu.patches():
+        monkeypatch.setattr(owner, name, value)
+
+    def make(minutes=1.0, events=(), **fields):
+        made = simulated_gpu.run(tmp_path, minutes, **fields)
+        monkeypatch.setenv("SIMULATED_FOLDER", str(made.folder))
+        (made.folder.parent / "events.json").write_text(json.dumps(dict(events)))
+        return made
+
+    return make
+
+
+def started(run):
+    """The command lines of the run's processes, in the order in which they began."""
+    return [row for row in read(run.folder.parent / "witness.jsonl") if "started" in row]
+
+
+def test_stages_run_in_their_order_each_within_its_share(simulated, capsys):
+    run = simulated(minutes=1.0)
+    assert stages.go(run)
+    modules = [row["started"] for row in started(run)]
+    kinds = list(dict.fromkeys((m[0], "--first" in m, "--busy" in m) for m in modules))
+    names = ["bench.gpu.tuner", "bench.gpu.verify", "bench.gpu.tuner", "bench.gpu.tuner", "pytest", "tool"]
+    assert [kind[0] for kind in kinds] == names
+    assert [kind[1:] for kind in kinds] == [
+        (False, True), (False, False), (True, False), (False, False), (False, False), (False, False),
+    ]  # fmt: skip
+    # cuDNN alone while the kernels compile, and the floor is never measured twice.
+    assert modules[0][modules[0].index("--kernels") + 1] == "cudnn"
+    # Every family; the sweeps in their order; what each may take at most.
+    assert sorted((m[1], m[2]) for m in modules if m[0] == "bench.gpu.verify") == sorted(stages.families(run))
+    sweeps = [m[m.index("--sweep") + 1] for m in modules if m[0] == "pytest"]
+    assert sweeps == ["kernels", "layer", "small-h", "deepbench", "flashrnn"]
+    whole = sum(runs.SHARES.values())
+    for m in modules:
+        if m[0] == "bench.gpu.verify":
+            most = (60 - runs.KEPT) * runs.SHARES["verify"] / (whole - runs.SHARES["compile"])
+            assert 60 * float(m[m.index("--minutes") + 1]) <= most + 0.1
+    assert [row["stage"] for row in read(run.folder / "stages.jsonl")] == list(runs.STAGES[1:-1])
+    assert "150 of 150 launches are right" in capsys.readouterr().out
+
+
+def test_what_the_time_does_not_suffice_for_is_named(simulated, capsys):
+    run = simulated(minutes=0.11)  # 6.6 s, of which 6 are kept
+    stages.go(run)
+    assert time.monotonic() < run.deadline + runs.GRACE
+    text = (run.folder.parent / "gpu.md").read_text()
+    assert re.search(r"Not done, verify: .*families were not begun", text)
+    for name in ("first", "tune", "sweep"):
+        assert f"Not done, {name}: " in text
+    before = len(read(run.folder / "tune.jsonl"))
+    again = simulated(minutes=1.0)
+    assert stages.go(again)
+    text = (run.folder.parent / "gpu.md").read_text()
+    assert "150 of 150 launches are right" in text
+    assert "Not done" not in text
+    assert len(read(run.folder / "tune.jsonl")) == len(simulated_gpu._keys()) > before
+
+
+def test_a_family_that_crashes_hangs_or_is_wrong_costs_its_own_rows(simulated, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "HANG_SECONDS", 0.5)
+    events = {
+        "cooperative bfloat16 2": "crashed",
+        "step float32 1": "hung",
+        "resident bfloat16 4": "wrong",
+        "cell float64 0": "status",
+    }
+    run = simulated(events=events)
+    assert stages.go(run)
+    text = (run.folder.parent / "gpu.md").read_text()
+    assert "146 of 150 launches are right**; 2 crashed, 1 hung, 1 wrong" in text
+    assert "| cooperative | 5 right, 1 crashed (0.50) |" in text
+    assert "| 5 right, 1 wrong (50.00) |" in text
+    assert "crashed: cooperative bfloat16 forward B=9 H=66 D=1 full, its process was ended by SIGSEGV" in text
+    assert "hung: step float32 forward B=9 H=65 D=1 full, it took more than 0.5 s" in text
+    assert "crashed: cell float64 forward B=9 H=64 D=1 full, its process ended with status 3" in text
+    # What crashed or hung is launched no more, what was wrong is: each row of a sweep is checked.
+    for row in started(run):
+        if row["started"][0] == "pytest":
+            assert row["kernels"] == "resident"
+        if "--first" in row["started"]:
+            assert row["started"][row["started"].index("--kernels") + 1] == "resident,cudnn"
+    assert "of the kernels only resident took part" in text
+    assert {row["kernel"] for row in read(run.folder / "tune.jsonl")} == {"resident", "cudnn"}
+    assert {row["verdict"] for row in page.verdicts(run.folder, command.BAD)} == {"crashed", "hung", "wrong"}
+
+
+def test_a_config_that_kills_the_tuner_is_left_out_and_its_kernel_then(simulated, capsys):
+    key = "resident forward bfloat16 B=16 H=64"
+    run = simulated(events={f"{key} 0": "crashed"})
+    stages.go(run)
+    (fatal,) = [row for row in read(run.folder / "tune.jsonl") if "row" in row]
+    assert fatal["n"] == [key, 0]
+    assert fatal["row"]["verdict"] == "crashed"
+    keys = [row["key"] for row in read(run.folder / "tune.jsonl") if "key" in row]
+    assert len(keys) == len(set(keys))
+    assert run.trusted() == ["cooperative", "step"]
+
+
+def test_a_process_that_dies_before_its_first_row_is_named_and_not_started_for_ever(simulated, capsys):
+    run = simulated(
+        python=(sys.executable, "-c", "raise SystemExit(7)"), stages=("machine", "verify", "report")
+    )
+    assert stages.go(run)
+    log = run.log.read_text()
+    assert log.count("bench.gpu.verify resident bfloat16") == runs.MOST_STARTS
+    assert "resident bfloat16: its process ended with status 7" in (run.folder.parent / "gpu.md").read_text()
+
+
+def test_a_stage_that_raises_is_a_word_on_the_page_and_the_next_one_runs(simulated, monkeypatch, capsys):
+    def broken(run):
+        raise ValueError("out of luck")
+
+    monkeypatch.setitem(stages.STAGE, "verify", broken)
+    run = simulated()
+    assert not stages.go(run)
+    text = (run.folder.parent / "gpu.md").read_text()
+    assert "Not done, verify: ValueError: out of luck." in text
+    assert "**24 keys are timed**" in text
+    assert "in broken" in run.log.read_text()
+
+
+def test_a_sweep_whose_process_dies_is_started_again(simulated, monkeypatch, capsys):
+    run = simulated(events={"layer 3": "crashed"}, stages=("machine", "sweep", "report"))
+    stages.go(run)
+    sweeps = [row["started"] for row in started(run) if row["started"][0] == "pytest"]
+    assert sum("layer" in words for words in sweeps) == 3
+    assert (
+        "Not done, sweep: layer: its process was ended by SIGSEGV."
+        in (run.folder.parent / "gpu.md").read_text()
+    )
+    assert len(read(run.folder.parent / "flashrnn.partial.jsonl")) == simulated_gpu.ROWS
+
+
+def test_tools_keep_what_they_say_and_are_not_run_twice(simulated, monkeypatch, capsys):
+    run = simulated(events={"soak": "status"}, stages=("machine", "tools", "report"))
+    own = stages.tools()
+    monkeypatch.setattr(stages, "tools", lambda: {**own, "ncu": ["no-such-program"]})
+    stages.go(run)
+    found = {row["tool"]: row for row in read(run.folder / "tools.jsonl")}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "soak": "failed",
+        "racecheck": "passed",
+        "ncu": "not run",
+    }
+    assert found["ncu"]["reason"] == "no-such-program is not on PATH"
+    assert (run.folder / "racecheck.txt").read_text() == "of a tool, from tool.py\n"
+    assert (
+        "Not done, tools: soak: its process ended with status 3; ncu: no-such-program"
+        in (run.folder.parent / "gpu.md").read_text()
+    )
+    stages.go(simulated(stages=("machine", "tools")))
+    assert [row["tool"] for row in read(run.folder / "tools.jsonl")].count("racecheck") == 1
+
+
+def test_rows_of_other_code_are_put_aside(simulated, monkeypatch, capsys):
+    run = simulated(stages=("machine",))
+    stages.go(run)
+    Journal(run.folder / "tune.jsonl").add(key="a key")
+    stages.go(simulated(stages=("machine",)))
+    assert not list(run.folder.parent.glob("gpu.*.stale"))
+    monkeypatch.setattr(stages, "code", lambda: "other")
+    for _ in range(2):
+        stages.go(simulated(stages=("machine",)))
+    (stale,) = run.folder.parent.glob("gpu.*.stale")
+    assert stale.name == "gpu.2026-01-31-12-00.stale"
+    assert read(stale / "tune.jsonl") == [{"key": "a key"}]
+    assert not read(run.folder / "tune.jsonl")
+    monkeypatch.setattr(stages, "code", lambda: "a third")
+    stages.go(simulated(stages=("machine",)))
+    assert len(list(run.folder.parent.glob("gpu.*.stale"))) == 2
+
+
+def test_a_comment_costs_no_rows(tmp_path):
+    path = tmp_path / "code.py"
+
+    def digest(text):
+        path.write_text(text)
+        return machine.digest([path], tmp_path)
+
+    first = digest("def f(x):\n    return x + 1\n")
+    assert digest('# why\ndef f(x):\n\n    """What."""\n    return (x + 1)  # so\n') == first
+    assert digest("def f(x):\n    return x + 2\n") != first
+    assert digest("def f(x:\n") != digest("def g(x:\n")
+    assert re.fullmatch("[0-9a-f]{12}", stages.code())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_thirty_kills_lose_no_row(tmp_path):
+    """At random moments and in each stage; the runs go on and end as if nothing had been."""
+    command = [sys.executable, str(ROOT / "tests" / "simulated_gpu.py"), "--kills", "30", str(tmp_path), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "30 kills" in done.stdout
+
+
+# What the processes do
 
 
 def test_verify_calls_right_right_and_wrong_wrong(monkeypatch):
@@ -70,86 +342,289 @@ def test_verify_calls_right_right_and_wrong_wrong(monkeypatch):
         assert verify.judge(case, device)["verdict"] == verdict
 
 
-@pytest.mark.parametrize(
-    ("ended", "ago", "verdict"),
-    [("status -11", 1, "crashed"), ("the limit", 60, "hung"), ("the limit", 1, "unfinished")],
-)
-def test_what_ends_a_process_is_a_row_and_the_next_goes_on(run, monkeypatch, ended, ago, verdict):
-    path = run.folder / "verify.resident.bfloat16.jsonl"
-    case = verify.described(next(verify.cases("resident", "bfloat16", CHIP)))
-    skipped = []
-
-    def process(command, timeout, **options):
-        skipped.append(int(command[-1]))
-        journal = gpu.Journal(path)
-        if len(skipped) == 1:
-            journal.add(n=0, begins=case, at=time.time() - ago)
-            if "limit" in ended:
-                raise subprocess.TimeoutExpired(command, timeout)
-            return SimpleNamespace(returncode=-11, stderr="Segmentation fault")
-        journal.add(n=1, begins=case, at=time.time())
-        journal.add(n=1, row={**case, "verdict": "right", "error": 0.0, "bar": 1.0, "nn_rnn": None})
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(subprocess, "run", process)
-    said = gpu._verify(run, "resident", "bfloat16", time.monotonic() + 60)
-    assert skipped == [0, 1]
-    assert f"'{verdict}': 1, 'right': 1" in said or f"'right': 1, '{verdict}': 1" in said
-
-
-def test_tune_keeps_every_time_and_a_wrong_candidate_never_wins(run, monkeypatch):
-    first, second = tuning.work("resident", replace(BF16, B=8, H=17), CHIP)[1][:2]
-
-    def measure(kernel, problem, tried, device):
-        return [[1.0 + tried.index(config)] * 25 for config in tried]
+def test_verify_goes_on_behind_the_rows_that_are_there(tmp_path, monkeypatch):
+    todo = list(verify.cases("resident", "bfloat16", CHIP, interpreted=True))[:4]
+    monkeypatch.setattr(verify, "cases", lambda *_: todo)
+    judged = []
 
     def judge(case, device):
-        return {
-            "verdict": "wrong" if case.config == first else "right",
-            "error": 1.0,
-            "bar": 1.0,
-            "nn_rnn": None,
-        }
+        judged.append(case)
+        if len(judged) == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if len(judged) == 2:
+            raise ValueError("no such config")
+        return {"verdict": "right", "error": 0.0, "bar": 1.0, "nn_rnn": 0.0}
 
-    monkeypatch.setattr(timing, "measure", measure)
     monkeypatch.setattr(verify, "judge", judge)
-    gpu.stage_tune(run)
-    rows = gpu.Journal(run.folder / "tune.jsonl").rows
-    assert [row["backward"] for row in rows] == [False, True]
-    assert rows[0]["config"] == asdict(second)
-    entry = tables.read(tables.shipped_path(""), CHIP.name).entries[
+    arguments = ["resident", "bfloat16", str(tmp_path / "rows.jsonl")]
+    assert verify.main(arguments) == 3  # it has no GPU any more
+    assert verify.main(arguments) == 0
+    assert judged == todo
+    assert verify.main(arguments) == 0
+    assert len(judged) == 4
+    total, *found = read(tmp_path / "rows.jsonl")
+    assert total == {"total": 4}
+    assert [row["row"]["verdict"] for row in found] == ["crashed", "failed", "right", "right"]
+    assert found[0]["row"]["H"] == todo[0].H
+
+
+def test_the_cases_of_a_gpu_have_what_the_issue_of_a_new_one_is():
+    """Wide launches, many work items, every mode; each family at least one case."""
+    of = {k: list(verify.cases(k, "bfloat16", CHIP)) for k in verify.HIDDEN}
+    assert all(of.values())
+    programs = {case.H // case.config.BLOCK_N for case in of["cooperative"]}
+    assert {64, 128} <= programs
+    assert any(case.B == 64 for case in of["cooperative"])
+    assert {case.mode for case in of["resident"]} == set(verify.MODES)
+    assert {case.D for case in of["resident"]} == {1, 2}
+    assert any(case.backward for case in of["step"])
+    assert len(list(verify.cases("resident", "bfloat16", CHIP, interpreted=True))) < len(of["resident"])
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """tuned(): runs the tuner on the interpreter, whose times are made up, for two keys of resident."""
+    problems = [replace(BF16, B=8, H=17, backward=backward) for backward in (False, True)]
+    monkeypatch.setattr(tuner, "keys", lambda options, device: [("resident", p) for p in problems])
+    monkeypatch.setattr(tuner.common, "chip", lambda device: CHIP)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        timing, "measure", lambda kernel, problem, tried, device: [[1.0 + tried.index(c)] * 25 for c in tried]
+    )
+    right = {"verdict": "right", "error": 1.0, "bar": 1.0, "nn_rnn": None}
+    monkeypatch.setattr(verify, "judge", lambda case, device: right)
+
+    def main():
+        assert tuner.main([str(tmp_path), "--table", str(tmp_path / "table.json")]) == 0
+        return [row for row in read(tmp_path / "tune.jsonl") if "key" in row]
+
+    return main
+
+
+def test_tune_keeps_every_time_and_a_wrong_candidate_never_wins(tuned, tmp_path, monkeypatch):
+    first, second = tuning.work("resident", replace(BF16, B=8, H=17), CHIP)[1][:2]
+    sound = verify.judge
+
+    def judge(case, device):
+        return sound(case, device) | ({"verdict": "imprecise"} if case.config == first else {})
+
+    monkeypatch.setattr(verify, "judge", judge)
+    found = tuned()
+    assert [row["backward"] for row in found] == [False, True]
+    assert found[0]["config"] == asdict(second)
+    assert found[0]["candidates"][0]["verdict"] == "imprecise"
+    entry = tables.read(tmp_path / "table.json", CHIP.name).entries[
         tables.key_of("resident", replace(BF16, B=8, H=17))
     ]
     assert entry.config == second
-    assert len(entry.times) == len(rows[0]["candidates"]) - 1
-    gpu.stage_tune(run)  # goes on: nothing is left to do
-    assert gpu.Journal(run.folder / "tune.jsonl").rows == rows
-    (run.folder / "machine.json").write_text(
-        json.dumps(
-            {"machine": {"gpu": "Test GPU", "cpu": ""}, "software": {}, "date": "now", "commit": "abc"}
-        )
+    assert len(entry.times) == len(found[0]["candidates"]) - 1
+    assert tuned() == found  # goes on: nothing is left to do
+
+
+def test_a_candidate_that_a_process_died_of_is_not_launched_again(tuned, tmp_path, monkeypatch):
+    key = str(tables.key_of("resident", replace(BF16, B=8, H=17)))
+    other = str(tables.key_of("resident", replace(BF16, B=8, H=17, backward=True)))
+    journal, reason = Journal(tmp_path / "tune.jsonl"), "its process was ended by SIGSEGV"
+    dead = {"kernel": "resident", "verdict": "crashed", "reason": reason}
+    journal.add(n=[key, 0], row=dead)
+    journal.add(n=[other, "times"], row=dead)
+    judged, sound = [], verify.judge
+    monkeypatch.setattr(verify, "judge", lambda case, device: judged.append(case) or sound(case, device))
+    one, two = tuned()
+    assert one["candidates"][0]["verdict"] == "crashed"
+    assert one["candidates"][0]["reason"] == reason
+    assert one["config"] == one["candidates"][1]["config"]
+    assert one["candidates"][0]["config"] not in [asdict(case.config) for case in judged if not case.backward]
+    assert "us" not in two
+    assert two["reason"] == reason
+
+
+def test_what_takes_the_gpu_with_it_ends_the_tuner(tuned, monkeypatch):
+    def judge(case, device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(verify, "judge", judge)
+    with pytest.raises(RuntimeError, match="illegal"):
+        tuned()
+
+
+def test_the_first_times_are_of_one_batch_without_the_kernel_step(monkeypatch):
+    monkeypatch.setattr(tuner.cli, "jobs", lambda shapes, dtypes, directions, device: [
+        (kernel, configs.Problem(B, H, 1, dtype, precision))
+        for B, H in shapes for dtype in dtypes for precision in ("ieee", "tf32")
+        for kernel in ("resident", "step", "cudnn")
+    ])  # fmt: skip
+    device = torch.device("cuda")
+
+    def keys(*words):
+        return list(tuner.keys(tuner.options_of(["folder", *words]), device))
+
+    first = keys("--first")
+    assert {kernel for kernel, _ in first} == {"resident", "cudnn"}
+    assert {problem.B for _, problem in first} == {16}
+    assert {problem.H for _, problem in first} == {H for H in tuner.HIDDEN if H <= 2048}
+    assert {(p.dtype, p.precision) for _, p in first} == {(torch.bfloat16, "ieee"), (torch.float32, "ieee")}
+    assert {p.H for _, p in keys("--first", "--hidden", "64,5000")} == {64}
+    every = keys()
+    assert {p.B for _, p in every} == {16, 1, 64}
+    assert {p.precision for _, p in every if p.dtype == torch.float32} == {"ieee", "tf32"}
+
+
+def test_no_floor_is_no_end(tmp_path, monkeypatch):
+    def measure(device, dtypes):
+        raise RuntimeError("the GPU is busy")
+
+    monkeypatch.setattr(tuner.floor, "measure", measure)
+    tuner.write_floor(tmp_path / "floor.json", torch.device("cuda"), ("bfloat16",))
+    assert json.loads((tmp_path / "floor.json").read_text()) == {"failed": "RuntimeError: the GPU is busy"}
+
+
+# The page and the way home
+
+
+def test_the_page_says_what_is_fast_what_lost_and_what_was_predicted(simulated, capsys):
+    run = simulated(stages=("machine", "verify", "first", "tune"))
+    stages.go(run)
+    journal = Journal(run.folder / "tune.jsonl")
+    row = {
+        "kernel": "step",
+        "B": 16,
+        "H": 2048,
+        "backward": False,
+        "arithmetic": "float32",
+        "us": 9.0,
+        "config": {},
+    }
+    journal.add(key="step", **row, candidates=[{"config": {}, "model_us": 3.0, "us": 9.0}])
+    theirs = {**row, "kernel": "cudnn", "us": 4.5, "busy": True}
+    workload = Workload(16, 50, 64, 64, "float32")
+    times = {"median": 1e-3, "p20": 1e-3, "p80": 1e-3, "samples": [1e-3]}
+    swept = [
+        rows.Row(workload, "forward", "nn.RNN", rows.TIMED, **times, speedup=1.0),
+        rows.Row(
+            workload, "forward", "auto", rows.TIMED, **times, route="triton:resident",
+            speedup=0.8, speedup_low=0.75, speedup_high=0.85,
+        ),
+    ]  # fmt: skip
+    record = {"sweep": "layer", "device": "cuda", "floor": {}, "partial": "", "date": "now"}
+    record["machine"] = {"gpu": "Simulated GPU", "cpu": "a CPU", "cores": 2}
+    rows.write(run.folder.parent / "rows.jsonl", {"layer": (record, swept)})
+    assert "cuDNN was timed while" not in page.text(run.folder)
+    journal.add(key="cudnn", **theirs, candidates=[{"config": {}}])
+    text = page.write(run.folder)
+    assert (run.folder.parent / "gpu.md").read_text() == text
+    assert "cuDNN was timed while the machine's other cores compiled kernels." in text
+    assert "| bfloat16 | 64 | 1.50 / 1.50 | 1.50 / 1.50 |  | 3.00 / 3.00 | 2.00 / 2.00 | 0.05 |" in text
+    assert "| float32 | 2048 |  |  | 9.00 / - | 4.50 / - | 0.50 / - |" in text
+    assert "**layer**, float32, forward: 0.80 times nn.RNN's speed (geometric mean of 1 shapes of 1; " in text
+    assert (
+        "- layer: B=16 T=50 I=64 H=64 float32 forward: 0.80 [0.75, 0.85] of nn.RNN's speed; triton:res"
+        in text
     )
-    text = gpu.page(run.folder)
-    assert "# Test GPU" in text
-    assert "| bfloat16 | 8 | 17 | forward | 1.00 |" in text
+    assert "- a step: float32 B=16 H=2048 forward: 9.00 us, cuDNN 4.50, 0.50 of it" in text
+    assert "| step | float32 | 1 | 3.00 | 3.00 (B=16 H=2048 forward) |" in text
+    index = (run.folder.parents[1] / "README.md").read_text()
+    assert f"[gpu]({run.folder.parent.name}/gpu.md)" in index
 
 
-def test_what_is_packed_comes_home(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    gpu.Journal(run.folder / "rows.jsonl").add(n=1)
-    gpu.pack(replace(run, output=tmp_path / "out"))
-    (packed,) = (tmp_path / "out").iterdir()
-    assert packed.stat().st_size < 2**24
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setattr(gpu, "ROOT", home)
-    gpu.unpack(tmp_path / "out")
-    assert gpu.Journal(home / "card" / "gpu" / "rows.jsonl").rows == [{"n": 1}]
+def test_the_published_page_is_that_of_its_rows():
+    """What an earlier version of the command has measured, too."""
+    folders = [path.parent / "gpu" for path in ROOT.glob("results/*/gpu.md")]
+    assert folders
+    for folder in folders:
+        assert page.text(folder) == (folder.parent / "gpu.md").read_text()
+
+
+def test_what_is_packed_comes_home(tmp_path):
+    root, home = tmp_path / "there", tmp_path / "home"
+    folder, table = root / "results" / "card", root / "elman" / "tuned" / "card.json"
+    for path in (folder / "rows.jsonl", folder / "gpu" / "tune.jsonl", folder / "gpu" / "gpu.log", table):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{path.name} of the run")
+    for name in ("old.md", "gpu/old.jsonl"):
+        (folder / name).write_text("from before")
+        os.utime(folder / name, (1, 1))
+    (folder / "gpu.md").write_text("the page")
+    carry.pack(tmp_path / "out", root, folder, table, began=time.time() - 60)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["card.tar.gz", "gpu.log", "gpu.md"]
+    (home / "results" / "card").mkdir(parents=True)
+    (home / "results" / "card" / "old.md").write_text("changed at home")
+    assert carry.unpack(tmp_path / "out", home) == 4
+    assert (home / "results" / "card" / "old.md").read_text() == "changed at home"
+    assert (home / "results" / "card" / "gpu" / "tune.jsonl").read_text() == "tune.jsonl of the run"
+    assert (home / "elman" / "tuned" / "card.json").read_text() == "card.json of the run"
+    assert not (home / "results" / "card" / "gpu" / "gpu.log").exists()
+
+
+def test_what_is_new_is_packed_while_a_stage_is_at_work(simulated, monkeypatch, tmp_path, capsys):
+    """A machine that is taken back in the middle has handed over all but the last moments."""
+    run = simulated(stages=("machine", "verify", "report"), output=tmp_path / "out")
+    packs = []
+    monkeypatch.setattr(command, "PACK_SECONDS", 0.1)
+    monkeypatch.setattr(command, "_run", lambda options: run)
+    monkeypatch.setattr(
+        carry, "pack", lambda *arguments: packs.append(len(list(run.folder.glob("verify.*"))))
+    )
+    assert command.main(["--device", "cpu", "--output", str(tmp_path / "out")]) == 0
+    assert len(set(packs)) > 2
+    assert "Commit " in capsys.readouterr().out
+
+
+# The command line
 
 
 def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     with pytest.raises(SystemExit):
-        gpu.main([])
+        command.main([])
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--stages", "verfy"], "--stages has 'verfy'; expected some of machine, compile, verify"),
+        (["--kernels", "resident,fast"], "--kernels has 'fast'; expected some of resident, cooperative"),
+        (["--hidden", "64,x"], "--hidden has 'x'; expected positive integers, separated by commas"),
+        (["--batches", "0"], "--batches has '0'; expected positive integers, separated by commas"),
+    ],
+)
+def test_a_word_that_is_none(words, sentence, capsys):
+    with pytest.raises(SystemExit):
+        command.main([*words, "--device", "cpu"])
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_a_gpu_the_stages_that_make_sense_run_and_nothing_is_published(tmp_path, monkeypatch, capfd):
+    """The real processes: some compiles for sm_90, some launches in Triton's interpreter."""
+    monkeypatch.setattr(command, "SCRATCH", tmp_path)
+    before = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert (
+        command.main(
+            ["--device", "cpu", "--minutes", "0.6", "--stages", "machine,compile,verify,report,tune"]
+        )
+        == 0
+    )
+    said = capfd.readouterr().out
+    assert "no GPU is measured" in said
+    assert "published" in said
+    (folder,) = tmp_path.glob("*/gpu")
+    found = [row["row"] for path in folder.glob("verify.*.jsonl") for row in read(path) if "row" in row]
+    assert found
+    assert {row["verdict"] for row in found} == {"right"}
+    assert "launches are right" in (folder.parent / "gpu.md").read_text()
+    assert not (folder / "tune.jsonl").exists()
+    assert "compile: {'compiled': " in said
+    after = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert after == before
+
+
+def test_a_killed_process_group_is_waited_for(tmp_path, simulated):
+    """What a run ends itself is gone when it goes on."""
+    run = simulated()
+    process = run.start(sys.executable, "-c", "import time; time.sleep(600)", tethered=False)
+    ended = run.finish(process, time.monotonic() - runs.GRACE)
+    assert ended == runs.Ended("unfinished", "the time for it was over")
+    assert process.returncode == -signal.SIGKILL
+    process.stdin.close()

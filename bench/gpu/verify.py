@@ -1,10 +1,10 @@
 """Is a kernel right on this device? Each family against the float64 reference, in a process of its own.
 
-    python -m bench.verify FAMILY ROWS.jsonl --minutes 2 [--skip N]
+    python -m bench.gpu.verify KERNEL ARITHMETIC ROWS.jsonl --minutes 2
 
-A family is a kernel and an arithmetic, such as "resident bfloat16". Before each case a line says that it
-begins, after it another how it ended: whoever started the process knows from the file what an illegal access,
-an abort or a hang has cost. Rows: see `Case` and `judge`.
+A family is a kernel and an arithmetic, such as "resident bfloat16". It goes on behind the cases that have a
+row; whoever started the process learns from the journal what an illegal access, an abort or a hang has cost.
+Rows: see `Case` and `judge`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import argparse
 import functools
 import importlib
 import itertools
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bench import agreement, contenders
+from bench.gpu.journal import Journal, plain
 from bench.precompile import Launch, candidates
 from elman import cudnn, reference
 from elman.kernels import configs, cooperative
@@ -91,12 +90,17 @@ class Case:
         return f"B={self.B} H={self.H} D={self.D} {self.mode}: {self.launch}"
 
 
-def cases(kernel: str, arithmetic: str, chip: Chip) -> Iterator[Case]:
-    """Every candidate on full rows, 9 and 64; the first with lengths, resets, saturated, both directions."""
+def cases(kernel: str, arithmetic: str, chip: Chip, interpreted: bool = False) -> Iterator[Case]:
+    """Every candidate on full rows, 9 and 64; the first with lengths, resets, saturated, both directions.
+
+    interpreted: one config of each and the smallest hidden size, which takes the interpreter seconds a case.
+    """
     one_way, dtype = kernel in INPUTS, ARITHMETIC[arithmetic][0]
-    if kernel == "cooperative" and dtype == torch.float64:
+    if kernel == "cooperative" and (dtype == torch.float64 or interpreted):
         return
     sizes = HIDDEN[kernel][:: 2 if arithmetic in FEWER else 1]
+    if interpreted:
+        sizes = (17,)
     for H, backward in itertools.product(sizes, (False,) if one_way else (False, True)):
         for (B, D), mode in itertools.product(((9, 1), (9, 2), (1, 1), (64, 1)), MODES):
             if kernel == "cell" and (D > 1 or mode in ("lengths", "resets")):
@@ -105,13 +109,13 @@ def cases(kernel: str, arithmetic: str, chip: Chip) -> Iterator[Case]:
                 continue
             if (B == 64 and mode != "full") or (mode == "lengths" and arithmetic in FEWER):
                 continue
-            if mode == "saturated" and backward:
+            if (mode == "saturated" and backward) or (B == 64 and interpreted):
                 continue
             case = Case(kernel, arithmetic, B, H, D, mode, backward, configs.StepConfig(16, 16, 16))
             found = candidates(kernel, case.problem, chip)
             if (B, D) == (64, 1) and kernel == "resident":
                 found += wide(case.problem, chip)
-            every = D == 1 and mode == "full" and B > 1
+            every = D == 1 and mode == "full" and B > 1 and not interpreted
             for config in found if every else found[:1]:
                 yield replace(case, config=config, g_hn=mode != "full" or D == 2)
 
@@ -271,43 +275,43 @@ def described(case: Case) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.verify", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.verify", description=__doc__.split("\n\n")[0])
     parser.add_argument("kernel", choices=HIDDEN)
     parser.add_argument("arithmetic", choices=ARITHMETIC)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--skip", type=int, default=0, help="cases that an earlier process has had")
     options = parser.parse_args(argv)
     from elman.kernels.common import chip
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.use_deterministic_algorithms(True, warn_only=True)  # so that fresh memory is filled with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    end = time.monotonic() + 60 * options.minutes
-    todo = list(cases(options.kernel, options.arithmetic, chip(device)))
-    with options.rows.open("a", encoding="utf-8") as file:
-
-        def say(**record: Any) -> None:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-            file.flush()
-
-        for number, case in enumerate(todo[options.skip :], options.skip):
-            if time.monotonic() >= end:
-                say(n=number, left=len(todo) - number)
-                break
-            say(n=number, begins=described(case), at=time.time())
-            start = time.perf_counter()
-            try:
-                row = judge(case, device)
-            except Exception as caught:
-                text = f"{type(caught).__name__}: {' '.join(str(caught).split())}"[:500]
-                row = {"verdict": "failed", "reason": text}
-                if "illegal" in text or "CUDA error" in text:  # the process has no GPU any more
-                    say(n=number, row={**described(case), **row, "verdict": "crashed"})
-                    sys.stdout.flush()
-                    os._exit(3)
-            say(n=number, row={**described(case), **row, "seconds": round(time.perf_counter() - start, 3)})
+    end, journal = time.monotonic() + 60 * options.minutes, Journal(options.rows)
+    todo = list(cases(options.kernel, options.arithmetic, chip(device), device.type == "cpu"))
+    if not any("total" in row for row in journal.rows):
+        journal.add(total=len(todo))
+    done = {row["n"] for row in journal.rows if "row" in row}
+    for n, case in enumerate(todo):
+        if n in done:
+            continue
+        if time.monotonic() >= end:
+            break
+        journal.begin(n, **described(case))
+        start = time.perf_counter()
+        try:
+            row = judge(case, device)
+        except Exception as caught:
+            row = {"verdict": "failed", "reason": plain(caught)}
+            if lost_device(caught):
+                journal.add(n=n, row={**described(case), **row, "verdict": "crashed"})
+                return 3
+        journal.add(n=n, row={**described(case), **row, "seconds": round(time.perf_counter() - start, 3)})
     return 0
+
+
+def lost_device(error: Exception) -> bool:
+    """Whether the process can't use the GPU any more after it, as after an illegal access."""
+    return "illegal" in str(error) or "CUDA error" in str(error)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Rows that are on the disk as soon as they are made: a kill at any moment loses at most the one in flight.
+
+Journal(path)       a file of JSON lines that one process writes
+read(path)          its rows, for everyone else
+in_flight(path)     what its process was at when it ended, or is at now
+plain(error)        an error as a row keeps it: in one line, without this machine's paths
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.rows import append_text, replace
+
+Row = dict[str, Any]
+
+
+class Journal:
+    """A file of rows, which it holds as a list too; a line that a killed process left half is taken off.
+
+    Before a process begins something that may end it, `begin` leaves a number n and a description beside the
+    file. The row with that n says how it ended: the process's own, or one of whoever found it dead.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole, encoding="utf-8")
+        self.rows = [json.loads(line) for line in whole.splitlines()]
+
+    def add(self, **row: Any) -> None:
+        append_text(self.path, json.dumps(row, allow_nan=False) + "\n")
+        self.rows.append(row)
+
+    def begin(self, n: Any, **what: Any) -> None:
+        replace(_beside(self.path), json.dumps({"n": n, "at": time.time(), "what": what}))
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a journal that may be being written, without a last line that has no end yet."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def in_flight(path: Path) -> Row | None:
+    """{"n", "at": seconds since 1970, "what"}: begun, and without a row."""
+    beside = _beside(path)
+    if not beside.exists():
+        return None
+    begun = json.loads(beside.read_text(encoding="utf-8"))
+    return None if any(row.get("n") == begun["n"] for row in read(path)) else begun
+
+
+def plain(error: object, most: int = 500) -> str:
+    """An error's name and words; of a path, the file's name alone."""
+    words = " ".join(str(error).split())
+    name = f"{type(error).__name__}: " if isinstance(error, BaseException) else ""
+    return re.sub(r"(?<![\w.:/])/(?:[\w.+@-]+/)+", "", name + words)[:most]
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".begun")

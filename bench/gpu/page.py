@@ -1,0 +1,279 @@
+"""gpu.md: what a person reads first of a GPU, in two minutes, made from nothing but the rows.
+
+write(folder)   results/<gpu>/gpu.md of results/<gpu>/gpu, and the index
+text(folder)    the page
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import floor as floors
+from bench import report, rows, tables
+from bench.gpu import verify
+from bench.gpu.journal import Row, read
+from bench.page import pipes, ratio
+from bench.workloads import PASSES, Workload
+from elman.kernels import configs
+
+KERNELS = (*configs.KERNELS, "cudnn")
+#: Rows of what is wrong, what lost and what was predicted worst.
+MOST = 10
+
+
+def write(folder: Path) -> str:
+    found = text(folder)
+    rows.replace(folder.parent / "gpu.md", found)
+    report.index(folder.parents[1])
+    return found
+
+
+def text(folder: Path) -> str:
+    record = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+    on, software = record["machine"], ", ".join(f"{k} {v}" for k, v in record["software"].items())
+    most = on.get("clocks_mhz", {}).get("sm_max")
+    clock = f", up to {most} MHz" if most else ""
+    throttle = record.get("state", {}).get("throttle")
+    slowed = f", throttled at the start ({', '.join(throttle)})" if throttle else ""
+    verified, tuned = _verified(folder), [row for row in read(folder / "tune.jsonl") if "us" in row]
+    lines = [
+        f"# {on.get('gpu', on['cpu'])}: are the kernels right, and how fast are they",
+        "",
+        f"{record['date']}, commit {record['commit']}{'-dirty' if record.get('dirty') else ''}; {software}, "
+        f"driver {on.get('driver', 'unknown')}{clock}{slowed}. Made by "
+        "`python -m bench.gpu` from the rows beside it.",
+        "",
+        *(f"- {line}" for line in (*_summary(folder, verified, tuned), *_not_reached(folder))),
+        "",
+        "## Right or wrong",
+        "",
+        *_matrix(verified),
+        *_not_right(verified),
+    ]
+    if tuned:
+        lines += ["", "## Microseconds a step", "", *_times(folder, tuned)]
+    lost = list(_lost(folder, tuned))
+    if lost:
+        lines += ["", "## What lost to nn.RNN", "", *lost]
+    predicted = list(_predictions(tuned))
+    if predicted:
+        lines += ["", "## Prediction and measurement", "", *predicted]
+    return "\n".join(lines) + "\n"
+
+
+def _verified(folder: Path) -> dict[tuple[str, str], tuple[list[Row], int]]:
+    """By kernel and arithmetic: the rows, and how many there should be."""
+    found = {}
+    for path in sorted(folder.glob("verify.*.jsonl")):
+        lines = read(path)
+        done = [line["row"] for line in lines if "row" in line]
+        total = max([line["total"] for line in lines if "total" in line], default=len(done))
+        if total:
+            _, kernel, arithmetic, _ = path.name.split(".")
+            found[kernel, arithmetic] = (done, total)
+    return found
+
+
+def verdicts(folder: Path, wanted: tuple[str, ...]) -> list[Row]:
+    """The rows of verify that were judged so."""
+    return [row for rows_of, _ in _verified(folder).values() for row in rows_of if row["verdict"] in wanted]
+
+
+def _summary(folder: Path, verified: dict, tuned: list[Row]) -> Iterator[str]:
+    """The page in a few sentences."""
+    done = [row for some, _ in verified.values() for row in some]
+    if done:
+        right = sum(row["verdict"] == "right" for row in done)
+        others = _counted(row["verdict"] for row in done if row["verdict"] != "right")
+        yield f"**{right} of {len(done)} launches are right**{f'; {others}' if others else ''}."
+    for name, table in _sweeps(folder).items():
+        means = [mean for mean in table.means() if mean.contender == table.leader()]
+        for mean in means:
+            yield (
+                f"**{name}**, {mean.dtype}, {PASSES[mean.pass_name]}: {mean.ratio:.2f} times nn.RNN's speed "
+                f"(geometric mean of {len(mean.rows)} shapes of {mean.shapes}; faster / tie / slower: "
+                f"{mean.counts}). [Table]({name}.md)"
+            )
+    pairs = [(r["us"], c) for r in tuned if (c := _expected(r)) is not None]
+    if pairs:
+        middle = statistics.median(us / model for us, model in pairs)
+        times = f"a step took {middle:.2f} times what the cost model says (median)"
+        yield f"**{len(tuned)} keys are timed**; {times}."
+
+
+def _not_reached(folder: Path) -> Iterator[str]:
+    """What the time did not suffice for, or what went wrong, by the last words of each stage."""
+    last = {row["stage"]: row for row in read(folder / "stages.jsonl")}
+    for stage, row in last.items():
+        if row["left"]:
+            yield f"Not done, {stage}: {row['left']}."
+
+
+def _counted(words: Iterator[str]) -> str:
+    found = list(words)
+    return ", ".join(f"{found.count(word)} {word}" for word in sorted(set(found)))
+
+
+def _matrix(verified: dict) -> Iterator[str]:
+    yield (
+        "Each launch against the float64 reference. Right: an error of at most 1.5 times nn.RNN's own, or of "
+        "the rounding that no order of summation avoids. In brackets the largest error as a part of that bar."
+    )
+    yield ""
+    kernels = list(dict.fromkeys(kernel for kernel, _ in verified))
+    present = [name for name in verify.ARITHMETIC if any(name == a for _, a in verified)]
+
+    def cell(kernel: str, arithmetic: str) -> str:
+        done, total = verified.get((kernel, arithmetic), ([], 0))
+        if not total:
+            return ""
+        right = sum(row["verdict"] == "right" for row in done)
+        words = [f"{right} right" + (f" of {total}" if total > len(done) else "")]
+        words += [_counted(row["verdict"] for row in done if row["verdict"] != "right")]
+        errors = [row["error"] / row["bar"] for row in done if row.get("error") is not None]
+        return ", ".join(filter(None, words)) + (f" ({max(errors):.2f})" if errors else "")
+
+    yield from pipes(
+        ("kernel", *present),
+        (False, *(False for _ in present)),
+        [[kernel, *(cell(kernel, arithmetic) for arithmetic in present)] for kernel in kernels],
+    ).splitlines()
+
+
+def _not_right(verified: dict) -> Iterator[str]:
+    bad = [row for done, _ in verified.values() for row in done if row["verdict"] != "right"]
+    if not bad:
+        return
+    yield ""
+    for row in bad[:MOST]:
+        what = row.get("reason") or f"error {row['error']:.2g}, bar {row['bar']:.2g}"
+        sizes = f"B={row['B']} H={row['H']} D={row['D']} {row['mode']}"
+        where = f"{row['kernel']} {row['arithmetic']} {_pass(row)} {sizes}"
+        yield f"- {row['verdict']}: {where}, {what}; {_named(row['config'])}"
+    if len(bad) > MOST:
+        yield f"- and {len(bad) - MOST} more, in the rows of gpu/"
+
+
+def _pass(row: Row) -> str:
+    return "backward" if row["backward"] else "forward"
+
+
+def _named(config: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in config.items())
+
+
+def _times(folder: Path, tuned: list[Row]) -> Iterator[str]:
+    yield (
+        "B = 16, forward / backward: the quickest config of each kernel, and cuDNN's operator; T drops out. "
+        "Where cuDNN launches kernels for each step, the host bounds it. floor: the shortest step of this "
+        "GPU that has room for W_hh. [The rows](gpu/tune.jsonl) have every key and candidate."
+    )
+    busy = any(row.get("busy") for row in tuned)
+    if busy:
+        yield "cuDNN was timed while the machine's other cores compiled kernels."
+    yield ""
+    step = _floor(folder).get("step")
+    here = [row for row in tuned if row["B"] == 16]
+    kernels = [name for name in KERNELS if any(row["kernel"] == name for row in here)]
+    shapes = sorted({(list(verify.ARITHMETIC).index(row["arithmetic"]), row["H"]) for row in here})
+    body = []
+    for index, H in shapes:
+        arithmetic = list(verify.ARITHMETIC)[index]
+        found = {
+            (row["kernel"], row["backward"]): row["us"]
+            for row in here
+            if (row["arithmetic"], row["H"]) == (arithmetic, H)
+        }
+        cells = [_both(found.get((kernel, False)), found.get((kernel, True))) for kernel in kernels]
+        over = [_over(found, backward) for backward in (False, True)]
+        floor = f"{1e6 * floors.shortest_step(Workload(16, 1, H, H, arithmetic), step):.2f}" if step else ""
+        body.append([arithmetic, str(H), *cells, _both(*over), floor])
+    headings = ("", "H", *kernels, "cudnn over ours", "floor")
+    yield from pipes(headings, (False, *(True for _ in headings[1:])), body).splitlines()
+
+
+def _both(forward: float | None, backward: float | None) -> str:
+    if forward is None and backward is None:
+        return ""
+    return " / ".join("-" if us is None else f"{us:.2f}" for us in (forward, backward))
+
+
+def _over(found: dict[tuple[str, bool], float], backward: bool) -> float | None:
+    """cuDNN's time over the quickest kernel's."""
+    ours = [us for (kernel, b), us in found.items() if b == backward and kernel != "cudnn"]
+    theirs = found.get(("cudnn", backward))
+    return theirs / min(ours) if theirs and ours else None
+
+
+def _floor(folder: Path) -> dict[str, Any]:
+    path = folder / "floor.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _sweeps(folder: Path) -> dict[str, tables.Table]:
+    path = folder.parent / "rows.jsonl"
+    return {name: tables.Table(*found) for name, found in rows.read(path).items()} if path.exists() else {}
+
+
+def _lost(folder: Path, tuned: list[Row]) -> Iterator[str]:
+    """The sweeps' rows of the layer that are slower than nn.RNN, the slowest first, then the keys."""
+    slower = []
+    for name, table in _sweeps(folder).items():
+        for swept in table.rows:
+            if swept.contender == table.leader() and swept.speedup and tables.verdict(swept) == "slower":
+                slower.append((swept.speedup, name, swept))
+    slower.sort(key=lambda found: found[0])
+    for speedup, name, swept in slower[:MOST]:
+        interval = ratio(speedup, swept.speedup_low or 0, swept.speedup_high or 0)
+        what = f"{swept.shape} {swept.workload.dtype} {PASSES[swept.pass_name]}"
+        yield f"- {name}: {what}: {interval} of nn.RNN's speed; {swept.route}"
+    if len(slower) > MOST:
+        yield f"- and {len(slower) - MOST} more rows"
+    keys: dict[tuple, dict[str, float]] = {}
+    for row in tuned:
+        place = row["arithmetic"], row["B"], row["H"], row["backward"]
+        keys.setdefault(place, {})[row["kernel"]] = row["us"]
+    behind = []
+    for place, found in keys.items():
+        ours = [us for kernel, us in found.items() if kernel != "cudnn"]
+        if ours and found.get("cudnn", math.inf) < min(ours):
+            behind.append((found["cudnn"] / min(ours), place, found["cudnn"], min(ours)))
+    for part, (arithmetic, B, H, backward), theirs, us in sorted(behind)[:MOST]:
+        which = "backward" if backward else "forward"
+        yield f"- a step: {arithmetic} B={B} H={H} {which}: {us:.2f} us, cuDNN {theirs:.2f}, {part:.2f} of it"
+    if len(behind) > MOST:
+        yield f"- and {len(behind) - MOST} more keys"
+
+
+def _expected(row: Row) -> float | None:
+    """What the cost model says of a key's quickest config."""
+    return next((c.get("model_us") for c in row["candidates"] if c["config"] == row["config"]), None)
+
+
+def _predictions(tuned: list[Row]) -> Iterator[str]:
+    """By kernel and arithmetic: measured over predicted, of the quickest configs."""
+    groups: dict[tuple[str, str], list[tuple[float, Row]]] = {}
+    for row in tuned:
+        model = _expected(row)
+        if model:
+            groups.setdefault((row["kernel"], row["arithmetic"]), []).append((row["us"] / model, row))
+    if not groups:
+        return
+    yield "Measured over what the cost model says, of the quickest config of each key."
+    yield ""
+    body = []
+    for (kernel, arithmetic), some in groups.items():
+        some.sort(key=lambda pair: pair[0])
+        first, last = some[0], some[-1]
+        middle = statistics.median(part for part, _ in some)
+        body.append(
+            [kernel, arithmetic, str(len(some)), f"{middle:.2f}"]
+            + [f"{part:.2f} (B={row['B']} H={row['H']} {_pass(row)})" for part, row in (first, last)]
+        )
+    headings = ("kernel", "arithmetic", "keys", "median", "least", "most")
+    yield from pipes(headings, (False, False, True, True, False, False), body).splitlines()

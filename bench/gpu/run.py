@@ -1,0 +1,206 @@
+"""A run's folder, its clock, and the processes that do its work.
+
+    Run             where it writes, on what, until when
+    supervise(...)  a process for as many pieces of work as it survives, then the next one behind that
+
+The process of the run itself launches nothing on the GPU. What an illegal access, an abort or a hang ends is
+a process of its own, and costs the row that it was at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench.gpu.journal import Journal, in_flight, read
+from elman.kernels import configs
+from elman.kernels.configs import Chip
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("machine", "compile", "verify", "first", "tune", "sweep", "tools", "report")
+#: A stage's part of the minutes that are left, among it and those that come after: what one leaves over, the
+#: later ones share.
+SHARES = {"compile": 18, "verify": 14, "first": 9, "tune": 14, "sweep": 36, "tools": 9}
+#: Without a GPU: the interpreter is slow, and the sweep is small.
+SHARES_WITHOUT = {"compile": 20, "verify": 48, "sweep": 32}
+#: Seconds that are kept for machine and report.
+KEPT = 6.0
+#: How often a process is started at most that goes on where one before it died.
+MOST_STARTS = 5
+#: A launch that takes longer hangs: it compiles for some seconds, and runs for milliseconds.
+HANG_SECONDS = 30.0
+#: Seconds beyond its time in which a process may end by itself.
+GRACE = 8.0
+#: What a kernel's launches must not have done if it is to be launched again.
+FATAL = ("crashed", "hung")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: verdict "" if well, else "crashed", "hung" or "unfinished", and a reason.
+
+    status: what it returned itself, None if it was ended.
+    """
+
+    verdict: str
+    reason: str
+    status: int | None = None
+
+
+WELL = Ended("", "", 0)
+
+
+@dataclass
+class Run:
+    """Where a run writes, on what, and until when (time.monotonic).
+
+    folder: results/<machine>/gpu. table: the tuned table. keys: the tuner's options that say which keys it
+    times. capability: what is compiled for, 90 for sm_90. workers: processes that compile, 0 for all cores
+    but two. python: what runs a module, tethered to this process.
+    """
+
+    device: torch.device
+    chip: Chip
+    folder: Path
+    table: Path
+    deadline: float
+    stages: tuple[str, ...] = STAGES
+    keys: tuple[str, ...] = ()
+    capability: int = 90
+    memory_gib: float = 0.0
+    workers: int = 0
+    python: tuple[str, ...] = (sys.executable, "-m", "bench.gpu.tether")
+    output: Path | None = None
+    began: float = field(default_factory=time.time)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def until(self, stage: str) -> float:
+        """The moment at which a stage that begins now ends."""
+        coming = self.stages[self.stages.index(stage) :]
+        shares = SHARES if self.device.type == "cuda" else SHARES_WITHOUT
+        part = shares[stage] / sum(shares.get(name, 0) for name in coming)
+        return time.monotonic() + max(0.0, part * (self.left - KEPT))
+
+    def say(self, text: str) -> None:
+        print(f"[{max(0.0, self.left):4.0f} s left] {text}", flush=True)
+
+    @property
+    def log(self) -> Path:
+        """Where processes put what they print."""
+        return self.folder / "gpu.log"
+
+    def start(self, *command: str, tethered: bool = True, **variables: str) -> subprocess.Popen:
+        """A process in a group of its own, in the root of the project, its output in the log."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **self._device_variables(), **variables}
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n$ {' '.join(command)}\n")
+            log.flush()
+            return subprocess.Popen(
+                [*(self.python if tethered else ()), *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def _device_variables(self) -> dict[str, str]:
+        if self.device.type == "cuda":
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+
+    def finish(self, process: subprocess.Popen, end: float, journal: Path | None = None) -> Ended:
+        """Waits until the process ends; ends it GRACE after `end`, or when what it is at hangs."""
+        assert process.stdin
+        with process.stdin:  # the tether
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(timeout=0.2)
+                    if status < 0:
+                        return Ended("crashed", f"its process was ended by {signal.Signals(-status).name}")
+                    return (
+                        Ended("crashed", f"its process ended with status {status}", status)
+                        if status
+                        else WELL
+                    )
+                begun = in_flight(journal) if journal else None
+                if begun and time.time() - begun["at"] > HANG_SECONDS:
+                    _end(process)
+                    return Ended("hung", f"it took more than {HANG_SECONDS:g} s")
+                if time.monotonic() > end + GRACE:
+                    _end(process)
+                    return Ended("unfinished", "the time for it was over")
+
+    def trusted(self) -> list[str]:
+        """The kernels none of whose launches has crashed or hung so far."""
+        bad = set()
+        for path in (*self.folder.glob("verify.*.jsonl"), self.folder / "tune.jsonl"):
+            for row in read(path):
+                found = row.get("row", {})
+                if found.get("verdict") in FATAL:
+                    bad.add({"fused": "resident", "cell": "step"}.get(found["kernel"], found["kernel"]))
+        return [kernel for kernel in configs.KERNELS if kernel not in bad]
+
+
+def _end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def supervise(run: Run, journal: Path, end: float, *command: str) -> Ended:
+    """Runs a command, which goes on behind its journal's rows, until it ends well; how the last one ended.
+
+    What a process crashed or hung at gets a row that says so. What was cut short for want of time gets none:
+    the next run does it.
+    """
+    ended = Ended("unfinished", "no time was left for it")
+    for _ in range(MOST_STARTS):
+        if time.monotonic() >= end:
+            break
+        minutes = f"{(end - time.monotonic()) / 60:.4f}"
+        ended = run.finish(run.start(*command, "--minutes", minutes), end, journal)
+        begun = in_flight(journal)
+        if begun and ended.verdict in FATAL:
+            seconds = time.time() - begun["at"]
+            reason = f"{ended.reason}, {seconds:.0f} s after it began"
+            row = {**begun["what"], "verdict": ended.verdict, "reason": reason}
+            Journal(journal).add(n=begun["n"], row=row)
+        if ended.verdict in ("", "unfinished"):
+            break
+    return ended
+
+
+@contextlib.contextmanager
+def every(seconds: float, work: Callable[[], object]) -> Iterator[None]:
+    """Does the work every so many seconds, beside what the block does, and once more at its end."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            work()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        work()

@@ -1,0 +1,33 @@
+"""Runs a module, as `python -m MODULE` does, for as long as the process lives that started it.
+
+    python -m bench.gpu.tether MODULE ARGUMENTS...
+
+Whoever starts it holds the other end of its stdin, and gives it a process group of its own. However the
+starter dies, stdin ends then, and the group is killed: nobody goes on computing on the GPU, or writing rows,
+beside the run that comes after.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import threading
+
+
+def tie() -> None:
+    """From now on this process, and its group with it, ends when stdin does."""
+    threading.Thread(target=_wait, daemon=True).start()
+
+
+def _wait() -> None:
+    while os.read(0, 4096):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    tie()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
