@@ -213,15 +213,17 @@ def tuned(device: torch.device) -> dict[str, str]:
     """What the tuned tables in force say, a digest an entry: it decides on kernels and their configs.
 
     {"ELMAN_AUTOTUNE": "on", "user: resident forward bfloat16 B=16 H=256": "0a1b2c3d", "shipped: ...": ...};
-    {} where no table is used: on a CPU, and without the kernels.
+    "ELMAN_KERNELS" too where it is set. {} where no table is used: on a CPU, and without the kernels.
     """
     if device.type != "cuda" or routing.NO_KERNELS:
         return {}
     from elman import tables, tuning  # these import kernels
 
-    if not tuning.autotunes():
-        return {"ELMAN_AUTOTUNE": "off"}
     found, gpu = {"ELMAN_AUTOTUNE": "on"}, torch.cuda.get_device_name(device)
+    if os.environ.get("ELMAN_KERNELS"):
+        found["ELMAN_KERNELS"] = os.environ["ELMAN_KERNELS"]
+    if not tuning.autotunes():
+        return found | {"ELMAN_AUTOTUNE": "off"}
     for owner, path in (("user", tables.user_path(gpu)), ("shipped", tables.shipped_path(gpu))):
         try:
             entries = tables.read(path, gpu).entries

@@ -239,7 +239,8 @@ class Session:
         own = {k: v for k, v in self.record["machine"].items() if k not in unsure}
         differing = [key for key in same if run.get(key) != (own if key == "machine" else self.record[key])]
         # The run itself may have tuned more, up to the moment in which it was killed.
-        if not run.get("tables", {}).items() <= self.record["tables"].items():
+        before, now = run.get("tables", {}), self.record["tables"]
+        if not before.items() <= now.items() or "ELMAN_KERNELS" in now.keys() - before.keys():
             differing.append("tables")
         if differing:
             self.started = (

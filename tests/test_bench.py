@@ -643,6 +643,11 @@ def test_a_run_of_other_tuned_tables_is_not_gone_on_with(started, monkeypatch):
     third = started()
     assert third.to_measure == 2
     assert "differs in tables," in third.started
+    third.row(*third.plan.keys[0])
+    now["ELMAN_KERNELS"] = "step"
+    fourth = started()
+    assert fourth.to_measure == 2, "a run with fewer kernels is another"
+    assert "differs in tables," in fourth.started
 
 
 def test_what_the_tuned_tables_in_force_say(monkeypatch, tmp_path):
@@ -654,6 +659,7 @@ def test_what_the_tuned_tables_in_force_say(monkeypatch, tmp_path):
     assert machine.tuned(torch.device("cpu")) == {}
     simulate_gpu(monkeypatch, gpu)
     monkeypatch.setenv("ELMAN_AUTOTUNE", "on")
+    monkeypatch.delenv("ELMAN_KERNELS", raising=False)
     monkeypatch.setenv("ELMAN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tables, "shipped_path", lambda gpu: tmp_path / "shipped.json")
     assert machine.tuned(cuda) == {"ELMAN_AUTOTUNE": "on"}
@@ -674,6 +680,8 @@ def test_what_the_tuned_tables_in_force_say(monkeypatch, tmp_path):
     assert f"shipped: {key}" not in machine.tuned(cuda)
     monkeypatch.setenv("ELMAN_AUTOTUNE", "off")
     assert machine.tuned(cuda) == {"ELMAN_AUTOTUNE": "off"}
+    monkeypatch.setenv("ELMAN_KERNELS", "step")
+    assert machine.tuned(cuda) == {"ELMAN_AUTOTUNE": "off", "ELMAN_KERNELS": "step"}
 
 
 def test_restart_measures_all_anew(started):
