@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +21,9 @@ import torch
 from elman import routing
 from elman.commit import commit
 
+ROOT = Path(__file__).resolve().parents[1]
+#: The files of bench/ that work on what was measured, and change no number.
+AFTER_THE_FACT = {"tables.py", "page.py", "report.py", "plots.py", "compare.py"}
 #: What is asked of nvidia-smi, by our names: its field's name, and the one that older drivers have for it.
 STATE_FIELDS = {
     "sm_mhz": ("clocks.sm",),
@@ -207,6 +212,35 @@ def software(device: torch.device) -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found
+
+
+def source(*more: Path) -> str:
+    """A digest of the code that a number depends on: packages, how is measured, and the files of `more`.
+
+    Comments, docstrings and layout are no part of it: a changed one must not cost a run on a GPU.
+    """
+    files = {*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py"), *(path.resolve() for path in more)}
+    files |= {path for path in ROOT.glob("bench/*.py") if path.name not in AFTER_THE_FACT}
+    digest = hashlib.sha256()
+    for name, path in sorted((Path(os.path.relpath(path, ROOT)).as_posix(), path) for path in files):
+        digest.update(name.encode() + b"\0" + _syntax(path.read_bytes()) + b"\0")
+    return digest.hexdigest()[:12]
+
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@functools.cache  # a session asks once, but the tests start many
+def _syntax(text: bytes) -> bytes:
+    """What Python makes of a file, its docstrings left out; of a file that it can't parse, the bytes."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return text
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree).encode()
 
 
 def tuned(device: torch.device) -> dict[str, str]:

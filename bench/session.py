@@ -198,7 +198,7 @@ class Session:
         return {
             "sweep": self.plan.sweep,
             **machine.record(device, ROOT),
-            "source": source(),
+            "source": machine.source(),
             "tables": machine.tuned(device),  # as the run begins: what it tunes itself is added to them
             "float32": "IEEE" if device.type == "cpu" else "IEEE in rows of float32, TF32 in rows of tf32",
             "timing": {
@@ -222,7 +222,7 @@ class Session:
     def _resume(self) -> None:
         """Take over the rows of an unfinished run, if they are this run's in all but the hour.
 
-        Else its file is put aside: a run on a rare machine must not be lost to a changed comment.
+        Else its file is put aside: a run on a rare machine must not be lost to a changed line.
         """
         try:
             stored = records.read(self.journal)
@@ -421,14 +421,3 @@ class Session:
 
 def _count(rows: list[Row], status: str) -> int:
     return sum(row.status == status for row in rows)
-
-
-def source() -> str:
-    """A digest of the code that a number depends on: packages, and how is measured."""
-    after_the_fact = {"tables.py", "page.py", "report.py", "plots.py", "compare.py"}
-    files = [*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py")]
-    files += [path for path in ROOT.glob("bench/*.py") if path.name not in after_the_fact]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]

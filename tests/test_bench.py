@@ -619,6 +619,50 @@ def test_a_run_of_other_code_or_another_machine_is_not_gone_on_with(started, key
     assert subprocess.run(ignored, cwd=ROOT, check=False).returncode in (0, 128)  # 128: not a git checkout
 
 
+CODE = """
+# A comment.
+def twice(x):
+    \"\"\"A docstring.\"\"\"
+    return 2 * x
+"""
+
+
+@pytest.mark.parametrize("folder", ["elman", "kernels", "bench", "more"])
+def test_the_digest_of_the_code_is_of_what_it_does(tmp_path, monkeypatch, folder):
+    """A comment in a file must not cost a run on a GPU."""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    path = tmp_path / folder / "code.py"
+    path.parent.mkdir()
+
+    def digest(text: str) -> str:
+        path.write_text(text)
+        return machine.source(*tmp_path.glob("more/*.py"))
+
+    first = digest(CODE)
+    for before, after in (
+        ("# A comment.", "# Another, and a blank line.\n"),
+        ("# A comment.", '"""A docstring of the file."""'),
+        ("A docstring.", "Another."),
+        ('    """A docstring."""\n', ""),
+        ("2 * x", "(2  *  x)  # of two factors"),
+        ("return 2 * x", "return (\n        2 * x\n    )"),
+    ):
+        assert digest(CODE.replace(before, after)) == first, after
+    assert digest(CODE.replace("2 * x", "3 * x")) != first
+    broken = digest(CODE.replace("return", "retur n"))
+    assert broken != first
+    assert digest(CODE.replace("return", "retur n") + "# a comment") != broken, "it can't be parsed"
+    assert digest(CODE) == first
+    path.rename(path.with_name("renamed.py"))
+    assert machine.source(*tmp_path.glob("more/*.py")) != first, "a number may depend on a module's name"
+
+
+def test_what_works_on_results_is_no_part_of_the_digest():
+    before = machine.source()
+    assert machine.source(ROOT / "bench" / "cell.py") == before, "it is there already"
+    assert machine.source(ROOT / "bench" / "report.py") != before
+
+
 def test_an_unfinished_run_that_cannot_be_read_is_kept(started):
     first = started()
     first.folder.mkdir()
