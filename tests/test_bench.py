@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 import platform
 import re
@@ -1177,6 +1178,104 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
     ((_, after),) = records.read(stored[0].with_name("rows.jsonl")).values()
     assert [row.samples for row in after[: len(before)]] == [row.samples for row in before]
     assert len(after) == 6
+
+
+KILLED = """
+import os, signal
+import bench.session
+
+honest = bench.session.measure_cell
+def measure_cell(problem, *rest):
+    if problem.workload.steps == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(problem, *rest)
+bench.session.measure_cell = measure_cell
+"""
+
+
+def test_a_cell_that_kills_its_process_is_left_out_from_the_third_run_on(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    options = ["--shapes", "1,16,8,8;1,17,8,8;2,18,8,8", "--passes", "forward", "--backends", "eager"]
+    options += ["--results", str(tmp_path)]
+    for died in (1, 2):
+        done = pytest_bench(*options, "-p", "killed", PYTHONPATH=str(tmp_path))
+        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+        (notes,) = tmp_path.glob("*/*.partial.begun")
+        assert json.loads(notes.read_text()) == {"B1-T17-I8-H8-float32-forward": died}
+    done = pytest_bench(*options, "-p", "killed", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Two processes ended while they measured it: " in done.stdout
+    ((_, rows),) = records.read(notes.with_name("rows.jsonl")).values()
+    assert [row.status for row in rows] == 2 * [TIMED] + 2 * [FAILED] + 2 * [TIMED]
+    assert rows[2].reason.startswith("Two processes ended while they measured it: ")
+    assert not notes.exists(), "the table is published"
+    done = pytest_bench(*options)
+    assert done.returncode == 0, "and the next run tries the cell again"
+
+
+def test_only_a_process_that_dies_leaves_a_note(started, monkeypatch):
+    def stop(*arguments):
+        assert json.loads(first.notes.read_text()) == {"B2-T5-I3-H4-float32-forward": 1}
+        raise KeyboardInterrupt
+
+    first = started()
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "measure_cell", stop)
+        with pytest.raises(KeyboardInterrupt):
+            first.row(*first.plan.keys[0])
+    assert not first.notes.exists()
+    first.row(*first.plan.keys[0])
+    assert not first.notes.exists()
+    first.died = {"another": 1, "B2-T6-I3-H4-float32-forward": 1}
+    first.row(*first.plan.keys[-1])
+    assert json.loads(first.notes.read_text()) == first.died == {"another": 1}, "that one is not done yet"
+
+
+def test_what_a_cell_has_cost_is_remembered_until_the_run_is_another(started, monkeypatch):
+    first = started()
+    first.row(*first.plan.keys[0])
+    name = "B2-T6-I3-H4-float32-forward"
+    first.notes.write_text(json.dumps({name: 2, "another": 1}))
+    second = started()
+    measure_all(second)
+    assert [row.status for row in second.ordered()] == 3 * [TIMED] + 3 * [FAILED]
+    assert second.missing() == "3 of 6 rows are missing: 3 failed."
+    assert json.loads(second.notes.read_text()) == {name: 2, "another": 1}, "the run goes on without it"
+    assert started().died == {name: 2, "another": 1}
+    assert started(restart=True).died == {}
+    assert not first.notes.exists()
+    first.notes.write_text(json.dumps({name: 2}))
+    monkeypatch.setattr(machine, "source", lambda: "another")
+    assert started().died == {}, "other code may do better"
+    assert not first.notes.exists()
+
+
+def test_a_cell_that_costs_the_process_its_gpu_ends_it(started, monkeypatch):
+    """As an illegal access does: every later call fails, so the cell counts as one that a process died in."""
+
+    def raises(*arguments):
+        raise RuntimeError("an illegal access")
+
+    monkeypatch.setattr(session, "measure_cell", raises)
+    monkeypatch.setattr(session, "_lost", lambda device: "an illegal access")
+    for died in (1, 2):
+        run = started()
+        with pytest.raises(pytest.exit.Exception, match="its GPU no more: an illegal access"):
+            run.row(*run.plan.keys[0])
+        assert json.loads(run.notes.read_text()) == {"B2-T5-I3-H4-float32-forward": died}
+    third = started()
+    assert third.row(*third.plan.keys[0]).reason.startswith("Two processes ended while they measured it: ")
+
+
+def test_a_gpu_that_is_lost(monkeypatch):
+    def raises(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", raises)
+    assert session._lost(torch.device("cpu")) == ""
+    assert "an illegal memory access" in session._lost(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert session._lost(torch.device("cuda", 0)) == ""
 
 
 def test_a_second_run_at_the_same_time_and_rows_that_are_none_are_sentences(tmp_path):
