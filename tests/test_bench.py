@@ -529,6 +529,19 @@ def test_every_sweep_has_work_for_a_cpu_and_no_shape_twice(sweep):
     assert len({workload.id for workload in workloads}) == len(workloads)
 
 
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_sweep_s_contenders_are_known(sweep):
+    assert set(SWEEPS[sweep].contenders or ()) <= set(contenders.CONTENDERS)
+    assert BASELINE in Plan.make(sweep, device="cpu").contenders
+
+
+def test_the_sweep_of_the_kernels_runs_no_loop():
+    plan = Plan.make("kernels", device="cpu")
+    assert plan.table == "kernels", "these are its own"
+    assert not {"eager", COMPILED, NAIVE} & set(plan.contenders)
+    assert {AUTO, "triton:resident", "triton:cooperative", "cudnn"} < set(plan.contenders)
+
+
 def test_how_long_a_run_takes_is_known_before_it():
     assert Plan.make("quick", device="cpu").takes == "about five minutes on two slow cores"
     own = Plan.make(shapes="1,1000,8,8;1,1001,8,8", device="cpu", passes="forward", contenders="eager")
