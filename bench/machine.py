@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,9 @@ import torch
 from elman import routing
 from elman.commit import commit
 
+ROOT = Path(__file__).resolve().parents[1]
+#: The files of bench/ that work on what was measured, and change no number.
+AFTER_THE_FACT = {"tables.py", "page.py", "report.py", "plots.py", "compare.py"}
 #: What is asked of nvidia-smi, by our names: its field's name, and the one that older drivers have for it.
 STATE_FIELDS = {
     "sm_mhz": ("clocks.sm",),
@@ -210,19 +214,50 @@ def software(device: torch.device) -> dict[str, str]:
     return found
 
 
+def source(*more: Path) -> str:
+    """A digest of the code that a number depends on: packages, how is measured, and the files of `more`.
+
+    Comments, docstrings and layout are no part of it: a changed one must not cost a run on a GPU.
+    """
+    files = {*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py"), *(path.resolve() for path in more)}
+    files |= {path for path in ROOT.glob("bench/*.py") if path.name not in AFTER_THE_FACT}
+    digest = hashlib.sha256()
+    for name, path in sorted((Path(os.path.relpath(path, ROOT)).as_posix(), path) for path in files):
+        digest.update(name.encode() + b"\0" + _syntax(path.read_bytes()) + b"\0")
+    return digest.hexdigest()[:12]
+
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@functools.cache  # a session asks once, but the tests start many
+def _syntax(text: bytes) -> bytes:
+    """What Python makes of a file, its docstrings left out; of a file that it can't parse, the bytes."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return text
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree).encode()
+
+
 def tuned(device: torch.device) -> dict[str, str]:
     """What the tuned tables in force say, a digest an entry: it decides on kernels and their configs.
 
     {"ELMAN_AUTOTUNE": "on", "user: resident forward bfloat16 B=16 H=256": "0a1b2c3d", "shipped: ...": ...};
-    {} where no table is used: on a CPU, and without the kernels.
+    "ELMAN_KERNELS" too where it is set. {} where no table is used: on a CPU, and without the kernels.
     """
     if device.type != "cuda" or routing.NO_KERNELS:
         return {}
     from elman import tables, tuning  # these import kernels
 
-    if not tuning.autotunes():
-        return {"ELMAN_AUTOTUNE": "off"}
     found, gpu = {"ELMAN_AUTOTUNE": "on"}, torch.cuda.get_device_name(device)
+    if os.environ.get("ELMAN_KERNELS"):
+        found["ELMAN_KERNELS"] = os.environ["ELMAN_KERNELS"]
+    if not tuning.autotunes():
+        return found | {"ELMAN_AUTOTUNE": "off"}
     for owner, path in (("user", tables.user_path(gpu)), ("shipped", tables.shipped_path(gpu))):
         try:
             entries = tables.read(path, gpu).entries

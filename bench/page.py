@@ -401,13 +401,14 @@ def _facts(table: Table) -> list[tuple[str, str]]:
 
 
 def _tables(run: Run) -> list[tuple[str, str]]:
-    """How many entries the tuned tables had as the run began."""
+    """How many entries the tuned tables had as the run began, and what ELMAN_KERNELS allowed, if set."""
     names = run.get("tables")
     if not names:
         return []
     counts = [f"{owner} {sum(n.startswith(f'{owner}: ') for n in names)}" for owner in ("user", "shipped")]
     off = names.get("ELMAN_AUTOTUNE") == "off"
-    return [("entries of tuned tables", "off" if off else ", ".join(counts))]
+    allowed = [("kernels allowed", names["ELMAN_KERNELS"])] if "ELMAN_KERNELS" in names else []
+    return [("entries of tuned tables", "off" if off else ", ".join(counts)), *allowed]
 
 
 def _sampling(run: Run) -> str:

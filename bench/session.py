@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +145,8 @@ PLAN = pytest.StashKey[Plan]()
 class Session:
     """All rows of one run. Cells are measured when first asked for, and kept on the disk from then on.
 
-    A run that was stopped is gone on with by the next one with the same plan, code, machine and versions.
+    A run that was stopped is gone on with by the next one with the same plan, code, machine and versions. It
+    leaves a cell out in which two processes have died: the same command must get past it.
     selected: the cells to measure and the contenders of each (after pytest's -k). budget: minutes for the
     whole run, or None. begin(title), say(phase) and end(rows) tell whoever watches.
     """
@@ -174,14 +177,17 @@ class Session:
         self.record = self._record()
         self.folder = results / machine.slug(self.record["machine"])
         self.journal = self.folder / f"{plan.table}.partial.jsonl"
+        self.notes = self.folder / f"{plan.table}.partial.begun"
+        self.died: dict[str, int] = {}  # how many processes began a cell and did not end it
+        self.lost = ""  # why this process can use its GPU no more
         self.published = self.folder / "rows.jsonl"
         if self.published.exists():
             records.read(self.published)  # if that fails, then now, and not after an hour of measuring
         self.first: dict[str, float] = {}  # seconds of the last first call of each contender
         self.rows: dict[Key, Row] = {}
         self.started = ""  # a sentence on what an unfinished run has left
-        if self.journal.exists() and not restart:
-            self._resume()
+        if not (self.journal.exists() and not restart and self._resume()):
+            self.notes.unlink(missing_ok=True)
         self.measured: set[Cell] = set()  # by this run
         resumed = sum(self._settled(cell) for cell in self.selected)
         if resumed:
@@ -198,7 +204,7 @@ class Session:
         return {
             "sweep": self.plan.sweep,
             **machine.record(device, ROOT),
-            "source": source(),
+            "source": machine.source(),
             "tables": machine.tuned(device),  # as the run begins: what it tunes itself is added to them
             "float32": "IEEE" if device.type == "cpu" else "IEEE in rows of float32, TF32 in rows of tf32",
             "timing": {
@@ -219,18 +225,18 @@ class Session:
             "missing": "",
         }
 
-    def _resume(self) -> None:
-        """Take over the rows of an unfinished run, if they are this run's in all but the hour.
+    def _resume(self) -> bool:
+        """Take over an unfinished run's rows, if they are this run's in all but the hour; whether they are.
 
-        Else its file is put aside: a run on a rare machine must not be lost to a changed comment.
+        Else its file is put aside: a run on a rare machine must not be lost to a changed line.
         """
         try:
             stored = records.read(self.journal)
         except ValueError as error:
             self.started = f"An unfinished run can't be read and is kept as {self._stale('').name}: {error}"
-            return
+            return False
         if self.plan.table not in stored:
-            return
+            return False
         run, rows = stored[self.plan.table]
         same = ("sweep", "source", "machine", "software", "timing", "plan")
         # nvidia-smi tells of these, if it answers.
@@ -239,20 +245,23 @@ class Session:
         own = {k: v for k, v in self.record["machine"].items() if k not in unsure}
         differing = [key for key in same if run.get(key) != (own if key == "machine" else self.record[key])]
         # The run itself may have tuned more, up to the moment in which it was killed.
-        if not run.get("tables", {}).items() <= self.record["tables"].items():
+        before, now = run.get("tables", {}), self.record["tables"]
+        if not before.items() <= now.items() or "ELMAN_KERNELS" in now.keys() - before.keys():
             differing.append("tables")
         if differing:
             self.started = (
                 f"An unfinished run of {run['date']} differs in {', '.join(differing)}, so it is not gone on "
                 f"with; its {len(rows)} rows are kept as {self._stale(run['date']).name}."
             )
-            return
+            return False
         keys = set(self.plan.keys)
         self.record = {**self.record, "date": run["date"], "floor": run["floor"]}
         self.record["tables"] = run.get("tables", {})
         if "no_floor" in run:
             self.record["no_floor"] = run["no_floor"]
         self.rows = {row.key: row for row in rows if row.key in keys}
+        self.died = json.loads(self.notes.read_text(encoding="utf-8")) if self.notes.exists() else {}
+        return True
 
     def _stale(self, date: str) -> Path:
         """Renames the journal to <table>.<date>.stale.jsonl, never over another."""
@@ -265,8 +274,11 @@ class Session:
         return self.journal.rename(path)
 
     def _settled(self, cell: Cell) -> bool:
-        rows = [self.rows.get((*cell, name)) for name in self.selected[cell]]
-        return all(row is not None and row.status in SETTLED for row in rows)
+        return not self._unsettled(cell)
+
+    def _unsettled(self, cell: Cell) -> list[str]:
+        rows = {name: self.rows.get((*cell, name)) for name in self.selected[cell]}
+        return [name for name, row in rows.items() if row is None or row.status not in SETTLED]
 
     def row(self, workload: Workload, pass_name: str, contender: str) -> Row:
         """The row of that contender; its whole cell is measured if neither this nor a former run has."""
@@ -281,12 +293,41 @@ class Session:
         self.begin(f"{workload.shape} {dtype}{PASSES[pass_name]}")
         if not self.measured:
             self._open()
-        rows = self._shed(cell) if time.monotonic() >= self.deadline else self._rows(cell)
+        name = f"{workload.id}-{pass_name}"
+        if self.died.get(name, 0) >= 2:
+            reason = "Two processes ended while they measured it: this run tries it no more."
+            rows = [Row(*cell, contender, FAILED, reason) for contender in self._unsettled(cell)]
+        elif time.monotonic() >= self.deadline:
+            rows = self._shed(cell)
+        else:
+            with self._begun(name):
+                rows = self._rows(cell)
         self.first.update({row.contender: row.first for row in rows if row.first is not None})
         self.rows.update({row.key: row for row in rows})
         records.append(self.journal, self.plan.table, rows)
         self.measured.add(cell)
         self.end([row for row in rows if row.status in FAILURES])
+        if self.lost:  # each further cell would fail too, and keep nothing from doing so in the next run
+            pytest.exit(f"This process can use its GPU no more: {self.lost}. The same command goes on.", 1)
+
+    @contextmanager
+    def _begun(self, name: str) -> Iterator[None]:
+        """Within it a file says that a process measures that cell; where it dies, the next one finds that."""
+        others = {cell: died for cell, died in self.died.items() if cell != name}
+        self._note({**others, name: self.died.get(name, 0) + 1})
+        try:
+            yield
+        finally:
+            self.lost = _lost(self.plan.device)
+            if not self.lost:
+                self._note(others)
+
+    def _note(self, died: dict[str, int]) -> None:
+        self.died = died
+        if died:
+            records.replace(self.notes, json.dumps(died) + "\n")
+        else:
+            self.notes.unlink(missing_ok=True)
 
     def _open(self) -> None:
         """Before the first cell: the floor, and the journal with what is known so far, in one move."""
@@ -414,20 +455,20 @@ class Session:
         report.index(self.folder.parent)
         if not self.record["missing"]:
             self.journal.unlink(missing_ok=True)
+        self._note({})
         (self.folder / f"{table}.partial.md").unlink(missing_ok=True)
         return [*pages, self.published]
 
 
+def _lost(device: torch.device) -> str:
+    """What a GPU says that is lost to this process, as after an illegal access; empty while it is not."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            return describe(error)
+    return ""
+
+
 def _count(rows: list[Row], status: str) -> int:
     return sum(row.status == status for row in rows)
-
-
-def source() -> str:
-    """A digest of the code that a number depends on: packages, and how is measured."""
-    after_the_fact = {"tables.py", "page.py", "report.py", "plots.py", "compare.py"}
-    files = [*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py")]
-    files += [path for path in ROOT.glob("bench/*.py") if path.name not in after_the_fact]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]

@@ -4,11 +4,13 @@
     config(...)    its config, tuned if that is due
     launch(...)    both of a pass over tensors, cached by plain sizes
     why_not(...)   why a kernel can't run a problem
+    none_runs(...) why none can
     times(...)     microseconds a step of each kernel that can
     compare(...)   the same beside cudnn's, as numbers and as text
     fuses(...)     whether the resident forward makes the input product too
 
-What was chosen stays for the lifetime of the process: the same call takes the same kernel.
+What was chosen stays for the lifetime of the process: the same call takes the same kernel. So ELMAN_KERNELS,
+the kernels that may be launched, is to be set before the first call.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import tables, tuning
+from . import routing, tables, tuning
 from .kernels import configs
 from .kernels.common import chip
 from .kernels.resident import MAX_INPUTS
@@ -33,8 +35,13 @@ def plan(
 
     kernel as in `ops`; "triton" is the quickest. "cell" comes back for a forward pass that is one launch
     of step.cell, which a sequence of one step is too for the kernels that may take a launch a step.
+    Raises BackendUnavailableError for a kernel that ELMAN_KERNELS leaves out: a graph may name one that it
+    was made with.
     """
-    one = steps == 1 and problem.D == 1 and kernel in ("triton", "step")
+    if kernel != "triton" and problem.B and problem.H:
+        routing.expect_allowed(kernel)
+    may_step = kernel == "step" or (kernel == "triton" and not routing.not_allowed("step"))
+    one = steps == 1 and problem.D == 1 and may_step
     if not problem.backward and (kernel == "cell" or one):
         return "cell", replace(problem, inputs=inputs)
     if kernel == "cell" or not problem.B or not problem.H:
@@ -83,7 +90,10 @@ cached_launch = tuning.remembered(launch)
 
 @tuning.remembered
 def why_not(kernel: str, problem: configs.Problem, device: torch.device) -> str | None:
-    """None if the kernel can run the problem there, else why not."""
+    """None if the kernel can and may run the problem there, else why not."""
+    not_allowed = routing.not_allowed(kernel)
+    if not_allowed:
+        return not_allowed
     if kernel == "cooperative" and device.type != "cuda":
         return "its programs wait for one another, and Triton's interpreter runs them one after another"
     on = chip(device)
@@ -94,6 +104,14 @@ def why_not(kernel: str, problem: configs.Problem, device: torch.device) -> str 
     )
     most = f"; of most, {reasons.most_common(1)[0][0]}" if reasons else ""
     return f"none of its configs fits on {on.name} with hidden size {problem.H} in {problem.dtype}{most}"
+
+
+def none_runs(problem: configs.Problem, device: torch.device) -> str | None:
+    """None if some Triton kernel can run the problem there, else why each can't."""
+    reasons = {kernel: why_not(kernel, problem, device) for kernel in configs.KERNELS}
+    if None in reasons.values():
+        return None
+    return ". ".join(f"{kernel}: {reason}" for kernel, reason in reasons.items())
 
 
 @tuning.remembered
@@ -117,10 +135,15 @@ FIXED_US = {"resident": 5.0, "cooperative": 30.0, "step": 0.0}
 
 
 def quickest(problem: configs.Problem, device: torch.device, steps: int) -> str:
-    """The Triton kernel that `times` and FIXED_US make the quickest. Raises ValueError where none can run."""
+    """The Triton kernel that `times` and FIXED_US make the quickest.
+
+    Raises BackendUnavailableError where none can run.
+    """
     us, _ = times(problem, device)
     if not us:
-        raise ValueError(f"no Triton kernel can run {problem}: {why_not('step', problem, device)}")
+        raise routing.BackendUnavailableError(
+            f"no Triton kernel can run {problem}: {none_runs(problem, device)}"
+        )
     return min(us, key=lambda kernel: steps * us[kernel] + FIXED_US[kernel])
 
 
@@ -156,6 +179,8 @@ def compare(passes: tuple[configs.Problem, ...], device: torch.device, with_cudn
         parts.append(f"{', '.join(ranking)} us a step {'backward' if problem.backward else 'forward'}")
     untuned = set(sources) != {"tuned table"}
     source = " and ".join(sources) + (f"; {_no_table(device)}" if untuned else "")
+    if routing.left_out():
+        source += f"; ELMAN_KERNELS leaves out {', '.join(routing.left_out())}"
     return Comparison(triton, cudnn_total, f"{'; '.join(parts)} ({source})")
 
 

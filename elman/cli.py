@@ -107,7 +107,8 @@ def doctor() -> str:
     lines += ["", "Backends"]
     for backend, available in routing.available_backends().items():
         lines.append(f"  {backend}: {'runs' if available is True else f'no: {available}'}")
-    for variable in ("ELMAN_BACKEND", "ELMAN_AUTOTUNE", "ELMAN_CACHE_DIR", "TRITON_INTERPRET"):
+    variables = ("ELMAN_BACKEND", "ELMAN_KERNELS", "ELMAN_AUTOTUNE", "ELMAN_CACHE_DIR", "TRITON_INTERPRET")
+    for variable in variables:
         lines.append(f"  {variable} is {os.environ.get(variable, 'not set')}")
     cache = os.environ.get("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
     lines += ["", "Caches", f"  compiled Triton kernels: {cache}", *_tables()]

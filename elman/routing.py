@@ -205,15 +205,20 @@ def _found(
         reason = "asked for by name"
         backend = name.partition(":")[0]
         why_not = unavailable(backend, device, dtype, resets)
+        if name == "triton" and not why_not and not one_step and _sizes_are_known(hidden, batch):
+            why_not = _nothing_left(
+                _passes(device, dtype, (hidden, batch, directions, ragged or resets)), device
+            )
         if why_not:
             raise BackendUnavailableError(f"backend {backend!r} was asked for and can't run: {why_not}")
     if name == "eager":
         return Route("eager", "eager", reason)
     if name == "cudnn":
         return Route("cudnn", "nn.RNN", reason)
+    kernel = "cell" if one_step else name.partition(":")[2]
+    expect_allowed(kernel)
     if one_step:
         return Route("triton", "cell", reason)
-    kernel = name.partition(":")[2]
     if kernel and not is_traced():
         _expect_runs(kernel, _passes(device, dtype, (hidden, batch, directions, ragged or resets)), device)
     return Route("triton", kernel or "triton", reason)
@@ -228,6 +233,55 @@ def asked_for(requested: str | None) -> str:
         named = os.environ.get("ELMAN_BACKEND") or "auto"
         name = check_name(named, "the environment variable ELMAN_BACKEND")
     return name
+
+
+def left_out() -> tuple[str, ...]:
+    """The Triton kernels that are never launched: all that ELMAN_KERNELS, where it is set, doesn't list.
+
+    It is for a kernel that crashed or hung on this GPU. Raises ValueError for a word that is no kernel.
+    """
+    allowed = [word.strip() for word in (os.environ.get("ELMAN_KERNELS") or "").split(",") if word.strip()]
+    for word in allowed:
+        if word not in KERNELS:
+            raise ValueError(
+                f"the environment variable ELMAN_KERNELS has {word!r}; expected one or several of "
+                f"{', '.join(KERNELS)}, with commas between them, or nothing, which allows all"
+            )
+    return tuple(kernel for kernel in KERNELS if allowed and kernel not in allowed)
+
+
+def not_allowed(kernel: str) -> str | None:
+    """None if ELMAN_KERNELS lets the kernel be launched, else why not; "cell" is one of step's."""
+    name = "step" if kernel == "cell" else kernel
+    if name not in left_out():
+        return None
+    return (
+        f"the environment variable ELMAN_KERNELS is {os.environ.get('ELMAN_KERNELS')!r}, which leaves "
+        f"{name!r} out; add it there, or unset the variable, or use another backend"
+    )
+
+
+def expect_allowed(kernel: str) -> None:
+    """Raises BackendUnavailableError where ELMAN_KERNELS leaves the kernel out."""
+    why_not = not_allowed(kernel)
+    if why_not:
+        raise BackendUnavailableError(f"kernel {kernel!r} was asked for and can't run: {why_not}")
+
+
+def _nothing_left(passes: tuple[Problem, ...], device: torch.device) -> str | None:
+    """None if for each pass there is a kernel that ELMAN_KERNELS allows and that can run it, else why not."""
+    if "step" not in left_out():  # which can run anything
+        return None
+    from . import choice
+
+    return next(filter(None, (choice.none_runs(problem, device) for problem in passes)), None)
+
+
+def _sizes_are_known(hidden: int, batch: int) -> bool:
+    """Whether H and B are those of the launch: in a graph they may be symbols, and torch.vmap adds rows."""
+    if is_traced() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(hidden) is int and type(batch) is int
 
 
 @contextmanager
@@ -359,6 +413,10 @@ def _automatic(
 ) -> tuple[str, str]:
     """The backend that "auto" takes for a sequence on CUDA, and why."""
     no_triton, no_cudnn = (unavailable(backend, device, dtype, resets) for backend in ("triton", "cudnn"))
+    if not no_triton and _sizes_are_known(*sizes[:2]):
+        no_triton = _nothing_left(_passes(device, dtype, sizes), device)
+    elif not no_triton:  # the one kernel that is sure to run
+        no_triton = not_allowed("step")
     if no_triton and no_cudnn:
         return "eager", f"auto: not cudnn, because {no_cudnn}; not triton, because {no_triton}"
     if no_triton:

@@ -217,8 +217,9 @@ def tune_key(
     """Times the key's candidates (for "cudnn" itself alone), names the quickest by its median, keeps all.
 
     The work is the key's, not the problem's: full rows, and as many as the bucket holds where the kernel can
-    run that. Raises RuntimeError where no candidate runs.
+    run that. Raises RuntimeError where no candidate runs, or ELMAN_KERNELS leaves the kernel out.
     """
+    routing.expect_allowed(kernel)
     on, key = chip(device), tables.key_of(kernel, problem)
     whole, tried = work(kernel, replace(problem, ragged=False), on)
     results = (timer or measure)(kernel, whole, tried, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 import platform
 import re
@@ -528,6 +529,19 @@ def test_every_sweep_has_work_for_a_cpu_and_no_shape_twice(sweep):
     assert len({workload.id for workload in workloads}) == len(workloads)
 
 
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_sweep_s_contenders_are_known(sweep):
+    assert set(SWEEPS[sweep].contenders or ()) <= set(contenders.CONTENDERS)
+    assert BASELINE in Plan.make(sweep, device="cpu").contenders
+
+
+def test_the_sweep_of_the_kernels_runs_no_loop():
+    plan = Plan.make("kernels", device="cpu")
+    assert plan.table == "kernels", "these are its own"
+    assert not {"eager", COMPILED, NAIVE} & set(plan.contenders)
+    assert {AUTO, "triton:resident", "triton:cooperative", "cudnn"} < set(plan.contenders)
+
+
 def test_how_long_a_run_takes_is_known_before_it():
     assert Plan.make("quick", device="cpu").takes == "about five minutes on two slow cores"
     own = Plan.make(shapes="1,1000,8,8;1,1001,8,8", device="cpu", passes="forward", contenders="eager")
@@ -619,6 +633,50 @@ def test_a_run_of_other_code_or_another_machine_is_not_gone_on_with(started, key
     assert subprocess.run(ignored, cwd=ROOT, check=False).returncode in (0, 128)  # 128: not a git checkout
 
 
+CODE = """
+# A comment.
+def twice(x):
+    \"\"\"A docstring.\"\"\"
+    return 2 * x
+"""
+
+
+@pytest.mark.parametrize("folder", ["elman", "kernels", "bench", "more"])
+def test_the_digest_of_the_code_is_of_what_it_does(tmp_path, monkeypatch, folder):
+    """A comment in a file must not cost a run on a GPU."""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    path = tmp_path / folder / "code.py"
+    path.parent.mkdir()
+
+    def digest(text: str) -> str:
+        path.write_text(text)
+        return machine.source(*tmp_path.glob("more/*.py"))
+
+    first = digest(CODE)
+    for before, after in (
+        ("# A comment.", "# Another, and a blank line.\n"),
+        ("# A comment.", '"""A docstring of the file."""'),
+        ("A docstring.", "Another."),
+        ('    """A docstring."""\n', ""),
+        ("2 * x", "(2  *  x)  # of two factors"),
+        ("return 2 * x", "return (\n        2 * x\n    )"),
+    ):
+        assert digest(CODE.replace(before, after)) == first, after
+    assert digest(CODE.replace("2 * x", "3 * x")) != first
+    broken = digest(CODE.replace("return", "retur n"))
+    assert broken != first
+    assert digest(CODE.replace("return", "retur n") + "# a comment") != broken, "it can't be parsed"
+    assert digest(CODE) == first
+    path.rename(path.with_name("renamed.py"))
+    assert machine.source(*tmp_path.glob("more/*.py")) != first, "a number may depend on a module's name"
+
+
+def test_what_works_on_results_is_no_part_of_the_digest():
+    before = machine.source()
+    assert machine.source(ROOT / "bench" / "cell.py") == before, "it is there already"
+    assert machine.source(ROOT / "bench" / "report.py") != before
+
+
 def test_an_unfinished_run_that_cannot_be_read_is_kept(started):
     first = started()
     first.folder.mkdir()
@@ -643,6 +701,11 @@ def test_a_run_of_other_tuned_tables_is_not_gone_on_with(started, monkeypatch):
     third = started()
     assert third.to_measure == 2
     assert "differs in tables," in third.started
+    third.row(*third.plan.keys[0])
+    now["ELMAN_KERNELS"] = "step"
+    fourth = started()
+    assert fourth.to_measure == 2, "a run with fewer kernels is another"
+    assert "differs in tables," in fourth.started
 
 
 def test_what_the_tuned_tables_in_force_say(monkeypatch, tmp_path):
@@ -654,6 +717,7 @@ def test_what_the_tuned_tables_in_force_say(monkeypatch, tmp_path):
     assert machine.tuned(torch.device("cpu")) == {}
     simulate_gpu(monkeypatch, gpu)
     monkeypatch.setenv("ELMAN_AUTOTUNE", "on")
+    monkeypatch.delenv("ELMAN_KERNELS", raising=False)
     monkeypatch.setenv("ELMAN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tables, "shipped_path", lambda gpu: tmp_path / "shipped.json")
     assert machine.tuned(cuda) == {"ELMAN_AUTOTUNE": "on"}
@@ -674,6 +738,8 @@ def test_what_the_tuned_tables_in_force_say(monkeypatch, tmp_path):
     assert f"shipped: {key}" not in machine.tuned(cuda)
     monkeypatch.setenv("ELMAN_AUTOTUNE", "off")
     assert machine.tuned(cuda) == {"ELMAN_AUTOTUNE": "off"}
+    monkeypatch.setenv("ELMAN_KERNELS", "step")
+    assert machine.tuned(cuda) == {"ELMAN_AUTOTUNE": "off", "ELMAN_KERNELS": "step"}
 
 
 def test_restart_measures_all_anew(started):
@@ -1125,6 +1191,104 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
     ((_, after),) = records.read(stored[0].with_name("rows.jsonl")).values()
     assert [row.samples for row in after[: len(before)]] == [row.samples for row in before]
     assert len(after) == 6
+
+
+KILLED = """
+import os, signal
+import bench.session
+
+honest = bench.session.measure_cell
+def measure_cell(problem, *rest):
+    if problem.workload.steps == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(problem, *rest)
+bench.session.measure_cell = measure_cell
+"""
+
+
+def test_a_cell_that_kills_its_process_is_left_out_from_the_third_run_on(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    options = ["--shapes", "1,16,8,8;1,17,8,8;2,18,8,8", "--passes", "forward", "--backends", "eager"]
+    options += ["--results", str(tmp_path)]
+    for died in (1, 2):
+        done = pytest_bench(*options, "-p", "killed", PYTHONPATH=str(tmp_path))
+        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+        (notes,) = tmp_path.glob("*/*.partial.begun")
+        assert json.loads(notes.read_text()) == {"B1-T17-I8-H8-float32-forward": died}
+    done = pytest_bench(*options, "-p", "killed", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Two processes ended while they measured it: " in done.stdout
+    ((_, rows),) = records.read(notes.with_name("rows.jsonl")).values()
+    assert [row.status for row in rows] == 2 * [TIMED] + 2 * [FAILED] + 2 * [TIMED]
+    assert rows[2].reason.startswith("Two processes ended while they measured it: ")
+    assert not notes.exists(), "the table is published"
+    done = pytest_bench(*options)
+    assert done.returncode == 0, "and the next run tries the cell again"
+
+
+def test_only_a_process_that_dies_leaves_a_note(started, monkeypatch):
+    def stop(*arguments):
+        assert json.loads(first.notes.read_text()) == {"B2-T5-I3-H4-float32-forward": 1}
+        raise KeyboardInterrupt
+
+    first = started()
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "measure_cell", stop)
+        with pytest.raises(KeyboardInterrupt):
+            first.row(*first.plan.keys[0])
+    assert not first.notes.exists()
+    first.row(*first.plan.keys[0])
+    assert not first.notes.exists()
+    first.died = {"another": 1, "B2-T6-I3-H4-float32-forward": 1}
+    first.row(*first.plan.keys[-1])
+    assert json.loads(first.notes.read_text()) == first.died == {"another": 1}, "that one is not done yet"
+
+
+def test_what_a_cell_has_cost_is_remembered_until_the_run_is_another(started, monkeypatch):
+    first = started()
+    first.row(*first.plan.keys[0])
+    name = "B2-T6-I3-H4-float32-forward"
+    first.notes.write_text(json.dumps({name: 2, "another": 1}))
+    second = started()
+    measure_all(second)
+    assert [row.status for row in second.ordered()] == 3 * [TIMED] + 3 * [FAILED]
+    assert second.missing() == "3 of 6 rows are missing: 3 failed."
+    assert json.loads(second.notes.read_text()) == {name: 2, "another": 1}, "the run goes on without it"
+    assert started().died == {name: 2, "another": 1}
+    assert started(restart=True).died == {}
+    assert not first.notes.exists()
+    first.notes.write_text(json.dumps({name: 2}))
+    monkeypatch.setattr(machine, "source", lambda: "another")
+    assert started().died == {}, "other code may do better"
+    assert not first.notes.exists()
+
+
+def test_a_cell_that_costs_the_process_its_gpu_ends_it(started, monkeypatch):
+    """As an illegal access does: every later call fails, so the cell counts as one that a process died in."""
+
+    def raises(*arguments):
+        raise RuntimeError("an illegal access")
+
+    monkeypatch.setattr(session, "measure_cell", raises)
+    monkeypatch.setattr(session, "_lost", lambda device: "an illegal access")
+    for died in (1, 2):
+        run = started()
+        with pytest.raises(pytest.exit.Exception, match="its GPU no more: an illegal access"):
+            run.row(*run.plan.keys[0])
+        assert json.loads(run.notes.read_text()) == {"B2-T5-I3-H4-float32-forward": died}
+    third = started()
+    assert third.row(*third.plan.keys[0]).reason.startswith("Two processes ended while they measured it: ")
+
+
+def test_a_gpu_that_is_lost(monkeypatch):
+    def raises(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", raises)
+    assert session._lost(torch.device("cpu")) == ""
+    assert "an illegal memory access" in session._lost(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert session._lost(torch.device("cuda", 0)) == ""
 
 
 def test_a_second_run_at_the_same_time_and_rows_that_are_none_are_sentences(tmp_path):

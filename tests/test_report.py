@@ -337,6 +337,15 @@ def test_the_page_of_a_gpu():
     )
 
 
+def test_the_page_says_which_kernels_were_allowed():
+    tuned = {"ELMAN_AUTOTUNE": "on", "shipped: a": "1"}
+    page = pages.markdown({**GPU, "tables": tuned}, gpu_rows())
+    assert "| entries of tuned tables | user 0, shipped 1 |" in page
+    assert "kernels allowed" not in page
+    page = pages.markdown({**GPU, "tables": {**tuned, "ELMAN_KERNELS": "resident,step"}}, gpu_rows())
+    assert "| kernels allowed | resident,step |" in page
+
+
 def test_the_page_says_how_the_peers_that_took_part_differ():
     first, second = PEERS[0], PEERS[1]
     rows = timed(Workload(2, 5, 3, 4), "forward", {BASELINE: 2.0, first.name: 1.0})

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import elman
-from elman import BackendUnavailableError, Elman, ElmanCell, ElmanNetwork, choice, cli, routing, tuning
-from elman.kernels import configs, step
+from elman import BackendUnavailableError, Elman, ElmanCell, ElmanNetwork, choice, cli, ops, routing, tuning
+from elman.kernels import configs, resident, step
 from elman.kernels.common import chip
 from tests.machines import simulate_gpu
 
@@ -29,8 +29,8 @@ X = torch.ones(3, 2, 5)
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     """No variable of the caller's decides; conftest.py sets TRITON_INTERPRET for all other tests."""
-    monkeypatch.delenv("ELMAN_BACKEND", raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for variable in ("ELMAN_BACKEND", "ELMAN_KERNELS", "TRITON_INTERPRET"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -535,6 +535,146 @@ def test_the_kernels_that_can_be_named_are_those_there_are():
     assert routing.KERNELS == configs.KERNELS
 
 
+# ELMAN_KERNELS
+
+
+@pytest.fixture
+def allow(monkeypatch):
+    """allow(kernels): what ELMAN_KERNELS lists, and nothing remembered from before."""
+
+    def set_variable(kernels: str) -> None:
+        monkeypatch.setenv("ELMAN_KERNELS", kernels)
+        tuning.forget()
+
+    return set_variable
+
+
+def test_a_kernel_that_is_left_out_is_not_taken(machine, allow, monkeypatch):
+    machine()
+    monkeypatch.setattr(choice, "cudnn_us", lambda problem: 1e6)
+    call = {**SHAPE, "hidden": 1024, "seq": 1024, "dtype": torch.bfloat16, "device": "cuda"}
+    assert elman.explain(**call).kernel == "cooperative"
+    allow("resident, step")
+    for backend in ("auto", "triton"):
+        route = elman.explain(**call, backend=backend)
+        assert (route.backend, route.kernel) == ("triton", "step")
+        assert "ELMAN_KERNELS leaves out cooperative" in route.reason
+    with pytest.raises(BackendUnavailableError, match="ELMAN_KERNELS is 'resident, step', which leaves"):
+        elman.explain(**call, backend="triton:cooperative")
+    allow("")
+    assert elman.explain(**call).kernel == "cooperative"
+
+
+def test_where_no_kernel_is_left(machine, allow):
+    machine()
+    call = {**SHAPE, "hidden": 2048, "dtype": torch.bfloat16, "device": "cuda"}
+    allow("resident")
+    route = elman.explain(**call)
+    assert route.backend == "cudnn"
+    for words in ("not triton", "resident: none of its configs fits", "ELMAN_KERNELS is 'resident'"):
+        assert words in route.reason
+    with pytest.raises(
+        BackendUnavailableError, match=r"asked for and can't run: .* ELMAN_KERNELS is 'resident'"
+    ):
+        elman.explain(**call, backend="triton")
+    machine(cudnn=None)
+    assert elman.explain(**call).backend == "eager"
+    assert elman.explain(**{**call, "hidden": 64}).kernel == "resident"
+
+
+@pytest.mark.parametrize("why", ["traced", "vmap", "symbols"])
+def test_before_the_sizes_are_known_the_kernel_step_alone_is_sure_to_run(machine, allow, monkeypatch, why):
+    machine(cudnn=None)
+    hidden = 64
+    if why == "traced":
+        monkeypatch.setattr(routing, "is_traced", lambda: True)
+    elif why == "vmap":
+        monkeypatch.setattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+    else:
+        hidden = type("Symbol", (int,), {})(hidden)
+    arguments = (CUDA, torch.bfloat16, hidden, 16)
+    allow("step")
+    assert routing.route("auto", *arguments).backend == "triton"
+    allow("resident")
+    route = routing.route("auto", *arguments)
+    assert route.backend == "eager"
+    assert "ELMAN_KERNELS is 'resident'" in route.reason
+    assert routing.route("triton", *arguments).backend == "triton", "who names it has the launch decide"
+    with pytest.raises(BackendUnavailableError, match="ELMAN_KERNELS"):
+        routing.route("triton:step", *arguments)
+
+
+@pytest.mark.parametrize("kernel", ["resident", "step"])
+def test_only_what_is_allowed_is_launched(allow, monkeypatch, kernel):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    launched = set()
+    for module in (resident, step):
+        for name in {"cell", "scan", "scan_fused", "scan_backward"} & set(vars(module)):
+            real, own = getattr(module, name), module.__name__.rpartition(".")[2]
+            monkeypatch.setattr(
+                module, name, lambda *a, own=own, real=real: launched.add(own) or real(*a), raising=True
+            )
+    allow(kernel)
+    for T in (1, 3):
+        for bidirectional in (False, True):
+            output, _ = Elman(5, 7, bidirectional=bidirectional, backend="triton")(X[:T])
+            output.sum().backward()
+    assert launched == {kernel}
+
+
+OPERATORS = [("step", 3), ("step", 1), ("cell", 1), ("resident", 3)]
+
+
+@pytest.mark.parametrize(("kernel", "T"), OPERATORS)
+def test_an_operator_that_names_a_kernel_that_is_left_out_raises(allow, monkeypatch, kernel, T):
+    """As a graph's does that was made before."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    allow("resident" if kernel != "resident" else "step")
+    w_ih, w_hh, h0, rest = (
+        torch.ones(1, 7, 5),
+        torch.ones(1, 7, 7),
+        torch.zeros(1, 2, 7),
+        ("tanh", kernel, "ieee"),
+    )
+    with pytest.raises(BackendUnavailableError, match="ELMAN_KERNELS"):
+        ops.layer(X[:T], h0, w_ih, w_hh, None, None, None, *rest)
+    with pytest.raises(BackendUnavailableError, match="ELMAN_KERNELS"):
+        torch.ops.elman.layer_dz(torch.ones(T, 2, 7), None, torch.ones(T, 2, 7), w_hh, None, None, *rest)
+    empty = torch.ops.elman.layer(X[:T, :0], h0[:, :0], w_ih, w_hh, None, None, None, *rest)
+    assert empty[0].shape == (T, 0, 7), "nothing is launched for no rows"
+
+
+def test_a_graph_s_operator_for_which_no_kernel_is_left_raises(allow, machine):
+    machine()
+    allow("resident")
+    with pytest.raises(
+        BackendUnavailableError, match=r"no Triton kernel can run .* ELMAN_KERNELS is 'resident'"
+    ):
+        choice.plan("triton", configs.Problem(16, 2048, 1, torch.bfloat16), CUDA, 64)
+
+
+def test_one_step_is_the_kernel_step_s(allow, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for kernels, backend in (("step", "triton"), ("step", "triton:resident"), ("resident", "auto")):
+        allow(kernels)
+        elman.elman_step(X[0], None, *W, backend=backend)
+    for backend in ("triton", "triton:resident"):
+        with pytest.raises(
+            BackendUnavailableError, match="ELMAN_KERNELS is 'resident', which leaves 'step' out"
+        ):
+            elman.elman_step(X[0], None, *W, backend=backend)
+
+
+def test_a_kernel_that_is_none_is_a_sentence(allow, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    allow("step,residnet")
+    with pytest.raises(
+        ValueError, match="ELMAN_KERNELS has 'residnet'; expected one or several of resident, "
+    ):
+        elman.explain(**SHAPE, device="cpu", backend="triton")
+    assert elman.explain(**SHAPE, device="cpu").backend == "eager", "where it decides nothing it isn't read"
+
+
 def test_an_empty_variable_is_none(monkeypatch):
     monkeypatch.setenv("ELMAN_BACKEND", "")
     assert elman.explain(**SHAPE, device="cpu").backend == "eager"
@@ -724,8 +864,11 @@ def test_wrong_commands_exit_with_2(capsys, arguments):
 
 def test_doctor_names_the_variables_that_decide(monkeypatch, capsys):
     monkeypatch.setenv("ELMAN_BACKEND", "eager")
+    monkeypatch.setenv("ELMAN_KERNELS", "step")
     assert cli.main(["doctor"]) == 0
-    assert "ELMAN_BACKEND is eager" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ELMAN_BACKEND is eager" in printed
+    assert "ELMAN_KERNELS is step" in printed
 
 
 # The import

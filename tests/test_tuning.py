@@ -41,7 +41,7 @@ MADE = {
 def machine(monkeypatch, tmp_path):
     """A simulated GPU without any table; the user's and the shipped ones are in tmp_path."""
     simulate_gpu(monkeypatch, GPU)
-    for variable in ("ELMAN_AUTOTUNE", "ELMAN_BACKEND"):
+    for variable in ("ELMAN_AUTOTUNE", "ELMAN_BACKEND", "ELMAN_KERNELS"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("ELMAN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tables, "shipped_path", lambda gpu: tmp_path / "shipped.json")
@@ -754,6 +754,21 @@ def test_a_fused_scan_takes_the_config_that_was_chosen_for_it(inputs, monkeypatc
         )
     assert asked == [("resident", problem)], "and nothing is tuned for another"
     assert launched == [("scan_fused" if problem.inputs else "scan", config)]
+
+
+def test_a_kernel_that_is_left_out_is_neither_tuned_nor_compared(monkeypatch, timer):
+    problem = replace(PROBLEM, H=128)
+    store(*(entry(tried(k, problem)[0], k, us=3.0, H=128) for k in ("resident", "step")))
+    assert not choice.times(problem, CUDA)[1], "the table lacks cooperative"
+    monkeypatch.setenv("ELMAN_KERNELS", "resident,step")
+    tuning.forget()
+    us, tuned = choice.times(problem, CUDA)
+    assert tuned, "what is never launched need not be in the table"
+    assert set(us) == {"resident", "step"}
+    assert {kernel for kernel, _ in cli.jobs([(16, 128)], [torch.bfloat16], [1], CUDA)} == {*us, "cudnn"}
+    with pytest.raises(elman.BackendUnavailableError, match="ELMAN_KERNELS is 'resident,step'"):
+        tuning.tune_key("cooperative", problem, CUDA)
+    assert timer.calls == []
 
 
 def test_a_short_sequence_pays_for_no_cooperative_launch():
