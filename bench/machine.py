@@ -214,17 +214,18 @@ def software(device: torch.device) -> dict[str, str]:
     return found
 
 
-def source(*more: Path) -> str:
-    """A digest of the code that a number depends on: packages, how is measured, and the files of `more`.
+def source() -> str:
+    """A digest of the code that a number depends on: the packages, and how is measured."""
+    measuring = [path for path in ROOT.glob("bench/*.py") if path.name not in AFTER_THE_FACT]
+    return digest([*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py"), *measuring])
 
-    Comments, docstrings and layout are no part of it: a changed one must not cost a run on a GPU.
-    """
-    files = {*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py"), *(path.resolve() for path in more)}
-    files |= {path for path in ROOT.glob("bench/*.py") if path.name not in AFTER_THE_FACT}
-    digest = hashlib.sha256()
+
+def digest(files: Iterable[Path]) -> str:
+    """A digest of code. Comments, docstrings and layout are no part of it: they must not cost a run on a GPU."""
+    found = hashlib.sha256()
     for name, path in sorted((Path(os.path.relpath(path, ROOT)).as_posix(), path) for path in files):
-        digest.update(name.encode() + b"\0" + _syntax(path.read_bytes()) + b"\0")
-    return digest.hexdigest()[:12]
+        found.update(name.encode() + b"\0" + _syntax(path.read_bytes()) + b"\0")
+    return found.hexdigest()[:12]
 
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -267,28 +268,6 @@ def tuned(device: torch.device) -> dict[str, str]:
             text = repr((entry.config, entry.us))
             found[f"{owner}: {key}"] = hashlib.sha256(text.encode()).hexdigest()[:8]
     return found
-
-
-def digest(files: Iterable[Path], root: Path) -> str:
-    """A digest of what the files' code says: comments, docstrings and blank lines change nothing."""
-    found = hashlib.sha256()
-    for path in sorted(files):
-        found.update(path.relative_to(root).as_posix().encode() + b"\0" + _code(path.read_bytes()) + b"\0")
-    return found.hexdigest()[:12]
-
-
-def _code(text: bytes) -> bytes:
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return text
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
-            del node.body[0]
-    return ast.dump(tree).encode()
 
 
 def load_average() -> float | None:

@@ -33,6 +33,9 @@ Cell = tuple[Workload, str]
 # Seconds of sampling on a GPU, whose calls take milliseconds and differ little.
 GPU_SECONDS = 0.25
 
+# The exit status of a run whose process can use its GPU no more.
+LOST_GPU = 70
+
 # What a finished cell may consist of; one with any other row is measured again by the next run.
 SETTLED = (TIMED, UNAVAILABLE, LEFT_OUT)
 
@@ -308,7 +311,9 @@ class Session:
         self.measured.add(cell)
         self.end([row for row in rows if row.status in FAILURES])
         if self.lost:  # each further cell would fail too, and keep nothing from doing so in the next run
-            pytest.exit(f"This process can use its GPU no more: {self.lost}. The same command goes on.", 1)
+            pytest.exit(
+                f"This process can use its GPU no more: {self.lost}. The same command goes on.", LOST_GPU
+            )
 
     @contextmanager
     def _begun(self, name: str) -> Iterator[None]:

@@ -211,7 +211,7 @@ def test_a_family_that_crashes_hangs_or_is_wrong_costs_its_own_rows(simulated, m
     # What crashed or hung is launched no more, what was wrong is: each row of a sweep is checked.
     for row in started(run):
         if row["started"][0] == "pytest":
-            assert row["kernels"] == "resident"
+            assert row["kernels"] == "resident"  # ELMAN_KERNELS
         if "--first" in row["started"]:
             assert row["started"][row["started"].index("--kernels") + 1] == "resident,cudnn"
     assert "of the kernels only resident took part" in text
@@ -305,18 +305,14 @@ def test_rows_of_other_code_are_put_aside(simulated, monkeypatch, capsys):
     assert len(list(run.folder.parent.glob("gpu.*.stale"))) == 2
 
 
-def test_a_comment_costs_no_rows(tmp_path):
-    path = tmp_path / "code.py"
-
-    def digest(text):
-        path.write_text(text)
-        return machine.digest([path], tmp_path)
-
-    first = digest("def f(x):\n    return x + 1\n")
-    assert digest('# why\ndef f(x):\n\n    """What."""\n    return (x + 1)  # so\n') == first
-    assert digest("def f(x):\n    return x + 2\n") != first
-    assert digest("def f(x:\n") != digest("def g(x:\n")
-    assert re.fullmatch("[0-9a-f]{12}", stages.code())
+def test_rows_depend_on_the_kernels_and_on_how_they_are_timed_not_on_the_page(monkeypatch):
+    files = []
+    monkeypatch.setattr(machine, "digest", lambda some: files.extend(some) or "abc")
+    assert stages.code() == "abc"
+    names = {path.relative_to(ROOT).as_posix() for path in files}
+    assert {"kernels/resident.py", "kernels/common.py", "elman/timing.py", "bench/gpu/verify.py"} < names
+    assert not {"bench/gpu/page.py", "bench/gpu/stages.py", "elman/layer.py"} & names
+    assert all(path.exists() for path in files)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -82,6 +82,8 @@ class Run:
     python: tuple[str, ...] = (sys.executable, "-m", "bench.gpu.tether")
     output: Path | None = None
     began: float = field(default_factory=time.time)
+    #: Of processes. Those that compile see no GPU: to start them bench/precompile.py changes ours for moments.
+    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     @property
     def left(self) -> float:
@@ -106,7 +108,7 @@ class Run:
     def start(self, *command: str, tethered: bool = True, **variables: str) -> subprocess.Popen:
         """A process in a group of its own, in the root of the project, its output in the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, **self._device_variables(), **variables}
+        environment = {**self.environment, **self._device_variables(), **variables}
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n$ {' '.join(command)}\n")
             log.flush()
@@ -194,7 +196,10 @@ def every(seconds: float, work: Callable[[], object]) -> Iterator[None]:
 
     def repeat() -> None:
         while not over.wait(seconds):
-            work()
+            try:
+                work()
+            except OSError as error:  # such as a folder that is being renamed: the next time is soon
+                print(f"not now: {error}", flush=True)
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

@@ -18,11 +18,12 @@ import threading
 
 def tie() -> None:
     """From now on this process, and its group with it, ends when stdin does."""
-    threading.Thread(target=_wait, daemon=True).start()
+    # A descriptor of its own: pytest puts something else in stdin's place.
+    threading.Thread(target=_wait, args=(os.dup(0),), daemon=True).start()
 
 
-def _wait() -> None:
-    while os.read(0, 4096):
+def _wait(stdin: int) -> None:
+    while os.read(stdin, 4096):
         pass
     os.killpg(0, signal.SIGKILL)
 
