@@ -221,7 +221,7 @@ def source() -> str:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """A digest of code. Comments, docstrings and layout are no part of it: they must not cost a run on a GPU."""
+    """A digest of what code does: a changed comment, docstring or layout must not cost a run on a GPU."""
     found = hashlib.sha256()
     for name, path in sorted((Path(os.path.relpath(path, ROOT)).as_posix(), path) for path in files):
         found.update(name.encode() + b"\0" + _syntax(path.read_bytes()) + b"\0")

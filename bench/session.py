@@ -19,7 +19,7 @@ import torch
 from bench import floor, machine, measure, report
 from bench import rows as records
 from bench.cell import Timing, absent_rows, describe, device_timing, measure_cell
-from bench.contenders import CONTENDERS, Problem, absence
+from bench.contenders import AUTO, CONTENDERS, Problem, absence
 from bench.rows import BASELINE, FAILED, FAILURES, LEFT_OUT, SHED, TIMED, UNAVAILABLE, WRONG, Key, Row
 from bench.workloads import DTYPES, PASSES, SWEEPS, Sweep, Workload, by_hand
 
@@ -104,7 +104,7 @@ class Plan:
         own = {
             "--dtype": (dtypes, own_dtypes, DTYPES),
             "--passes": (passes, chosen.passes, tuple(PASSES)),
-            "--backends": (contenders, _contenders(chosen), CONTENDERS),
+            "--backends": (contenders, _contenders(chosen, found), CONTENDERS),
         }
         taken = {option: _words(option, *words) for option, words in own.items()}
         if "tf32" in taken["--dtype"] and found.type != "cuda":
@@ -128,8 +128,12 @@ class Plan:
         )
 
 
-def _contenders(sweep: Sweep) -> tuple[str, ...]:
-    return sweep.contenders or CONTENDERS
+def _contenders(sweep: Sweep, device: torch.device) -> tuple[str, ...]:
+    """The sweep's own; on a CPU, where auto is eager, that takes its place."""
+    own = sweep.contenders or CONTENDERS
+    if device.type == "cpu" and "eager" not in own:
+        own = tuple("eager" if name == AUTO else name for name in own)
+    return own
 
 
 def _words(option: str, text: str, default: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:

@@ -174,7 +174,7 @@ SWEEPS = {
         gpu_dtypes=("bfloat16", "float32", "tf32", "float16"),
         contenders=("nn.RNN", "auto"),
     ),
-    # Where the kernels hand over to one another, and where cuDNN has its cliffs: of the loops it says nothing.
+    # Where the kernels hand over to one another, and where cuDNN has its cliffs; no loop takes part.
     "kernels": Sweep(
         _square(16, 1024, 64, 128, 256, 264, 384, 512, 1024, 2048),
         contenders=("nn.RNN", "auto", "triton:resident", "triton:cooperative", "cudnn"),

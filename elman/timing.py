@@ -123,7 +123,9 @@ def _uniform(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     return make
 
 
-def launch_of(kernel: str, problem: configs.Problem, steps: int, device: torch.device) -> Callable[[Any], Tensor]:
+def launch_of(
+    kernel: str, problem: configs.Problem, steps: int, device: torch.device
+) -> Callable[[Any], Tensor]:
     """A launch of the kernel's scan or backward scan, by config, that returns what it wrote."""
     module = importlib.import_module(f"elman.kernels.{kernel}")
     B, H, D, uniform = problem.B, problem.H, problem.D, _uniform(device, problem.dtype)

@@ -535,11 +535,15 @@ def test_every_sweep_s_contenders_are_known(sweep):
     assert BASELINE in Plan.make(sweep, device="cpu").contenders
 
 
-def test_the_sweep_of_the_kernels_runs_no_loop():
-    plan = Plan.make("kernels", device="cpu")
-    assert plan.table == "kernels", "these are its own"
-    assert not {"eager", COMPILED, NAIVE} & set(plan.contenders)
-    assert {AUTO, "triton:resident", "triton:cooperative", "cudnn"} < set(plan.contenders)
+def test_the_sweep_of_the_kernels_runs_no_loop_but_on_a_cpu():
+    gpu = SWEEPS["kernels"].contenders
+    assert not {"eager", COMPILED, NAIVE} & set(gpu)
+    assert {AUTO, "triton:resident", "triton:cooperative", "cudnn"} < set(gpu)
+    for sweep in ("kernels", "layer"):
+        plan = Plan.make(sweep, device="cpu")
+        assert plan.table == sweep, "these are its own"
+        assert "eager" in plan.contenders
+        assert AUTO not in plan.contenders
 
 
 def test_how_long_a_run_takes_is_known_before_it():

@@ -82,7 +82,7 @@ class Run:
     python: tuple[str, ...] = (sys.executable, "-m", "bench.gpu.tether")
     output: Path | None = None
     began: float = field(default_factory=time.time)
-    #: Of processes. Those that compile see no GPU: to start them bench/precompile.py changes ours for moments.
+    #: Of processes. bench/precompile.py changes ours for moments, to start those that compile and see no GPU.
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     @property
@@ -105,10 +105,12 @@ class Run:
         """Where processes put what they print."""
         return self.folder / "gpu.log"
 
-    def start(self, *command: str, tethered: bool = True, **variables: str) -> subprocess.Popen:
+    def start(
+        self, *command: str, tethered: bool = True, variables: dict[str, str] | None = None
+    ) -> subprocess.Popen:
         """A process in a group of its own, in the root of the project, its output in the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        environment = {**self.environment, **self._device_variables(), **variables}
+        environment = {**self.environment, **self._device_variables(), **(variables or {})}
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n$ {' '.join(command)}\n")
             log.flush()

@@ -252,7 +252,7 @@ def stage_sweep(run: Run) -> str:
             3
         ):  # a cell that two processes die of is a failed row, and the third goes on behind it
             budget_ends = time.monotonic() + 60 * minutes + AROUND_A_SWEEP
-            ended = run.finish(run.start(*command, **allowed), budget_ends)
+            ended = run.finish(run.start(*command, variables=allowed), budget_ends)
             if ended.verdict != "crashed" or ended.status == 1 or time.monotonic() > end:
                 break
         if not _published(run, name):
