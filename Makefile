@@ -19,7 +19,8 @@ bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
 # A new GPU, nine minutes: verifies and tunes the kernels, times the layer; into results/ and elman/tuned/.
-# ARGS: any of the options that `python -m bench.gpu --help` lists, e.g. make gpu ARGS="--minutes 30"
+# ARGS: any of the options that `python -m bench.gpu --help` lists, e.g. make gpu ARGS="--minutes 30"; without a GPU
+# ARGS="--device cpu"
 gpu: .venv/ready
 	$(BIN)/python -m bench.gpu $(ARGS)
 

@@ -125,17 +125,21 @@ rebuilds all of it from what is stored (rows.jsonl, charlm.jsonl)."""
 def index(results: Path) -> None:
     """Write README.md: what was measured on each machine, the GPUs first."""
     machines = []
-    for folder in _measured(results):
+    # bench/gpu/ has a page also where the time sufficed for no table.
+    verified = {path.parents[1] for path in results.glob("*/gpu/machine.json")}
+    for folder in sorted({*_measured(results), *verified}):
         tables = _tables(folder)
         models = charlm_page.read(folder / "charlm.jsonl")
-        if tables or models:
-            run = next(iter(tables.values()))[0] if tables else models[0]
-            machines.append((run["device"] != "cuda", folder.name, tables, models))
+        runs = [run for run, _ in tables.values()] + models
+        if not runs and folder in verified:
+            runs = [json.loads((folder / "gpu" / "machine.json").read_text(encoding="utf-8"))]
+        if runs:
+            machines.append((runs[0]["device"] != "cuda", folder.name, runs[0], tables, models))
     parts = [INDEX]
     if all(cpu for cpu, *_ in machines):
         parts.append("No GPU has been measured yet.")
-    for _, name, tables, models in sorted(machines, key=lambda machine: machine[:2]):
-        parts += _machine(results, name, tables, models)
+    for _, name, run, tables, models in sorted(machines, key=lambda machine: machine[:2]):
+        parts += _machine(results, name, run, tables, models)
     compiled = sorted(path.stem for path in (results / "compile").glob("*.md"))
     if compiled:
         links = ", ".join(f"[{name}](compile/{name}.md)" for name in compiled)
@@ -144,16 +148,21 @@ def index(results: Path) -> None:
 
 
 def _machine(
-    results: Path, folder: str, tables: dict[str, tuple[Run, list[Row]]], models: list[charlm_page.Record]
+    results: Path,
+    folder: str,
+    run: Run,
+    tables: dict[str, tuple[Run, list[Row]]],
+    models: list[charlm_page.Record],
 ) -> list[str]:
-    """A machine's line and its picture."""
+    """A machine's line and its picture. run: a record of it, also where there is no table."""
     pages_of = [*tables, *(["charlm"] if models else [])]
-    if (results / folder / "gpu.md").exists():  # bench/gpu.py's: right or wrong, and each kernel's steps
+    if (results / folder / "gpu.md").exists():  # bench/gpu/'s: right or wrong, and each kernel's steps
         pages_of.insert(0, "gpu")
     links = [f"[{name}]({folder}/{name}.md)" for name in pages_of]
     if not tables:
-        return [f"**{machine_name(models[0])}**: {', '.join(links)}. Measured {models[0]['date']}."]
-    chosen = next((name for name in ("standard", "quick") if name in tables), next(iter(tables)))
+        return [f"**{machine_name(run)}**: {', '.join(links)}. Measured {run['date']}."]
+    first = next(iter(tables))
+    chosen = next((name for name in ("standard", "layer", "quick") if name in tables), first)
     table = Table(*tables[chosen])
     leader = table.leader()
     means = [m for m in table.means() if m.contender == leader and m.pass_name != "backward"]

@@ -523,6 +523,15 @@ def test_the_page_says_what_is_fast_what_lost_and_what_was_predicted(simulated, 
     assert f"[gpu]({run.folder.parent.name}/gpu.md)" in index
 
 
+def test_a_run_without_a_sweep_is_in_the_index(simulated, capsys):
+    run = simulated(stages=("machine", "verify", "report"))
+    stages.go(run)
+    index = (run.folder.parents[1] / "README.md").read_text()
+    name = run.folder.parent.name
+    assert f"**Simulated GPU, 2 cores**: [gpu]({name}/gpu.md). Measured 2026-01-31 12:00 UTC." in index
+    assert "No GPU has been measured" not in index
+
+
 def test_the_published_page_is_that_of_its_rows():
     """What an earlier version of the command has measured, too."""
     folders = [path.parent / "gpu" for path in ROOT.glob("results/*/gpu.md")]

@@ -141,12 +141,14 @@ class BenchOptions(argparse.ArgumentParser):
 @every_page
 def test_command_lines_of_make(page):
     targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.M))
-    charlm = importlib.import_module("bench.charlm")
+    charlm, gpu = (importlib.import_module(f"bench.{name}") for name in ("charlm", "gpu.__main__"))
     for target, options in make_commands(page):
         assert target in targets, f"{page_id(page)}: make {target} is no target of the Makefile"
         if target == "bench":
             found = BenchOptions().parse_args(options)
             Plan.make(found.sweep, found.shapes, "cpu", found.dtype, found.passes, found.backends)
+        elif target == "gpu":
+            gpu.options_of(options or ["--device", "cpu"])  # without it a GPU is asked for
         elif target == "charlm":
             charlm.parser().parse_args(options)
         else:

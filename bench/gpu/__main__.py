@@ -37,7 +37,7 @@ BAD = ("wrong", "crashed", "hung", "failed", "other bits")
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    options = _options(argv)
+    options = options_of(argv)
     if options.unpack:
         print(f"{carry.unpack(options.unpack, ROOT)} files are in their places: git status shows them")
         return 0
@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace) -> Run:
     )
 
 
-def _options(argv: Iterable[str] | None) -> argparse.Namespace:
+def options_of(argv: Iterable[str] | None) -> argparse.Namespace:
     head, *_, tail = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=head, epilog=tail)
 
