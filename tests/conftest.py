@@ -18,16 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         importlib.import_module("elman.kernels.common")  # now: some tests take the variable away
-        interpreter = importlib.import_module("triton.runtime.interpreter")
-        if importlib.import_module("triton").__version__.startswith("3.6."):
-            # NumPy 2.5 makes no number of an array (1,) any more; Triton 3.7 asks for one in another way.
-            patch_tensor = interpreter._patch_lang_tensor
-
-            def patch_tensor_for_numpy(tensor, scope):
-                patch_tensor(tensor, scope)
-                scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-            interpreter._patch_lang_tensor = patch_tensor_for_numpy
+        importlib.import_module("bench.interpreter").mend()
 
 from bench import machine
 from tests.helpers import ANY_BACKEND, BACKENDS, DEVICE

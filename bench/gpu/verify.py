@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import agreement, contenders
+from bench import agreement, contenders, interpreter
 from bench.gpu.journal import Journal, plain
 from bench.precompile import Launch, candidates
 from elman import cudnn, reference
@@ -284,6 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     from elman.kernels.common import chip
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        interpreter.mend()
     torch.use_deterministic_algorithms(True, warn_only=True)  # so that fresh memory is filled with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     end, journal = time.monotonic() + 60 * options.minutes, Journal(options.rows)
