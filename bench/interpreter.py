@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import triton
 
@@ -14,7 +15,7 @@ def mend() -> None:
     """
     if not triton.__version__.startswith("3.6."):
         return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_tensor_for_numpy(tensor, scope):

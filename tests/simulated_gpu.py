@@ -14,6 +14,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -335,6 +336,9 @@ def _expect_complete(folder: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "--kills":
         kill(int(sys.argv[2]), Path(sys.argv[3]), seed=int(sys.argv[4]))
+    elif sys.argv[1] == "tool":  # a program, which knows nothing of the run
+        sys.exit(process(sys.argv[1], sys.argv[2:]))
     else:
         tether.tie()
-        sys.exit(process(sys.argv[1], sys.argv[2:]))
+        module, *arguments = sys.argv[1:]
+        sys.exit(subprocess.call(arguments) if module == "--" else process(module, arguments))

@@ -1,5 +1,6 @@
 """`python -m bench.gpu` without a GPU: its stages on simulated processes, its rows, page and real parts."""
 
+import functools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,7 +71,10 @@ def test_an_error_in_a_row_names_no_path():
 # Processes
 
 
-def test_a_tethered_process_and_its_own_end_with_their_starter(tmp_path):
+@pytest.mark.parametrize(
+    "words", [["endless"], ["--", sys.executable, "endless.py"]], ids=["module", "program"]
+)
+def test_a_tethered_process_and_its_own_end_with_their_starter(tmp_path, words):
     """The starter is killed; what it started, and what that started, must be gone at once."""
     (tmp_path / "endless.py").write_text(
         "import os, subprocess, sys, time\n"
@@ -79,7 +84,7 @@ def test_a_tethered_process_and_its_own_end_with_their_starter(tmp_path):
     )
     starter = (
         "import subprocess, sys, time\n"
-        "subprocess.Popen([sys.executable, '-m', 'bench.gpu.tether', 'endless'], stdin=subprocess.PIPE,"
+        f"subprocess.Popen([sys.executable, '-m', 'bench.gpu.tether', *{words}], stdin=subprocess.PIPE,"
         " start_new_session=True)\n"
         "time.sleep(600)\n"
     )
@@ -578,6 +583,35 @@ def test_what_is_new_is_packed_while_a_stage_is_at_work(simulated, monkeypatch, 
 # The command line
 
 
+def test_the_whole_command_on_a_simulated_gpu(simulated, tmp_path, monkeypatch, capsys):
+    """From the words to the tar: a bare machine's whole way to a page, and home."""
+    card, home = simulated().folder.parent, tmp_path / "home"
+    properties = SimpleNamespace(major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(machine, "machine", lambda device: {"gpu": "Simulated GPU", "cpu": "", "cores": 2})
+    monkeypatch.setattr(command.common, "chip", lambda device: CHIP)
+    monkeypatch.setattr(command.tables, "shipped_path", lambda name: tmp_path / "tuned.json")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    simulation = (sys.executable, simulated_gpu.__file__)
+    monkeypatch.setattr(command, "Run", functools.partial(runs.Run, python=simulation))
+    words = ["--minutes", "1", "--results", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert command.main(words) == 0
+    said = capsys.readouterr().out
+    assert "150 of 150 launches are right" in said
+    assert f"Commit {card.name}/, README.md and tuned.json to publish this GPU." in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"{card.name}.tar.gz",
+        "gpu.log",
+        "gpu.md",
+    }
+    monkeypatch.setattr(command, "ROOT", home)
+    assert command.main(["--unpack", str(tmp_path / "out")]) == 0
+    for name in ("gpu.md", "gpu/tune.jsonl", "gpu/verify.cell.tf32.jsonl", "layer.md", "../README.md"):
+        assert (home / card.name / name).read_text() == (card / name).read_text()
+
+
 def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
@@ -592,6 +626,7 @@ def test_without_a_gpu_it_says_so(capsys):
         (["--stages", "verfy"], "--stages has 'verfy'; expected some of machine, compile, verify"),
         (["--kernels", "resident,fast"], "--kernels has 'fast'; expected some of resident, cooperative"),
         (["--hidden", "64,x"], "--hidden has 'x'; expected positive integers, separated by commas"),
+        (["--output", "x", "--results", "/"], "--results is /, which is none of them; leave one of the two"),
         (["--batches", "0"], "--batches has '0'; expected positive integers, separated by commas"),
     ],
 )
@@ -628,7 +663,7 @@ def test_without_a_gpu_the_stages_that_make_sense_run_and_nothing_is_published(t
 def test_a_killed_process_group_is_waited_for(tmp_path, simulated):
     """What a run ends itself is gone when it goes on."""
     run = simulated()
-    process = run.start(sys.executable, "-c", "import time; time.sleep(600)", tethered=False)
+    process = run.start("--", sys.executable, "-c", "import time; time.sleep(600)")
     ended = run.finish(process, time.monotonic() - runs.GRACE)
     assert ended == runs.Ended("unfinished", "the time for it was over")
     assert process.returncode == -signal.SIGKILL

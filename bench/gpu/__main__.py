@@ -60,7 +60,8 @@ def main(argv: Iterable[str] | None = None) -> int:
         well = stages.go(run)
     bad = page.verdicts(run.folder, BAD)
     if run.device.type == "cuda":
-        files = f"{_shown(run.folder.parent)}/, {_shown(run.table)} and results/README.md"
+        index = run.folder.parents[1] / "README.md"
+        files = f"{_shown(run.folder.parent)}/, {_shown(index)} and {_shown(run.table)}"
         print(f"Commit {files} to publish this GPU. The same command goes on with what is not done.")
     return 1 if bad or not well else 0
 
@@ -133,6 +134,11 @@ def options_of(argv: Iterable[str] | None) -> argparse.Namespace:
                 "this machine has no CUDA device, and this command measures one; --device cpu runs the "
                 "stages that need none, in three minutes"
             )
+    if options.output and not options.results.resolve().is_relative_to(ROOT):
+        parser.error(
+            f"--output packs files to be unpacked at the same places of the project, and --results is "
+            f"{options.results}, which is none of them; leave one of the two out"
+        )
     if options.device == "cpu":
         options.stages = tuple(stage for stage in options.stages if stage in WITHOUT_GPU)
     if options.minutes is None:

@@ -105,17 +105,15 @@ class Run:
         """Where processes put what they print."""
         return self.folder / "gpu.log"
 
-    def start(
-        self, *command: str, tethered: bool = True, variables: dict[str, str] | None = None
-    ) -> subprocess.Popen:
-        """A process in a group of its own, in the root of the project, its output in the log."""
+    def start(self, *command: str, variables: dict[str, str] | None = None) -> subprocess.Popen:
+        """A process in the root of the project, its output in the log. command: what tether.py takes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {**self.environment, **self._device_variables(), **(variables or {})}
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n$ {' '.join(command)}\n")
             log.flush()
             return subprocess.Popen(
-                [*(self.python if tethered else ()), *command],
+                [*self.python, *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

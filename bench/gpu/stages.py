@@ -287,7 +287,7 @@ def stage_tools(run: Run) -> str:
             status, reason = "not run", "no time was left"
         else:
             place = run.log.stat().st_size if run.log.exists() else 0
-            ended = run.finish(run.start(program, *command[1:], tethered=False), limit)
+            ended = run.finish(run.start("--", program, *command[1:]), limit)
             said = (
                 run.log.read_bytes()[place:].decode(errors="replace").split("\n", 2)[2]
             )  # after the command
@@ -303,7 +303,7 @@ def stage_tools(run: Run) -> str:
 
 def tools() -> dict[str, list[str]]:
     """By name, the command lines."""
-    module = [sys.executable, "-m", "bench.gpu.tether"]
+    module = [sys.executable, "-m"]
     tests = [*module, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k"]
     profile = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", "regex:forward_kernel"]
     profile += ["--launch-skip", "3", "--launch-count", "1", *module, "bench.gpu.one_launch"]

@@ -1,6 +1,7 @@
-"""Runs a module, as `python -m MODULE` does, for as long as the process lives that started it.
+"""Runs a module, as `python -m` does, or a program, for as long as the process lives that started it.
 
     python -m bench.gpu.tether MODULE ARGUMENTS...
+    python -m bench.gpu.tether -- PROGRAM ARGUMENTS...
 
 Whoever starts it holds the other end of its stdin, and gives it a process group of its own. However the
 starter dies, stdin ends then, and the group is killed: nobody goes on computing on the GPU, or writing rows,
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 
@@ -31,4 +33,6 @@ def _wait(stdin: int) -> None:
 if __name__ == "__main__":
     tie()
     del sys.argv[0]
+    if sys.argv[0] == "--":
+        sys.exit(subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL))
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

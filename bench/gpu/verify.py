@@ -13,6 +13,7 @@ import argparse
 import functools
 import importlib
 import itertools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -286,6 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         interpreter.mend()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what the next line asks for
     torch.use_deterministic_algorithms(True, warn_only=True)  # so that fresh memory is filled with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     end, journal = time.monotonic() + 60 * options.minutes, Journal(options.rows)
