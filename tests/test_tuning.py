@@ -554,7 +554,7 @@ def test_a_config_that_hangs_fails_alone(hanging, monkeypatch):
         word[0] = int(hangs)
         return torch.full((1,), float("nan") if hangs else 1.0)
 
-    monkeypatch.setattr(timing, "_work", lambda *_: launch)
+    monkeypatch.setattr(timing, "launch_of", lambda *_: launch)
     ticks = itertools.count(1.0)
     clock = lambda launch: (launch(), next(ticks))[1]  # noqa: E731
     hung, samples = timing.measure("cooperative", SMALL, [first, second], CPU, clock)
@@ -571,7 +571,7 @@ def test_a_kernel_of_a_launch_a_step_is_timed_for_fewer(kernel, steps, rounds, m
         seen.append(steps)
         return lambda config: torch.zeros(1)
 
-    monkeypatch.setattr(timing, "_work", work)
+    monkeypatch.setattr(timing, "launch_of", work)
     (samples,) = timing.measure(kernel, SMALL, TWO[:1], CPU, rising())
     assert (tuple(seen), len(samples)) == (steps, rounds)
 
@@ -932,7 +932,10 @@ def test_the_help_names_what_is_tuned(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["tune", "--help"])
     said = capsys.readouterr().out
-    assert "each B of 16, 1, 64 with each H of 64, 128, 224, 256, 264," in said
+    assert (
+        f"each B of 16, 1, 64 with each H of {', '.join(map(str, cli.TUNED_H))}, forward and backward" in said
+    )
+    assert "B is rounded up to a power of two, at least 8" in said
     assert "float32 is tuned in IEEE's arithmetic and in TF32" in said
 
 
