@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=_shapes,
         metavar='"B,H;..."',
         help=f"default: each B of {sizes[0]} with each H of {sizes[1]}, forward and backward, for every "
-        "kernel that can run it, step last. B is rounded up to a power of two, at least 8. A step's time holds for "
-        "every T. A call of another size takes what is nearest: H within an eighth, B within a factor of two",
+        "kernel that can run it, step last. B is rounded up to a power of two, at least 8. A step's time "
+        "holds for every T. A call of another size takes what is nearest: H within an eighth, B within a "
+        "factor of two",
     )
     tuner.add_argument(
         "--dtype",

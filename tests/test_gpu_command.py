@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -244,6 +245,30 @@ def test_a_process_that_dies_before_its_first_row_is_named_and_not_started_for_e
     log = run.log.read_text()
     assert log.count("bench.gpu.verify resident bfloat16") == runs.MOST_STARTS
     assert "resident bfloat16: its process ended with status 7" in (run.folder.parent / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize("stage", ["compile", "verify", "tune"])
+def test_ctrl_c_ends_the_processes_and_the_run(simulated, monkeypatch, capsys, stage):
+    """Within moments, in a stage of threads too, and nothing counts as crashed or hung."""
+    events = {"step tf32 2": "hung", "resident backward bfloat16 B=8 H=64 0": "hung"}
+    run = simulated(events=events, stages=("machine", stage))
+    sound = stages.STAGE[stage]
+
+    def compile_until_stopped(run, end):
+        assert run.stopped.wait(60)
+
+    def interrupted(run):
+        main = threading.main_thread().ident
+        threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT)).start()
+        return sound(run)
+
+    monkeypatch.setattr(stages, "_compile", compile_until_stopped if stage == "compile" else stages._compile)
+    monkeypatch.setitem(stages.STAGE, stage, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stages.go(run)
+    assert time.monotonic() < run.deadline - 30
+    simulated_gpu._expect_nobody(run.folder.parent)
+    assert not page.verdicts(run.folder, command.BAD)
 
 
 def test_a_stage_that_raises_is_a_word_on_the_page_and_the_next_one_runs(simulated, monkeypatch, capsys):

@@ -56,8 +56,12 @@ def main(argv: Iterable[str] | None = None) -> int:
         if run.output:
             carry.pack(run.output, ROOT, run.folder.parent, run.table, run.began)
 
-    with every(PACK_SECONDS, pack) if run.output else contextlib.nullcontext():
-        well = stages.go(run)
+    try:
+        with every(PACK_SECONDS, pack) if run.output else contextlib.nullcontext():
+            well = stages.go(run)
+    except KeyboardInterrupt:
+        print("Stopped. What is done is kept, and the same command goes on.")
+        return 130
     bad = page.verdicts(run.folder, BAD)
     if run.device.type == "cuda":
         index = run.folder.parents[1] / "README.md"

@@ -39,8 +39,10 @@ class Journal:
         append_text(self.path, json.dumps(row, allow_nan=False) + "\n")
         self.rows.append(row)
 
-    def begin(self, n: Any, **what: Any) -> None:
-        replace(_beside(self.path), json.dumps({"n": n, "at": time.time(), "what": what}))
+    def begin(self, n: Any, patience: int = 1, **what: Any) -> None:
+        """patience: how many times as long as a launch it may take before it counts as hung."""
+        begun = {"n": n, "at": time.time(), "patience": patience, "what": what}
+        replace(_beside(self.path), json.dumps(begun))
 
 
 def read(path: Path) -> list[Row]:
@@ -50,7 +52,7 @@ def read(path: Path) -> list[Row]:
 
 
 def in_flight(path: Path) -> Row | None:
-    """{"n", "at": seconds since 1970, "what"}: begun, and without a row."""
+    """{"n", "at": seconds since 1970, "patience", "what"} of what was begun and has no row yet."""
     beside = _beside(path)
     if not beside.exists():
         return None

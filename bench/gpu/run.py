@@ -84,6 +84,8 @@ class Run:
     began: float = field(default_factory=time.time)
     #: Of processes. bench/precompile.py changes ours for moments, to start those that compile and see no GPU.
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    #: Set by `stopping`: threads end their processes and begin no more.
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     @property
     def left(self) -> float:
@@ -142,9 +144,13 @@ class Run:
                         else WELL
                     )
                 begun = in_flight(journal) if journal else None
-                if begun and time.time() - begun["at"] > HANG_SECONDS:
+                patience = HANG_SECONDS * begun["patience"] if begun else 0.0
+                if begun and time.time() - begun["at"] > patience:
                     _end(process)
-                    return Ended("hung", f"it took more than {HANG_SECONDS:g} s")
+                    return Ended("hung", f"it took more than {patience:g} s")
+                if self.stopped.is_set():
+                    _end(process)
+                    return Ended("unfinished", "the run was stopped")
                 if time.monotonic() > end + GRACE:
                     _end(process)
                     return Ended("unfinished", "the time for it was over")
@@ -174,7 +180,7 @@ def supervise(run: Run, journal: Path, end: float, *command: str) -> Ended:
     """
     ended = Ended("unfinished", "no time was left for it")
     for _ in range(MOST_STARTS):
-        if time.monotonic() >= end:
+        if time.monotonic() >= end or run.stopped.is_set():
             break
         minutes = f"{(end - time.monotonic()) / 60:.4f}"
         ended = run.finish(run.start(*command, "--minutes", minutes), end, journal)
@@ -187,6 +193,16 @@ def supervise(run: Run, journal: Path, end: float, *command: str) -> Ended:
         if ended.verdict in ("", "unfinished"):
             break
     return ended
+
+
+@contextlib.contextmanager
+def stopping(run: Run) -> Iterator[None]:
+    """Where the block is left by Ctrl-C or an error, the threads that it waits for end within moments."""
+    try:
+        yield
+    except BaseException:
+        run.stopped.set()
+        raise
 
 
 @contextlib.contextmanager

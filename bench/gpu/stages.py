@@ -24,10 +24,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import pytest
+import torch
+
 from bench import machine, precompile
 from bench.gpu import page, tuner, verify
 from bench.gpu.journal import Journal, plain, read
-from bench.gpu.run import FATAL, ROOT, Run, supervise
+from bench.gpu.run import FATAL, ROOT, Ended, Run, stopping, supervise
 from bench.precompile import Launch
 from bench.rows import replace as write
 from elman import tables, tuning
@@ -38,13 +41,11 @@ AT_ONCE, GIB_EACH = 14, 0.5
 #: The sweeps that are published, most wanted first, and each one's part of the time that is left then.
 SWEPT = {"kernels": 0.35, "layer": 0.7, "small-h": 0.4, "deepbench": 0.5, "flashrnn": 1.0}
 #: Seconds that a sweep needs for what is neither its rows nor its budget: to start, and to draw its pictures.
-AROUND_A_SWEEP = 15.0
+AROUND_A_SWEEP = 20.0
 #: Seconds below which a sweep is not begun.
 WORTH_A_SWEEP = 40.0
 #: Seconds that one tool may take.
 TOOL_SECONDS = 60.0
-
-
 #: What the rows of verify, first and tune depend on beside the kernels.
 DEPENDS = (
     *("elman/timing.py", "elman/tuning.py", "elman/cudnn.py", "elman/reference.py", "bench/agreement.py"),
@@ -86,9 +87,10 @@ def stage_compile(run: Run) -> str:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         compiling = pool.submit(_compile, run, end)
         ended = ""
-        if run.device.type == "cuda":
-            ended = _time_keys(run, end, "--floor", "--busy", "--kernels", "cudnn")
-        left = compiling.result()
+        with stopping(run):
+            if run.device.type == "cuda":
+                ended = _time_keys(run, end, "--floor", "--busy", "--kernels", "cudnn")
+            left = compiling.result()
     return _sentence(left, ended and f"cuDNN's times: {ended}")
 
 
@@ -96,6 +98,8 @@ def _compile(run: Run, end: float) -> str:
     """What verify, first and tune launch, in that order, without the kernel step's keys: they are many."""
     from triton.backends.compiler import GPUTarget
 
+    if torch.version.hip:
+        return "on ROCm kernels are compiled where they are launched"
     by_code: dict[tuple, Launch] = {}
     for launch in itertools.chain(_verified(run), _tuned(run)):
         by_code.setdefault(_same_code(launch), launch)
@@ -109,6 +113,8 @@ def _compile(run: Run, end: float) -> str:
         wanted, run.chip, target, workers, deadline=end, with_host_code=run.device.type == "cuda"
     )
     for found in compiled:
+        if run.stopped.is_set():
+            break
         late = found.error == precompile.NO_TIME
         counts["left" if late else "failed" if found.error else "compiled"] += 1
         if found.error and not late:
@@ -154,9 +160,8 @@ def families(run: Run) -> list[tuple[str, str]]:
     """(kernel, arithmetic), most wanted first; without a GPU those that the interpreter tells apart."""
     kernels, arithmetic = list(verify.HIDDEN), list(verify.ARITHMETIC)
     if run.device.type == "cpu":
-        kernels.remove(
-            "cooperative"
-        )  # its programs wait for one another, the interpreter's follow one another
+        # Its programs wait for one another, the interpreter's follow one another.
+        kernels.remove("cooperative")
         arithmetic = ["bfloat16", "float32", "float64"]
     return [(kernel, name) for name in arithmetic for kernel in kernels]
 
@@ -170,9 +175,8 @@ def stage_verify(run: Run) -> str:
         at_once = max(1, min(at_once, int(run.memory_gib / 2 / GIB_EACH)))
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(_verify, run, *family, end) for family in families(run)]
-        done, total, ended = (
-            list(some) for some in zip(*(future.result() for future in futures), strict=True)
-        )
+        with stopping(run):
+            done, total, ended = zip(*(future.result() for future in futures), strict=True)
     left, begun = sum(total) - sum(done), sum(map(bool, total))
     return _sentence(
         left and f"{left} launches",
@@ -241,27 +245,33 @@ def stage_sweep(run: Run) -> str:
         seconds = end - time.monotonic()
         if (1 - part) * seconds > WORTH_A_SWEEP:
             seconds *= part
-        minutes = (seconds - AROUND_A_SWEEP) / 60
         if seconds < WORTH_A_SWEEP:
             left.append(f"{name}: no time was left")
             continue
-        command = ["pytest", "bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", "--sweep", name]
-        command += ["--results", str(run.folder.parents[1]), "--budget", f"{minutes:.2f}"]
-        run.say(f"sweep: {name}, {60 * minutes:.0f} s")
-        for _ in range(
-            3
-        ):  # a cell that two processes die of is a failed row, and the third goes on behind it
-            budget_ends = time.monotonic() + 60 * minutes + AROUND_A_SWEEP
-            ended = run.finish(run.start(*command, variables=allowed), budget_ends)
-            if ended.verdict != "crashed" or ended.status == 1 or time.monotonic() > end:
-                break
+        run.say(f"sweep: {name}, {seconds:.0f} s")
+        ended = _sweep(run, name, time.monotonic() + seconds, allowed)
         if not _published(run, name):
-            left.append(
-                f"{name}: {ended.reason or f'fewer rows than the published table, see {name}.partial.md'}"
-            )
+            fewer = f"fewer rows than the published table, see {name}.partial.md"
+            left.append(f"{name}: {ended.reason or fewer}")
     if some:
         left.append(f"of the kernels only {', '.join(kernels)} took part, as others crashed or hung")
     return _sentence(*left)
+
+
+def _sweep(run: Run, name: str, end: float, allowed: dict[str, str]) -> Ended:
+    """How the sweep's process ended. One that dies is followed by another, which goes on.
+
+    A cell that two have died of is a failed row of the third.
+    """
+    command = ["pytest", "bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", "--sweep", name]
+    command += ["--results", str(run.folder.parents[1])]
+    for _ in range(3):
+        minutes = max(0.02, (end - time.monotonic() - AROUND_A_SWEEP) / 60)
+        ended = run.finish(run.start(*command, "--budget", f"{minutes:.3f}", variables=allowed), end)
+        failed_rows = ended.status == pytest.ExitCode.TESTS_FAILED
+        if ended.verdict != "crashed" or failed_rows or end - time.monotonic() < AROUND_A_SWEEP:
+            break
+    return ended
 
 
 def _published(run: Run, sweep: str) -> bool:
@@ -288,10 +298,8 @@ def stage_tools(run: Run) -> str:
         else:
             place = run.log.stat().st_size if run.log.exists() else 0
             ended = run.finish(run.start("--", program, *command[1:]), limit)
-            said = (
-                run.log.read_bytes()[place:].decode(errors="replace").split("\n", 2)[2]
-            )  # after the command
-            write(run.folder / f"{name}.txt", plain_lines(said))
+            said = run.log.read_bytes()[place:].decode(errors="replace")
+            write(run.folder / f"{name}.txt", plain_lines(said.split("\n", 2)[2]))  # after the command
             status = {"": "passed", "crashed": "failed"}.get(ended.verdict, ended.verdict)
             reason = ended.reason
         run.say(f"tools: {name}: {status}{f', {reason}' if reason else ''}")
@@ -314,7 +322,7 @@ def tools() -> dict[str, list[str]]:
         "ncu.resident.256": [*profile, "resident", "256"],
         "ncu.cooperative.1024": [*profile, "cooperative", "1024"],
         "racecheck": [*racecheck, "tests.sanitize", "resident", "bfloat16"],
-        "tests": [*tests, "graph or stream or thread or bits"],
+        "tests": [*tests, "(graph or stream or thread or bits) and not fill_the_chip"],
     }
 
 

@@ -109,7 +109,7 @@ def tune(kernel: str, problem: Problem, device: torch.device, journal: Journal, 
     if dead:
         right = []
     else:
-        journal.begin([key, "times"], kernel=kernel)
+        journal.begin([key, "times"], patience=5, kernel=kernel)
     results = timing.measure(kernel, whole, right, device) if right else []
     for config, samples in zip(right, results, strict=True):
         candidate = found[tried.index(config)]
