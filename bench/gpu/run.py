@@ -133,27 +133,29 @@ class Run:
         """Waits until the process ends; ends it GRACE after `end`, or when what it is at hangs."""
         assert process.stdin
         with process.stdin:  # the tether
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    status = process.wait(timeout=0.2)
-                    if status < 0:
-                        return Ended("crashed", f"its process was ended by {signal.Signals(-status).name}")
-                    return (
-                        Ended("crashed", f"its process ended with status {status}", status)
-                        if status
-                        else WELL
-                    )
-                begun = in_flight(journal) if journal else None
-                patience = HANG_SECONDS * begun["patience"] if begun else 0.0
-                if begun and time.time() - begun["at"] > patience:
-                    _end(process)
-                    return Ended("hung", f"it took more than {patience:g} s")
-                if self.stopped.is_set():
-                    _end(process)
-                    return Ended("unfinished", "the run was stopped")
-                if time.monotonic() > end + GRACE:
-                    _end(process)
-                    return Ended("unfinished", "the time for it was over")
+            try:
+                return self._wait(process, end, journal)
+            finally:
+                if process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+
+    def _wait(self, process: subprocess.Popen, end: float, journal: Path | None) -> Ended:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=0.2)
+                if status < 0:
+                    return Ended("crashed", f"its process was ended by {signal.Signals(-status).name}")
+                return Ended("crashed", f"its process ended with status {status}", status) if status else WELL
+            begun = in_flight(journal) if journal else None
+            patience = HANG_SECONDS * begun["patience"] if begun else 0.0
+            if begun and time.time() - begun["at"] > patience:
+                return Ended("hung", f"it took more than {patience:g} s")
+            if self.stopped.is_set():
+                return Ended("unfinished", "the run was stopped")
+            if time.monotonic() > end + GRACE:
+                return Ended("unfinished", "the time for it was over")
 
     def trusted(self) -> list[str]:
         """The kernels none of whose launches has crashed or hung so far."""
@@ -164,12 +166,6 @@ class Run:
                 if found.get("verdict") in FATAL:
                     bad.add({"fused": "resident", "cell": "step"}.get(found["kernel"], found["kernel"]))
         return [kernel for kernel in configs.KERNELS if kernel not in bad]
-
-
-def _end(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def supervise(run: Run, journal: Path, end: float, *command: str) -> Ended:
