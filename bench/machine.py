@@ -50,6 +50,8 @@ THROTTLE = {
     0x80: "power brake",
     0x100: "display clocks",
 }
+#: The exit status of a process that can use its GPU no more.
+LOST_GPU = 70
 #: Seconds that nvidia-smi may take.
 NVIDIA_SMI_LIMIT = 10
 
@@ -268,6 +270,16 @@ def tuned(device: torch.device) -> dict[str, str]:
             text = repr((entry.config, entry.us))
             found[f"{owner}: {key}"] = hashlib.sha256(text.encode()).hexdigest()[:8]
     return found
+
+
+def lost(device: torch.device) -> str:
+    """What a GPU says that is lost to this process, as after an illegal access; empty while it is not."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
 
 
 def load_average() -> float | None:

@@ -16,7 +16,7 @@ import importlib
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -143,7 +143,7 @@ class Compiled:
 
 
 def compile_all(
-    launches: Sequence[Launch],
+    launches: Iterable[Launch],
     chip: Chip,
     target: GPUTarget,
     workers: int,
@@ -154,11 +154,13 @@ def compile_all(
 ) -> Iterator[Compiled]:
     """Compiles the launches, in their order as far as there are free processes, and yields each when done.
 
-    A compile that takes longer than `limit` seconds is ended, a compiler that dies is replaced. After the
-    deadline (time.monotonic) what is not done is yielded with that as its error. with_host_code: also what
-    Triton compiles with the C compiler for a launch.
+    A compile that takes longer than `limit` seconds is ended, a compiler that dies is replaced. At the
+    deadline (time.monotonic) what is being compiled and the next launch are yielded with NO_TIME as their
+    error, and no more is asked for. with_host_code: also what Triton compiles with the C compiler for a
+    launch.
     """
-    todo = list(reversed(launches))
+    todo = iter(launches)
+    coming = next(todo, None)
     busy: dict[Any, tuple[Any, Launch, float]] = {}
     context = multiprocessing.get_context("spawn")
     idle: list[tuple[Any, Any]] = []
@@ -173,13 +175,12 @@ def compile_all(
         return process, ours
 
     try:
-        for _ in range(min(workers, len(todo))):
-            idle.append(start())
-        while todo or busy:
-            while todo and idle and time.monotonic() < deadline:
-                process, connection = idle.pop()
-                connection.send(todo[-1])
-                busy[connection] = (process, todo.pop(), time.monotonic())
+        while coming or busy:
+            while coming and (idle or len(busy) < workers) and time.monotonic() < deadline:
+                process, connection = idle.pop() if idle else start()
+                connection.send(coming)
+                busy[connection] = (process, coming, time.monotonic())
+                coming = next(todo, None)
             if time.monotonic() >= deadline:
                 break
             ready: list[Any] = wait(list(busy), timeout=0.2)
@@ -198,7 +199,7 @@ def compile_all(
                     del busy[connection]
                     idle.append(start())
                     yield Compiled(launch, limit, f"not compiled after {limit:g} s")
-        for launch in [launch for _, launch, _ in busy.values()] + todo[::-1]:
+        for launch in [*(launch for _, launch, _ in busy.values()), *([coming] if coming else [])]:
             yield Compiled(launch, 0.0, NO_TIME)
     finally:
         for process in [process for process, _ in idle] + [process for process, _, _ in busy.values()]:

@@ -33,9 +33,6 @@ Cell = tuple[Workload, str]
 # Seconds of sampling on a GPU, whose calls take milliseconds and differ little.
 GPU_SECONDS = 0.25
 
-# The exit status of a run whose process can use its GPU no more.
-LOST_GPU = 70
-
 # What a finished cell may consist of; one with any other row is measured again by the next run.
 SETTLED = (TIMED, UNAVAILABLE, LEFT_OUT)
 
@@ -316,7 +313,8 @@ class Session:
         self.end([row for row in rows if row.status in FAILURES])
         if self.lost:  # each further cell would fail too, and keep nothing from doing so in the next run
             pytest.exit(
-                f"This process can use its GPU no more: {self.lost}. The same command goes on.", LOST_GPU
+                f"This process can use its GPU no more: {self.lost}. The same command goes on.",
+                machine.LOST_GPU,
             )
 
     @contextmanager
@@ -327,7 +325,7 @@ class Session:
         try:
             yield
         finally:
-            self.lost = _lost(self.plan.device)
+            self.lost = machine.lost(self.plan.device)
             if not self.lost:
                 self._note(others)
 
@@ -467,16 +465,6 @@ class Session:
         self._note({})
         (self.folder / f"{table}.partial.md").unlink(missing_ok=True)
         return [*pages, self.published]
-
-
-def _lost(device: torch.device) -> str:
-    """What a GPU says that is lost to this process, as after an illegal access; empty while it is not."""
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize(device)
-        except RuntimeError as error:
-            return describe(error)
-    return ""
 
 
 def _count(rows: list[Row], status: str) -> int:

@@ -49,7 +49,8 @@ def process(module: str, arguments: list[str]) -> int:
 
 def _verify(folder: Path, arguments: list[str], events: dict, witness: Path) -> int:
     kernel, arithmetic, path, *_ = arguments
-    journal, end = Journal(Path(path)), time.monotonic() + 60 * float(_option(arguments, "--minutes"))
+    time.sleep(events.get("start", 0))  # as importing torch takes
+    journal, end = Journal(Path(path)), float(_option(arguments, "--until"))
     if not journal.rows:
         journal.add(total=CASES)
     done = {row["n"] for row in journal.rows if "row" in row}
@@ -75,10 +76,7 @@ def _verify(folder: Path, arguments: list[str], events: dict, witness: Path) -> 
 
 
 def _tune(folder: Path, arguments: list[str], events: dict, witness: Path) -> int:
-    journal, end = (
-        Journal(folder / "tune.jsonl"),
-        time.monotonic() + 60 * float(_option(arguments, "--minutes")),
-    )
+    journal, end = Journal(folder / "tune.jsonl"), float(_option(arguments, "--until"))
     if "--floor" in arguments and not (folder / "floor.json").exists():
         step = {"launch": 7e-7, "chain": 5e-8, "meeting": {"2": 2e-7, "132": 9e-7}, "on_chip": 494592}
         (folder / "floor.json").write_text(json.dumps({"bandwidth": [], "matrix": {}, "step": step}))
@@ -194,7 +192,7 @@ def patches() -> list[tuple[object, str, object]]:
     import torch
 
     from bench import machine, precompile
-    from bench.gpu import stages, tuner
+    from bench.gpu import stages, tuner, verify
     from elman.kernels.configs import CHIPS, Problem
 
     on = {"gpu": "Simulated GPU", "cpu": "a CPU", "cores": 2, "driver": "1.0"}
@@ -217,7 +215,10 @@ def patches() -> list[tuple[object, str, object]]:
     def tools():
         # As bench.gpu.stages.tools: the command is no module of the run's, so it says where it is itself.
         folder = os.environ["SIMULATED_FOLDER"]
-        return {name: [sys.executable, __file__, "tool", name, folder] for name in ("soak", "racecheck")}
+        return {
+            name: stages.Tool([sys.executable, __file__, "tool", name, folder], "of a tool", kernels)
+            for name, kernels in (("soak", ("cooperative",)), ("racecheck", ("resident",)))
+        }
 
     def keys(options, device):
         return [
@@ -231,6 +232,7 @@ def patches() -> list[tuple[object, str, object]]:
         (machine, "chip_state", lambda device: {"sm_mhz": 1980, "throttle": [], "idle": False}),
         (precompile, "compile_all", compile_all),
         (stages, "_verified", lambda run: [launch]),
+        (stages, "families", lambda run: [(k, a) for a in verify.ARITHMETIC for k in verify.HIDDEN]),
         (stages, "_tuned", lambda run: []),
         (stages, "tools", tools),
         (stages, "WORTH_A_SWEEP", 0.5),

@@ -54,7 +54,7 @@ def main(argv: Iterable[str] | None = None) -> int:
 
     def pack() -> None:
         if run.output:
-            carry.pack(run.output, ROOT, run.folder.parent, run.table, run.began)
+            carry.pack(run.output, ROOT, run.folder.parent, run.table, run.since)
 
     try:
         with every(PACK_SECONDS, pack) if run.output else contextlib.nullcontext():
@@ -62,7 +62,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. What is done is kept, and the same command goes on.")
         return 130
-    bad = page.verdicts(run.folder, BAD)
+    bad = page.launches(run.folder, BAD)
     if run.device.type == "cuda":
         index = run.folder.parents[1] / "README.md"
         files = f"{_shown(run.folder.parent)}/, {_shown(index)} and {_shown(run.table)}"
@@ -147,8 +147,10 @@ def options_of(argv: Iterable[str] | None) -> argparse.Namespace:
         options.stages = tuple(stage for stage in options.stages if stage in WITHOUT_GPU)
     if options.minutes is None:
         options.minutes = 9.0 if options.device == "cuda" else MINUTES_WITHOUT
-    # In their order, whatever was typed: each needs what those before it have found.
-    options.stages = tuple(stage for stage in STAGES if stage in options.stages)
+    if not options.stages:
+        parser.error(f"none of these --stages needs no GPU; --device cpu has {', '.join(WITHOUT_GPU)}")
+    # In their order, whatever was typed, and each after the first: it sees to it that rows are of this code.
+    options.stages = tuple(stage for stage in STAGES if stage in (STAGES[0], *options.stages))
     return options
 
 

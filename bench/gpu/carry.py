@@ -3,15 +3,22 @@
     pack(...)     <machine>.tar.gz, gpu.md and gpu.log in a folder
     unpack(...)   the tar's files, where the repository has them
 
-Nothing is lost that was committed here meanwhile: a file comes home only if the run has written it.
+A file comes home only if the run, or one that it went on with, has written it: what was changed at home
+meanwhile stays. Rows of other code or versions are put aside, here and there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
+
+from bench import report
 
 #: Bytes of a file that the machine which lends a GPU carries home at most.
 MOST_BYTES = 16 << 20
@@ -28,7 +35,7 @@ def pack(output: Path, root: Path, folder: Path, table: Path, began: float) -> P
     tar = output / f"{folder.name}.tar.gz"
     fresh = tar.with_suffix(".new")
     with tarfile.open(fresh, "w:gz", compresslevel=3) as packed:
-        for path in (*sorted(folder.rglob("*")), folder.parent / "README.md", table):
+        for path in (*sorted(folder.rglob("*")), table):
             # Processes are at work meanwhile: a journal may be published, a file moved into place.
             with contextlib.suppress(FileNotFoundError):
                 if path.suffix not in PASSING and path.is_file() and path.stat().st_mtime >= began:
@@ -43,10 +50,38 @@ def pack(output: Path, root: Path, folder: Path, table: Path, began: float) -> P
 
 
 def unpack(folder: Path, root: Path) -> int:
-    """Puts the files of each tar in the folder in their places; returns how many."""
+    """Puts the files of each tar in the folder in their places; returns how many. The index is made anew."""
     count = 0
     for path in sorted(folder.glob("*.tar.gz")):
         with tarfile.open(path) as tar:
+            for name in tar.getnames():
+                if name.endswith("/gpu/machine.json"):
+                    record = tar.extractfile(name)
+                    assert record
+                    if differs(root / name, json.load(record)):
+                        put_aside((root / name).parent)
             tar.extractall(root, filter="data")
             count += len(tar.getnames())
+        results = root / "results"
+        if results.exists():
+            report.index(results)
     return count
+
+
+def differs(path: Path, record: dict[str, Any]) -> bool:
+    """Whether the rows beside that machine.json were made by other code or versions than this record's."""
+    if not path.exists():
+        return False
+    before = json.loads(path.read_text(encoding="utf-8"))
+    drivers = [found.get("machine", {}).get("driver") for found in (before, record)]
+    same = all(before.get(key) == record.get(key) for key in ("source", "software"))
+    return not same or drivers[0] != drivers[1]
+
+
+def put_aside(folder: Path) -> Path:
+    """Renames results/<machine>/gpu to gpu.<its date>.stale, never over another."""
+    before = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+    stamp = re.sub(r"\W+", "-", before["date"].removesuffix(" UTC"))
+    names = (f"gpu.{stamp}{f'-{n}' if n > 1 else ''}.stale" for n in itertools.count(1))
+    stale = next(path for path in map(folder.with_name, names) if not path.exists())
+    return folder.rename(stale)

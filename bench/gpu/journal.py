@@ -9,6 +9,7 @@ plain(error)        an error as a row keeps it: in one line, without this machin
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -22,8 +23,9 @@ Row = dict[str, Any]
 class Journal:
     """A file of rows, which it holds as a list too; a line that a killed process left half is taken off.
 
-    Before a process begins something that may end it, `begin` leaves a number n and a description beside the
-    file. The row with that n says how it ended: the process's own, or one of whoever found it dead.
+    Before a process begins something that may end it, `begin` writes a number n and a description into a
+    file beside this one. A row with the same n says how it ended. Where the process is dead without such a
+    row, its supervisor writes one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +34,7 @@ class Journal:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            path.write_text(whole, encoding="utf-8")
+            os.truncate(path, len(whole.encode()))
         self.rows = [json.loads(line) for line in whole.splitlines()]
 
     def add(self, **row: Any) -> None:
@@ -58,6 +60,11 @@ def in_flight(path: Path) -> Row | None:
         return None
     begun = json.loads(beside.read_text(encoding="utf-8"))
     return None if any(row.get("n") == begun["n"] for row in read(path)) else begun
+
+
+def forget(path: Path) -> None:
+    """What an earlier process of the journal was at is no longer in flight."""
+    _beside(path).unlink(missing_ok=True)
 
 
 def plain(error: object, most: int = 500) -> str:

@@ -40,7 +40,8 @@ def text(folder: Path) -> str:
     clock = f", up to {most} MHz" if most else ""
     throttle = record.get("state", {}).get("throttle")
     slowed = f", throttled at the start ({', '.join(throttle)})" if throttle else ""
-    verified, tuned = _verified(folder), [row for row in read(folder / "tune.jsonl") if "us" in row]
+    verified, keys = _verified(folder), _keys(folder)
+    tuned = [row for row in keys if "us" in row]
     lines = [
         f"# {on.get('gpu', on['cpu'])}: are the kernels right, and how fast are they",
         "",
@@ -48,12 +49,12 @@ def text(folder: Path) -> str:
         f"driver {on.get('driver', 'unknown')}{clock}{slowed}. Made by "
         "`python -m bench.gpu` from the rows beside it.",
         "",
-        *(f"- {line}" for line in (*_summary(folder, verified, tuned), *_not_reached(folder))),
+        *(f"- {line}" for line in (*_summary(folder, record, verified, tuned), *_not_reached(folder))),
         "",
         "## Right or wrong",
         "",
         *_matrix(verified),
-        *_not_right(verified),
+        *_not_right(verified, _fatal(folder)),
     ]
     if tuned:
         lines += ["", "## Microseconds a step", "", *_times(folder, tuned)]
@@ -79,12 +80,31 @@ def _verified(folder: Path) -> dict[tuple[str, str], tuple[list[Row], int]]:
     return found
 
 
-def verdicts(folder: Path, wanted: tuple[str, ...]) -> list[Row]:
-    """The rows of verify that were judged so."""
-    return [row for rows_of, _ in _verified(folder).values() for row in rows_of if row["verdict"] in wanted]
+def _keys(folder: Path) -> list[Row]:
+    """The last row of each key that was timed, or tried."""
+    return list({row["key"]: row for row in read(folder / "tune.jsonl") if "key" in row}.values())
 
 
-def _summary(folder: Path, verified: dict, tuned: list[Row]) -> Iterator[str]:
+def _fatal(folder: Path) -> list[Row]:
+    """The configs that were not right when they were to be timed, in verify's form."""
+    found = []
+    for row in _keys(folder):
+        same = {name: row[name] for name in ("kernel", "arithmetic", "backward", "B", "H")}
+        found += [
+            {**same, "D": 1, "mode": "full", "bar": math.nan, **candidate}
+            for candidate in row["candidates"]
+            if candidate.get("verdict") not in (None, "right")
+        ]
+    return found
+
+
+def launches(folder: Path, wanted: tuple[str, ...]) -> list[Row]:
+    """The launches of verify, first and tune that were judged so."""
+    rows_of = [row for done, _ in _verified(folder).values() for row in done]
+    return [row for row in (*rows_of, *_fatal(folder)) if row["verdict"] in wanted]
+
+
+def _summary(folder: Path, record: dict[str, Any], verified: dict, tuned: list[Row]) -> Iterator[str]:
     """The page in a few sentences."""
     done = [row for some, _ in verified.values() for row in some]
     if done:
@@ -97,13 +117,24 @@ def _summary(folder: Path, verified: dict, tuned: list[Row]) -> Iterator[str]:
             yield (
                 f"**{name}**, {mean.dtype}, {PASSES[mean.pass_name]}: {mean.ratio:.2f} times nn.RNN's speed "
                 f"(geometric mean of {len(mean.rows)} shapes of {mean.shapes}; faster / tie / slower: "
-                f"{mean.counts}). [Table]({name}.md)"
+                f"{mean.counts}). [Table]({name}.md){_when(table.run, record)}"
             )
-    pairs = [(r["us"], c) for r in tuned if (c := _expected(r)) is not None]
-    if pairs:
-        middle = statistics.median(us / model for us, model in pairs)
-        times = f"a step took {middle:.2f} times what the cost model says (median)"
-        yield f"**{len(tuned)} keys are timed**; {times}."
+    if tuned:
+        parts = [row["us"] / expected for row in tuned if (expected := _expected(row))]
+        says = (
+            f"; a kernel's step takes {statistics.median(parts):.2f} times what the cost model says (median)"
+        )
+        yield f"**{len(tuned)} keys are timed**{says if parts else ''}."
+    failed = _floor(folder).get("failed")
+    if failed:
+        yield f"There is no floor: {failed}."
+
+
+def _when(run: dict[str, Any], record: dict[str, Any]) -> str:
+    """Whose table it is, if it is not of this run's code."""
+    if run.get("commit") in (None, record["commit"]):
+        return ""
+    return f", of commit {run['commit']}, {run['date']}"
 
 
 def _not_reached(folder: Path) -> Iterator[str]:
@@ -122,7 +153,9 @@ def _counted(words: Iterator[str]) -> str:
 def _matrix(verified: dict) -> Iterator[str]:
     yield (
         "Each launch against the float64 reference. Right: an error of at most 1.5 times nn.RNN's own, or of "
-        "the rounding that no order of summation avoids. In brackets the largest error as a part of that bar."
+        "the rounding that no order of summation avoids; in brackets the largest error as a part of that "
+        "bar. Imprecise: up to 10 times the bar. Wrong: above it, or NaN. Other bits: right, but not twice "
+        "the same. Failed: it raised. Crashed, hung: it took its process with it."
     )
     yield ""
     kernels = list(dict.fromkeys(kernel for kernel, _ in verified))
@@ -145,18 +178,23 @@ def _matrix(verified: dict) -> Iterator[str]:
     ).splitlines()
 
 
-def _not_right(verified: dict) -> Iterator[str]:
-    bad = [row for done, _ in verified.values() for row in done if row["verdict"] != "right"]
+def _not_right(verified: dict, fatal: list[Row]) -> Iterator[str]:
+    bad = [row for done, _ in verified.values() for row in done if row["verdict"] != "right"] + fatal
     if not bad:
         return
     yield ""
     for row in bad[:MOST]:
-        what = row.get("reason") or f"error {row['error']:.2g}, bar {row['bar']:.2g}"
         sizes = f"B={row['B']} H={row['H']} D={row['D']} {row['mode']}"
         where = f"{row['kernel']} {row['arithmetic']} {_pass(row)} {sizes}"
-        yield f"- {row['verdict']}: {where}, {what}; {_named(row['config'])}"
+        yield f"- {row['verdict']}: {where}, {row.get('reason') or _error(row)}; {_named(row['config'])}"
     if len(bad) > MOST:
         yield f"- and {len(bad) - MOST} more, in the rows of gpu/"
+
+
+def _error(row: Row) -> str:
+    if row.get("error") is None:
+        return f"NaN or infinite ({row.get('nan', 1):.0%} NaN)"
+    return f"error {row['error']:.2g}, bar {row['bar']:.2g}"
 
 
 def _pass(row: Row) -> str:

@@ -22,7 +22,9 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu.journal import Journal, in_flight, read
+from bench import machine
+from bench.gpu.journal import Journal, forget, in_flight, read
+from elman import routing
 from elman.kernels import configs
 from elman.kernels.configs import Chip
 
@@ -47,9 +49,10 @@ FATAL = ("crashed", "hung")
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: verdict "" if well, else "crashed", "hung" or "unfinished", and a reason.
+    """How a process ended, and why.
 
-    status: what it returned itself, None if it was ended.
+    verdict: "" if well; "crashed" by a signal or without its GPU; "failed" with another status; "hung";
+    "unfinished" for want of time. status: what it returned itself, None if it was ended.
     """
 
     verdict: str
@@ -81,7 +84,9 @@ class Run:
     workers: int = 0
     python: tuple[str, ...] = (sys.executable, "-m", "bench.gpu.tether")
     output: Path | None = None
+    #: When this run began, and when the first one did whose rows it goes on with, in seconds since 1970.
     began: float = field(default_factory=time.time)
+    since: float = field(default_factory=time.time)
     #: Of processes. bench/precompile.py changes ours for moments, to start those that compile and see no GPU.
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     #: Set by `stopping`: threads end their processes and begin no more.
@@ -139,7 +144,8 @@ class Run:
                 if process.returncode is None:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                    with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may not let go of it
+                        process.wait(timeout=10)
 
     def _wait(self, process: subprocess.Popen, end: float, journal: Path | None) -> Ended:
         while True:
@@ -147,7 +153,9 @@ class Run:
                 status = process.wait(timeout=0.2)
                 if status < 0:
                     return Ended("crashed", f"its process was ended by {signal.Signals(-status).name}")
-                return Ended("crashed", f"its process ended with status {status}", status) if status else WELL
+                if status == machine.LOST_GPU:
+                    return Ended("crashed", "its process lost the GPU", status)
+                return Ended("failed", f"its process ended with status {status}", status) if status else WELL
             begun = in_flight(journal) if journal else None
             patience = HANG_SECONDS * begun["patience"] if begun else 0.0
             if begun and time.time() - begun["at"] > patience:
@@ -158,33 +166,38 @@ class Run:
                 return Ended("unfinished", "the time for it was over")
 
     def trusted(self) -> list[str]:
-        """The kernels none of whose launches has crashed or hung so far."""
-        bad = set()
+        """The kernels that were right once and never crashed or hung; before any was verified, all of them.
+
+        Without those that ELMAN_KERNELS leaves out.
+        """
+        bad, right, some = set(), set(), False
         for path in (*self.folder.glob("verify.*.jsonl"), self.folder / "tune.jsonl"):
             for row in read(path):
-                found = row.get("row", {})
-                if found.get("verdict") in FATAL:
-                    bad.add({"fused": "resident", "cell": "step"}.get(found["kernel"], found["kernel"]))
-        return [kernel for kernel in configs.KERNELS if kernel not in bad]
+                found = row.get("row", row)
+                name = {"fused": "resident", "cell": "step"}.get(found.get("kernel"), found.get("kernel"))
+                verdicts = {found.get("verdict"), *(c.get("verdict") for c in found.get("candidates", ()))}
+                some |= path.name != "tune.jsonl"
+                right |= {name} if "right" in verdicts else set()
+                bad |= {name} if verdicts & set(FATAL) else set()
+        able = [kernel for kernel in configs.KERNELS if not routing.not_allowed(kernel)]
+        return [kernel for kernel in able if kernel not in bad and (kernel in right or not some)]
 
 
-def supervise(run: Run, journal: Path, end: float, *command: str) -> Ended:
+def supervise(run: Run, journal: Path, end: float, command: Callable[[], list[str]]) -> Ended:
     """Runs a command, which goes on behind its journal's rows, until it ends well; how the last one ended.
 
-    What a process crashed or hung at gets a row that says so. What was cut short for want of time gets none:
-    the next run does it.
+    What a process died of or hung at gets a row that says so. What was cut short for want of time gets none:
+    the next run does it. command: of the next process, by what is known by then.
     """
     ended = Ended("unfinished", "no time was left for it")
     for _ in range(MOST_STARTS):
         if time.monotonic() >= end or run.stopped.is_set():
             break
-        minutes = f"{(end - time.monotonic()) / 60:.4f}"
-        ended = run.finish(run.start(*command, "--minutes", minutes), end, journal)
+        forget(journal)  # else the next process would be taken for one that has hung since then
+        ended = run.finish(run.start(*command(), "--until", f"{end:.1f}"), end, journal)
         begun = in_flight(journal)
-        if begun and ended.verdict in FATAL:
-            seconds = time.time() - begun["at"]
-            reason = f"{ended.reason}, {seconds:.0f} s after it began"
-            row = {**begun["what"], "verdict": ended.verdict, "reason": reason}
+        if begun and ended.verdict in (*FATAL, "failed"):
+            row = {**begun["what"], "verdict": ended.verdict, "reason": ended.reason}
             Journal(journal).add(n=begun["n"], row=row)
         if ended.verdict in ("", "unfinished"):
             break
@@ -210,8 +223,8 @@ def every(seconds: float, work: Callable[[], object]) -> Iterator[None]:
         while not over.wait(seconds):
             try:
                 work()
-            except OSError as error:  # such as a folder that is being renamed: the next time is soon
-                print(f"not now: {error}", flush=True)
+            except Exception as error:  # such as a folder that is being renamed: the next time is soon
+                print(f"not now: {type(error).__name__}: {error}", flush=True)
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

@@ -16,21 +16,19 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import json
-import re
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-import pytest
 import torch
 
-from bench import machine, precompile
-from bench.gpu import page, tuner, verify
+from bench import machine, precompile, rows
+from bench.gpu import carry, page, tuner, verify
 from bench.gpu.journal import Journal, plain, read
-from bench.gpu.run import FATAL, ROOT, Ended, Run, stopping, supervise
+from bench.gpu.run import FATAL, MOST_STARTS, ROOT, Ended, Run, stopping, supervise
 from bench.precompile import Launch
 from bench.rows import replace as write
 from elman import tables, tuning
@@ -49,7 +47,8 @@ TOOL_SECONDS = 60.0
 #: What the rows of verify, first and tune depend on beside the kernels.
 DEPENDS = (
     *("elman/timing.py", "elman/tuning.py", "elman/cudnn.py", "elman/reference.py", "bench/agreement.py"),
-    *("bench/floor.py", "bench/probes.py", "bench/gpu/verify.py", "bench/gpu/tuner.py"),
+    *("bench/floor.py", "bench/probes.py", "bench/contenders.py", "bench/precompile.py"),
+    *("bench/gpu/verify.py", "bench/gpu/tuner.py"),
 )
 
 
@@ -61,21 +60,16 @@ def code() -> str:
 def stage_machine(run: Run) -> str:
     path = run.folder / "machine.json"
     record = {**machine.record(run.device, ROOT), "source": code(), "state": machine.chip_state(run.device)}
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if any(before.get(key) != record[key] for key in ("source", "software")):
-            stamp = re.sub(r"\W+", "-", before["date"].removesuffix(" UTC"))
-            stale = run.folder.with_name(f"gpu.{stamp}.stale")
-            for n in itertools.count(2):
-                if not stale.exists():
-                    break
-                stale = stale.with_name(f"gpu.{stamp}-{n}.stale")
-            run.folder.rename(stale)
-            run.say(f"rows of other code or versions are kept as {stale.name}")
+    record["began"] = run.since
+    if carry.differs(path, record):
+        run.say(f"rows of other code or versions are kept as {carry.put_aside(run.folder).name}")
+    elif path.exists():  # gone on with
+        record["began"] = run.since = json.loads(path.read_text(encoding="utf-8")).get("began", run.since)
     run.folder.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(record, indent=1) + "\n")
     name = record["machine"].get("gpu", record["machine"]["cpu"])
-    run.say(f"{name}, commit {record['commit']}, {record['state']}")
+    state = ", ".join(f"{k} {v}" for k, v in record["state"].items())
+    run.say(f"{name}, commit {record['commit']}{f', {state}' if state else ''}")
     return ""
 
 
@@ -100,30 +94,38 @@ def _compile(run: Run, end: float) -> str:
 
     if torch.version.hip:
         return "on ROCm kernels are compiled where they are launched"
-    by_code: dict[tuple, Launch] = {}
-    for launch in itertools.chain(_verified(run), _tuned(run)):
-        by_code.setdefault(_same_code(launch), launch)
-    wanted = list(by_code.values())
     target = GPUTarget("cuda", run.capability, 32)
     # One core for this process, one for the one that times cuDNN meanwhile.
     workers = run.workers or max(1, machine.cores() - (2 if run.device.type == "cuda" else 0))
-    run.say(f"compile: {len(wanted)} kernels in {workers} processes")
-    journal, counts = Journal(run.folder / "compile.jsonl"), {"compiled": 0, "failed": 0, "left": 0}
+    run.say(f"compile: in {workers} processes")
+    journal, done, failed, late = Journal(run.folder / "compile.jsonl"), 0, 0, False
     compiled = precompile.compile_all(
-        wanted, run.chip, target, workers, deadline=end, with_host_code=run.device.type == "cuda"
+        _wanted(run), run.chip, target, workers, deadline=end, with_host_code=run.device.type == "cuda"
     )
     for found in compiled:
         if run.stopped.is_set():
             break
-        late = found.error == precompile.NO_TIME
-        counts["left" if late else "failed" if found.error else "compiled"] += 1
-        if found.error and not late:
+        if found.error == precompile.NO_TIME:
+            late = True
+        elif found.error:
+            failed += 1
             journal.add(launch=str(found.launch), reason=plain(found.error), seconds=round(found.seconds, 1))
-    run.say(f"compile: {counts}")
+        else:
+            done += 1
+    run.say(f"compile: {done} kernels compiled, {failed} did not")
     return _sentence(
-        counts["left"] and f"{counts['left']} of {len(wanted)} kernels were not compiled ahead",
-        counts["failed"] and f"{counts['failed']} did not compile, see compile.jsonl",
+        late and f"{done} kernels are compiled, the rest is where it is launched",
+        failed and f"{failed} did not compile, see compile.jsonl",
     )
+
+
+def _wanted(run: Run) -> Iterator[Launch]:
+    """Of launches that are the same code the first one."""
+    known = set()
+    for launch in itertools.chain(_verified(run), _tuned(run)):
+        if _same_code(launch) not in known:
+            known.add(_same_code(launch))
+            yield launch
 
 
 def _same_code(launch: Launch) -> tuple:
@@ -163,7 +165,9 @@ def families(run: Run) -> list[tuple[str, str]]:
         # Its programs wait for one another, the interpreter's follow one another.
         kernels.remove("cooperative")
         arithmetic = ["bfloat16", "float32", "float64"]
-    return [(kernel, name) for name in arithmetic for kernel in kernels]
+    every = [(kernel, name) for name in arithmetic for kernel in kernels]
+    interpreted = run.device.type == "cpu"
+    return [family for family in every if any(verify.cases(*family, run.chip, interpreted))]
 
 
 # verify
@@ -188,14 +192,16 @@ def stage_verify(run: Run) -> str:
 def _verify(run: Run, kernel: str, arithmetic: str, end: float) -> tuple[int, int, str]:
     """How many launches of the family are judged, of how many; what kept on ending its process, if it did."""
     path = run.folder / f"verify.{kernel}.{arithmetic}.jsonl"
-    ended = supervise(run, path, end, "bench.gpu.verify", kernel, arithmetic, str(path))
+    command = ["bench.gpu.verify", kernel, arithmetic, str(path)]
+    ended = supervise(run, path, end, lambda: command)
     rows = read(path)
     done = [row["row"]["verdict"] for row in rows if "row" in row]
     total = max((row["total"] for row in rows if "total" in row), default=0)
     counts = ", ".join(f"{done.count(verdict)} {verdict}" for verdict in sorted(set(done)))
     left = f", {total - len(done)} left" if len(done) < total else ""
     run.say(f"verify: {kernel} {arithmetic}: {counts or ended.reason}{left}")
-    return len(done), total, f"{kernel} {arithmetic}: {ended.reason}" if ended.verdict in FATAL else ""
+    died = ended.verdict in (*FATAL, "failed")
+    return len(done), total, f"{kernel} {arithmetic}: {ended.reason}" if died else ""
 
 
 # times
@@ -220,13 +226,16 @@ def _keys_left(run: Run, stage: str, *more: str) -> str:
 
 
 def _time_keys(run: Run, end: float, *more: str) -> str:
-    """The keys that the run's options and these name, without kernels that have crashed or hung."""
+    """The keys that the run's options and these name, of kernels that are trusted by then."""
     asked = [*run.keys, *more]
     kernels = tuner.options_of([str(run.folder), *asked]).kernels
-    able = ",".join(kernel for kernel in kernels if kernel in (*run.trusted(), "cudnn"))
-    command = ["bench.gpu.tuner", str(run.folder), "--table", str(run.table), *asked, "--kernels", able]
-    ended = supervise(run, run.folder / "tune.jsonl", end, *command)
-    return ended.reason if ended.verdict in FATAL else ""
+
+    def command() -> list[str]:
+        able = ",".join(kernel for kernel in kernels if kernel in (*run.trusted(), "cudnn"))
+        return ["bench.gpu.tuner", str(run.folder), "--table", str(run.table), *asked, "--kernels", able]
+
+    ended = supervise(run, run.folder / "tune.jsonl", end, command)
+    return ended.reason if ended.verdict in (*FATAL, "failed") else ""
 
 
 # sweep
@@ -237,11 +246,13 @@ def stage_sweep(run: Run) -> str:
     end, left = run.until("sweep"), []
     kernels = run.trusted()
     if not kernels:
-        return "every kernel has crashed or hung"
+        return "no kernel is right here, or each has crashed or hung"
     some = len(kernels) < len(configs.KERNELS)
     allowed = {"ELMAN_KERNELS": ",".join(kernels)} if some else {}
     swept = SWEPT if run.device.type == "cuda" else {"smallest": 1.0}
     for name, part in swept.items():
+        if _complete(run, name):
+            continue
         seconds = end - time.monotonic()
         if (1 - part) * seconds > WORTH_A_SWEEP:
             seconds *= part
@@ -254,7 +265,7 @@ def stage_sweep(run: Run) -> str:
             fewer = f"fewer rows than the published table, see {name}.partial.md"
             left.append(f"{name}: {ended.reason or fewer}")
     if some:
-        left.append(f"of the kernels only {', '.join(kernels)} took part, as others crashed or hung")
+        left.append(f"of the kernels only {', '.join(kernels)} took part")
     return _sentence(*left)
 
 
@@ -265,43 +276,47 @@ def _sweep(run: Run, name: str, end: float, allowed: dict[str, str]) -> Ended:
     """
     command = ["pytest", "bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", "--sweep", name]
     command += ["--results", str(run.folder.parents[1])]
-    for _ in range(3):
+    for _ in range(MOST_STARTS):
         minutes = max(0.02, (end - time.monotonic() - AROUND_A_SWEEP) / 60)
         ended = run.finish(run.start(*command, "--budget", f"{minutes:.3f}", variables=allowed), end)
-        failed_rows = ended.status == pytest.ExitCode.TESTS_FAILED
-        if ended.verdict != "crashed" or failed_rows or end - time.monotonic() < AROUND_A_SWEEP:
+        if ended.verdict not in FATAL or end - time.monotonic() < AROUND_A_SWEEP:
             break
     return ended
 
 
+def _complete(run: Run, sweep: str) -> bool:
+    """Whether all rows of the sweep are there, made by this code on these versions."""
+    path = run.folder.parent / "rows.jsonl"
+    record, _ = rows.read(path).get(sweep, ({}, [])) if path.exists() else ({}, [])
+    own = machine.source(), machine.software(run.device)
+    return (record.get("source"), record.get("software")) == own and not record.get("missing")
+
+
 def _published(run: Run, sweep: str) -> bool:
-    """A table with failed or missing rows says so itself, and the run's status of 1 is no news then."""
-    page_of = run.folder.parent / f"{sweep}.md"
-    return page_of.exists() and page_of.stat().st_mtime >= run.began
+    """A table with failed or missing rows says so itself, and the process's status of 1 is no news then."""
+    path = run.folder.parent / f"{sweep}.md"
+    return path.exists() and path.stat().st_mtime >= run.began
 
 
 # tools
 
 
+@dataclass(frozen=True)
+class Tool:
+    """A command line, what it says if it did its work, and the kernels that it launches."""
+
+    command: list[str]
+    says: str
+    kernels: tuple[str, ...]
+
+
 def stage_tools(run: Run) -> str:
-    """Each a process of its own, its status and its last words a row of tools.jsonl."""
+    """Each a process of its own; its words are a text, its status is a row of tools.jsonl."""
     end, journal, left = run.until("tools"), Journal(run.folder / "tools.jsonl"), []
-    for name, command in tools().items():
+    for name, tool in tools().items():
         if any(row["tool"] == name and row["status"] == "passed" for row in journal.rows):
             continue
-        limit = min(end, time.monotonic() + TOOL_SECONDS)
-        program = shutil.which(command[0])
-        if not program:
-            status, reason = "not run", f"{command[0]} is not on PATH"
-        elif time.monotonic() >= end:
-            status, reason = "not run", "no time was left"
-        else:
-            place = run.log.stat().st_size if run.log.exists() else 0
-            ended = run.finish(run.start("--", program, *command[1:]), limit)
-            said = run.log.read_bytes()[place:].decode(errors="replace")
-            write(run.folder / f"{name}.txt", plain_lines(said.split("\n", 2)[2]))  # after the command
-            status = {"": "passed", "crashed": "failed"}.get(ended.verdict, ended.verdict)
-            reason = ended.reason
+        status, reason = _tool(run, name, tool, min(end, time.monotonic() + TOOL_SECONDS))
         run.say(f"tools: {name}: {status}{f', {reason}' if reason else ''}")
         journal.add(tool=name, status=status, reason=reason)
         if status != "passed":
@@ -309,20 +324,42 @@ def stage_tools(run: Run) -> str:
     return _sentence(*left)
 
 
-def tools() -> dict[str, list[str]]:
-    """By name, the command lines."""
+def _tool(run: Run, name: str, tool: Tool, limit: float) -> tuple[str, str]:
+    """Its status and, unless it passed, why."""
+    program = shutil.which(tool.command[0])
+    bad = [kernel for kernel in tool.kernels if kernel not in run.trusted()]
+    if not program:
+        return "not run", f"{tool.command[0]} is not on PATH"
+    if bad:
+        return "not run", f"{' and '.join(bad)} crashed, hung or was not right"
+    if time.monotonic() >= limit:
+        return "not run", "no time was left"
+    place = run.log.stat().st_size if run.log.exists() else 0
+    ended = run.finish(run.start("--", program, *tool.command[1:]), limit)
+    said = run.log.read_bytes()[place:].decode(errors="replace").split("\n", 2)[2]  # after the command
+    write(run.folder / f"{name}.txt", plain_lines(said))
+    if not ended.verdict and tool.says not in said:
+        return "failed", f"it ended well and did not say {tool.says!r}"
+    return ended.verdict or "passed", ended.reason
+
+
+def tools() -> dict[str, Tool]:
     module = [sys.executable, "-m"]
-    tests = [*module, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k"]
     profile = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", "regex:forward_kernel"]
     profile += ["--launch-skip", "3", "--launch-count", "1", *module, "bench.gpu.one_launch"]
     racecheck = ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *module]
+
+    def tests(words: str, *kernels: str) -> Tool:
+        command = [*module, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", words]
+        return Tool(command, " passed", kernels)
+
     return {
-        "soak": [*tests, "million_meetings"],
-        "two-streams": [*tests, "fill_the_chip"],
-        "ncu.resident.256": [*profile, "resident", "256"],
-        "ncu.cooperative.1024": [*profile, "cooperative", "1024"],
-        "racecheck": [*racecheck, "tests.sanitize", "resident", "bfloat16"],
-        "tests": [*tests, "(graph or stream or thread or bits) and not fill_the_chip"],
+        "soak": tests("million_meetings", "cooperative"),
+        "two-streams": tests("fill_the_chip", "cooperative"),
+        "ncu.resident.256": Tool([*profile, "resident", "256"], "Duration", ("resident",)),
+        "ncu.cooperative.1024": Tool([*profile, "cooperative", "1024"], "Duration", ("cooperative",)),
+        "racecheck": Tool([*racecheck, "tests.sanitize", "resident", "bfloat16"], "RACECHECK", ("resident",)),
+        "tests": tests("(graph or stream or thread or bits) and not fill_the_chip", *configs.KERNELS),
     }
 
 
@@ -361,6 +398,7 @@ def go(run: Run) -> bool:
             left = "no time was left" if run.left <= 0 and stage != "report" else STAGE[stage](run)
         except Exception as caught:
             left, well = plain(caught), False
+            run.folder.mkdir(parents=True, exist_ok=True)
             with run.log.open("a", encoding="utf-8") as log:
                 traceback.print_exc(file=log)
         if stage not in ("machine", "report"):

@@ -1,9 +1,10 @@
 """How long does a step take? Every config of each key, checked, then timed; the table gets the best.
 
-    python -m bench.gpu.tuner FOLDER --table FILE --minutes 2 [--kernels LIST] [--hidden LIST] ...
+    python -m bench.gpu.tuner FOLDER --table FILE [--kernels LIST] [--hidden LIST] ...
 
 A key's row in FOLDER/tune.jsonl has each candidate's microseconds a step, or why it has none, and the cost
-model's. Keys that have a row are not timed again. A candidate that a process before this one died of is left
+model's. Keys that have a row are not timed again, but for those that were timed while other cores compiled:
+they come last, and the later row counts. A candidate that a process before this one died of is left
 out: that row has n = [key, its place among the candidates], or n = [key, "times"] if timing was fatal.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -21,13 +23,13 @@ from typing import Any
 
 import torch
 
-from bench import floor
+from bench import floor, machine
 from bench.gpu import verify
 from bench.gpu.journal import Journal, Row, plain
 from bench.rows import replace
 from elman import cli, tables, timing, tuning
 from elman.kernels import common, configs
-from elman.kernels.configs import Chip, Config, Problem
+from elman.kernels.configs import Config, Problem
 
 KERNELS = (*configs.KERNELS, "cudnn")
 ARITHMETIC = ("bfloat16", "float32", "tf32", "float16")
@@ -41,11 +43,15 @@ FIRST_B, FIRST_ARITHMETIC, FIRST_KERNELS = (
 FIRST_H = tuple(H for H in HIDDEN if H <= 2048)
 
 
+class LostGPU(Exception):
+    """The process can use its GPU no more. What it was at is its journal's `in_flight`."""
+
+
 def options_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.tuner", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--until", type=float, default=math.inf, help="time.monotonic() at its end")
     parser.add_argument("--floor", action="store_true", help="measure the floor first, if FOLDER has none")
     parser.add_argument("--first", action="store_true", help="only the keys of the first times")
     parser.add_argument("--busy", action="store_true", help="rows say that the other cores were compiling")
@@ -100,8 +106,10 @@ def tune(kernel: str, problem: Problem, device: torch.device, journal: Journal, 
             else:
                 sizes = whole.B, whole.H, whole.D
                 case = verify.Case(kernel, arithmetic, *sizes, "full", whole.backward, config, False)
-                journal.begin([key, place], kernel=kernel, **candidate)
-                candidate |= _judged(case, device)
+                journal.begin([key, place], patience=2, kernel=kernel, **candidate)
+                candidate |= verify.judged(case, device)
+                if candidate["verdict"] == "crashed":
+                    raise LostGPU(candidate["reason"])
         found.append(candidate)
     # An imprecise one must not win either.
     right = [config for config, c in zip(tried, found, strict=True) if c.get("verdict") in (None, "right")]
@@ -111,10 +119,14 @@ def tune(kernel: str, problem: Problem, device: torch.device, journal: Journal, 
     else:
         journal.begin([key, "times"], patience=5, kernel=kernel)
     results = timing.measure(kernel, whole, right, device) if right else []
+    if machine.lost(device):  # a row now would say that it did no harm
+        raise LostGPU(machine.lost(device))
     for config, samples in zip(right, results, strict=True):
         candidate = found[tried.index(config)]
         if isinstance(samples, str):
             candidate["reason"] = plain(samples)
+            if samples.startswith("DeviceHangError"):
+                candidate["verdict"] = "hung"
         else:
             us, p20, p80 = (round(value, 4) for value in tuning.quantiles(samples).values())
             candidate |= {"us": us, "p20": p20, "p80": p80}
@@ -128,16 +140,6 @@ def tune(kernel: str, problem: Problem, device: torch.device, journal: Journal, 
         **({"reason": dead["reason"]} if dead else {}),
         "candidates": found, "seconds": round(time.perf_counter() - start, 2), **more,
     }  # fmt: skip
-
-
-def _judged(case: verify.Case, device: torch.device) -> Row:
-    """Is it right? A candidate that can't run is a row, the others may; unless it took the GPU with it."""
-    try:
-        return verify.judge(case, device)
-    except Exception as caught:
-        if verify.lost_device(caught):
-            raise
-        return {"verdict": "failed", "reason": plain(caught)}
 
 
 def entry(kernel: str, problem: Problem, row: Row) -> tables.Entry:
@@ -164,24 +166,36 @@ def _config(key: tables.Key, values: dict[str, Any]) -> Config | None:
 def main(argv: list[str] | None = None) -> int:
     options = options_of(argv)
     device = torch.device("cuda", torch.cuda.current_device())
-    end = time.monotonic() + 60 * options.minutes
     journal = Journal(options.folder / "tune.jsonl")
-    if options.floor and not (options.folder / "floor.json").exists():
-        write_floor(options.folder / "floor.json", device, options.arithmetic)
-    known = {row["key"] for row in journal.rows if "key" in row}
-    more = {"busy": True} if options.busy else {}
-    on: Chip = common.chip(device)
-    for kernel, problem in keys(options, device):
-        if time.monotonic() >= end:
-            break
-        if str(tables.key_of(kernel, problem)) in known:
-            continue
-        row = tune(kernel, problem, device, journal, **more)
-        if "us" in row:
-            table = tables.read(options.table, on.name)
-            tables.write(options.table, table.with_entry(entry(kernel, problem, row), tuning.provenance()))
-        journal.add(**row)
+    try:
+        if options.floor and not has_floor(options.folder / "floor.json"):
+            write_floor(options.folder / "floor.json", device, options.arithmetic)
+        for kernel, problem in todo(options, device, journal):
+            if time.monotonic() >= options.until:
+                break
+            row = tune(kernel, problem, device, journal, **({"busy": True} if options.busy else {}))
+            if "us" in row:
+                table = tables.read(options.table, common.chip(device).name)
+                table = table.with_entry(entry(kernel, problem, row), tuning.provenance())
+                tables.write(options.table, table)
+            journal.add(**row)
+    except LostGPU as lost:
+        print(lost)
+        return machine.LOST_GPU
     return 0
+
+
+def todo(options: argparse.Namespace, device: torch.device, journal: Journal) -> list[tuple[str, Problem]]:
+    """The keys without a row; then those whose row says that other cores were compiling."""
+    last = {row["key"]: row for row in journal.rows if "key" in row}
+    wanted = [(str(tables.key_of(*key)), key) for key in keys(options, device)]
+    new = [key for name, key in wanted if name not in last]
+    again = [key for name, key in wanted if name in last and last[name].get("busy")]
+    return new if options.busy else new + again
+
+
+def has_floor(path: Path) -> bool:
+    return path.exists() and "failed" not in json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_floor(path: Path, device: torch.device, dtypes: tuple[str, ...]) -> None:
@@ -189,8 +203,8 @@ def write_floor(path: Path, device: torch.device, dtypes: tuple[str, ...]) -> No
     try:
         found: dict[str, Any] = floor.measure(device, dtypes)
     except Exception as caught:  # times are worth having without
-        if verify.lost_device(caught):
-            raise
+        if machine.lost(device):
+            raise LostGPU(plain(caught)) from caught
         found = {"failed": plain(caught)}
     replace(path, json.dumps(found, indent=1) + "\n")
 

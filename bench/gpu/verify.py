@@ -1,6 +1,6 @@
 """Is a kernel right on this device? Each family against the float64 reference, in a process of its own.
 
-    python -m bench.gpu.verify KERNEL ARITHMETIC ROWS.jsonl --minutes 2
+    python -m bench.gpu.verify KERNEL ARITHMETIC ROWS.jsonl
 
 A family is a kernel and an arithmetic, such as "resident bfloat16". It goes on behind the cases that have a
 row; whoever started the process learns from the journal what an illegal access, an abort or a hang has cost.
@@ -13,6 +13,7 @@ import argparse
 import functools
 import importlib
 import itertools
+import math
 import os
 import sys
 import time
@@ -24,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import agreement, contenders, interpreter
+from bench import agreement, contenders, interpreter, machine
 from bench.gpu.journal import Journal, plain
 from bench.precompile import Launch, candidates
 from elman import cudnn, reference
 from elman.kernels import configs, cooperative
 from elman.kernels.configs import Chip, Config, Problem
+from elman.kernels.errors import DeviceHangError
 
 #: Arithmetic by name: dtype, and the class of a float32 product; float32's candidates are of both ways to
 #: multiply in that class.
@@ -280,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("kernel", choices=HIDDEN)
     parser.add_argument("arithmetic", choices=ARITHMETIC)
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--until", type=float, default=math.inf, help="time.monotonic() at its end")
     options = parser.parse_args(argv)
     from elman.kernels.common import chip
 
@@ -290,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what the next line asks for
     torch.use_deterministic_algorithms(True, warn_only=True)  # so that fresh memory is filled with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    end, journal = time.monotonic() + 60 * options.minutes, Journal(options.rows)
+    journal = Journal(options.rows)
     todo = list(cases(options.kernel, options.arithmetic, chip(device), device.type == "cpu"))
     if not any("total" in row for row in journal.rows):
         journal.add(total=len(todo))
@@ -298,24 +300,28 @@ def main(argv: list[str] | None = None) -> int:
     for n, case in enumerate(todo):
         if n in done:
             continue
-        if time.monotonic() >= end:
+        if time.monotonic() >= options.until:
             break
-        journal.begin(n, **described(case))
+        journal.begin(n, patience=2, **described(case))
         start = time.perf_counter()
-        try:
-            row = judge(case, device)
-        except Exception as caught:
-            row = {"verdict": "failed", "reason": plain(caught)}
-            if lost_device(caught):
-                journal.add(n=n, row={**described(case), **row, "verdict": "crashed"})
-                return 3
+        row = judged(case, device)
         journal.add(n=n, row={**described(case), **row, "seconds": round(time.perf_counter() - start, 3)})
+        if row["verdict"] == "crashed":
+            return machine.LOST_GPU
     return 0
 
 
-def lost_device(error: Exception) -> bool:
-    """Whether the process can't use the GPU any more after it, as after an illegal access."""
-    return "illegal" in str(error) or "CUDA error" in str(error)
+def judged(case: Case, device: torch.device) -> dict[str, Any]:
+    """As `judge`; a case that raises is "failed", "hung" if its programs waited in vain, or "crashed".
+
+    After a crash the process can use its GPU no more.
+    """
+    try:
+        return judge(case, device)
+    except DeviceHangError as caught:
+        return {"verdict": "hung", "reason": plain(caught)}
+    except Exception as caught:
+        return {"verdict": "crashed" if machine.lost(device) else "failed", "reason": plain(caught)}
 
 
 if __name__ == "__main__":
