@@ -178,8 +178,11 @@ def compile_all(
         while coming or busy:
             while coming and (idle or len(busy) < workers) and time.monotonic() < deadline:
                 process, connection = idle.pop() if idle else start()
-                connection.send(coming)
-                busy[connection] = (process, coming, time.monotonic())
+                try:
+                    connection.send(coming)
+                    busy[connection] = (process, coming, time.monotonic())
+                except OSError:  # while it had nothing to do
+                    yield Compiled(coming, 0.0, "the compiler died")
                 coming = next(todo, None)
             if time.monotonic() >= deadline:
                 break
@@ -189,15 +192,13 @@ def compile_all(
                 try:
                     error = connection.recv()
                     idle.append((process, connection))
-                except EOFError:
+                except (EOFError, OSError):
                     error = "the compiler died"
-                    idle.append(start())
                 yield Compiled(launch, time.monotonic() - since, error)
             for connection, (process, launch, since) in list(busy.items()):
                 if time.monotonic() - since > limit:
                     process.kill()
                     del busy[connection]
-                    idle.append(start())
                     yield Compiled(launch, limit, f"not compiled after {limit:g} s")
         for launch in [*(launch for _, launch, _ in busy.values()), *([coming] if coming else [])]:
             yield Compiled(launch, 0.0, NO_TIME)

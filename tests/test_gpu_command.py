@@ -247,6 +247,13 @@ def test_a_config_that_kills_the_tuner_is_left_out_and_its_kernel_then(simulated
     keys = [row["key"] for row in read(run.folder / "tune.jsonl") if "key" in row]
     assert len(keys) == len(set(keys))
     assert run.trusted() == ["cooperative", "step"]
+    stages.go(simulated(stages=("machine", "report")))
+    text = (run.folder.parent / "gpu.md").read_text()
+    assert (
+        "- crashed: resident bfloat16 forward B=16 H=64 D=1 full, its process was ended by SIGSEGV; BLOCK_B=8"
+        in text
+    )
+    assert page.launches(run.folder, command.BAD)
     # The process that goes on leaves the kernel alone, in the same stage.
     first = [row["started"] for row in started(run) if "--first" in row["started"]]
     assert [words[words.index("--kernels") + 1] for words in first] == [
@@ -313,6 +320,45 @@ def test_what_an_earlier_run_was_at_is_no_hang_of_this_one(simulated, monkeypatc
     begun.write_text(re.sub(r'"at": [0-9.]+', '"at": 1.0', begun.read_text()))
     stages.go(run)
     assert "150 of 150 launches are right" in (run.folder.parent / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize("stage", ["compile", "verify"])
+def test_what_raises_in_a_stage_of_threads_stops_no_later_one(simulated, monkeypatch, capsys, stage):
+    def broken(*_):
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(stages, {"compile": "_wanted", "verify": "_verify"}[stage], broken)
+    run = simulated()
+    assert not stages.go(run)
+    text = (run.folder.parent / "gpu.md").read_text()
+    assert f"Not done, {stage}: ValueError: out of luck." in text
+    assert text.count("Not done") == 1
+    assert "**24 keys are timed**" in text
+
+
+def test_cudnn_s_times_alone_make_a_page(simulated, capsys):
+    run = simulated(stages=("machine", "compile", "report"))
+    assert stages.go(run)
+    assert "**8 keys are timed**." in (run.folder.parent / "gpu.md").read_text()
+
+
+def test_a_hang_that_the_end_of_its_stage_cuts_short_is_one(simulated, monkeypatch, capsys):
+    """Else the next stage would walk into it again."""
+    monkeypatch.setattr(runs, "HANG_SECONDS", 1.0)
+    monkeypatch.setattr(runs, "GRACE", 0.1)
+    run = simulated()
+    path = run.folder / "verify.step.tf32.jsonl"
+    process = run.start("--", sys.executable, "-c", "import time; time.sleep(600)")
+    Journal(path).begin(0, patience=100)
+    ended = run.finish(process, time.monotonic() + 2, path)
+    assert ended == runs.Ended("hung", "it took more than 1 s, and the time was over")
+
+
+@pytest.mark.parametrize("compiler", [simulated_gpu.dying_compiler, simulated_gpu.dead_compiler])
+def test_a_compiler_that_died_is_a_reason_and_the_next_one_goes_on(monkeypatch, compiler):
+    monkeypatch.setattr(precompile, "_work", compiler)
+    found = list(precompile.compile_all([LAUNCH] * 2, CHIP, GPUTarget("cuda", 90, 32), 1))
+    assert [compiled.error for compiled in found] == ["the compiler died"] * 2
 
 
 def test_a_sweep_that_is_complete_is_not_made_again(simulated, monkeypatch, capsys):
@@ -544,7 +590,7 @@ def test_a_candidate_that_a_process_died_of_is_not_launched_again(tuned, tmp_pat
     journal, reason = Journal(tmp_path / "tune.jsonl"), "its process was ended by SIGSEGV"
     dead = {"kernel": "resident", "verdict": "crashed", "reason": reason}
     journal.add(n=[key, 0], row=dead)
-    journal.add(n=[other, "times"], row=dead)
+    journal.add(n=[other, "times", 0], row=dead)
     judged, sound = [], verify.judge
     monkeypatch.setattr(verify, "judge", lambda case, device: judged.append(case) or sound(case, device))
     one, two = tuned()
@@ -571,7 +617,7 @@ def test_what_takes_the_gpu_with_it_ends_the_tuner_and_is_blamed(tuned, tmp_path
     monkeypatch.setattr(machine, "lost", lambda device: "".join(lost))
     assert tuner.main([str(tmp_path), "--table", str(tmp_path / "table.json")]) == machine.LOST_GPU
     key = str(tables.key_of("resident", replace(BF16, B=8, H=17)))
-    assert in_flight(tmp_path / "tune.jsonl")["n"] == [key, 0 if at == "judge" else "times"]
+    assert in_flight(tmp_path / "tune.jsonl")["n"] == ([key, 0] if at == "judge" else [key, "times", 0])
     assert read(tmp_path / "tune.jsonl") == []
 
 

@@ -73,9 +73,7 @@ def differs(path: Path, record: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     before = json.loads(path.read_text(encoding="utf-8"))
-    drivers = [found.get("machine", {}).get("driver") for found in (before, record)]
-    same = all(before.get(key) == record.get(key) for key in ("source", "software"))
-    return not same or drivers[0] != drivers[1]
+    return any(before.get(key) != record.get(key) for key in ("source", "software"))
 
 
 def put_aside(folder: Path) -> Path:

@@ -86,8 +86,16 @@ def _keys(folder: Path) -> list[Row]:
 
 
 def _fatal(folder: Path) -> list[Row]:
-    """The configs that were not right when they were to be timed, in verify's form."""
-    found = []
+    """The configs that were not right when they were to be timed, in verify's form.
+
+    A key has no row of its own if its kernel was left alone after its first crash or hang.
+    """
+    done = {row["key"] for row in _keys(folder)}
+    found = [
+        {"D": 1, "mode": "full", "bar": math.nan, **line["row"]}
+        for line in read(folder / "tune.jsonl")
+        if "row" in line and line["n"][0] not in done
+    ]
     for row in _keys(folder):
         same = {name: row[name] for name in ("kernel", "arithmetic", "backward", "B", "H")}
         found += [
@@ -121,13 +129,16 @@ def _summary(folder: Path, record: dict[str, Any], verified: dict, tuned: list[R
             )
     if tuned:
         parts = [row["us"] / expected for row in tuned if (expected := _expected(row))]
-        says = (
-            f"; a kernel's step takes {statistics.median(parts):.2f} times what the cost model says (median)"
-        )
-        yield f"**{len(tuned)} keys are timed**{says if parts else ''}."
+        yield f"**{len(tuned)} keys are timed**{_predicted(parts)}."
     failed = _floor(folder).get("failed")
     if failed:
         yield f"There is no floor: {failed}."
+
+
+def _predicted(parts: list[float]) -> str:
+    if not parts:  # cuDNN's keys alone
+        return ""
+    return f"; a kernel's step takes {statistics.median(parts):.2f} times what the cost model says (median)"
 
 
 def _when(run: dict[str, Any], record: dict[str, Any]) -> str:

@@ -162,6 +162,8 @@ class Run:
                 return Ended("hung", f"it took more than {patience:g} s")
             if self.stopped.is_set():
                 return Ended("unfinished", "the run was stopped")
+            if begun and time.monotonic() > end + GRACE and time.time() - begun["at"] > HANG_SECONDS:
+                return Ended("hung", f"it took more than {HANG_SECONDS:g} s, and the time was over")
             if time.monotonic() > end + GRACE:
                 return Ended("unfinished", "the time for it was over")
 
@@ -176,7 +178,7 @@ class Run:
                 found = row.get("row", row)
                 name = {"fused": "resident", "cell": "step"}.get(found.get("kernel"), found.get("kernel"))
                 verdicts = {found.get("verdict"), *(c.get("verdict") for c in found.get("candidates", ()))}
-                some |= path.name != "tune.jsonl"
+                some |= path.name != "tune.jsonl" and "row" in row
                 right |= {name} if "right" in verdicts else set()
                 bad |= {name} if verdicts & set(FATAL) else set()
         able = [kernel for kernel in configs.KERNELS if not routing.not_allowed(kernel)]

@@ -398,6 +398,7 @@ def go(run: Run) -> bool:
             left = "no time was left" if run.left <= 0 and stage != "report" else STAGE[stage](run)
         except Exception as caught:
             left, well = plain(caught), False
+            run.stopped.clear()  # its threads have ended
             run.folder.mkdir(parents=True, exist_ok=True)
             with run.log.open("a", encoding="utf-8") as log:
                 traceback.print_exc(file=log)

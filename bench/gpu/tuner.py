@@ -5,7 +5,8 @@
 A key's row in FOLDER/tune.jsonl has each candidate's microseconds a step, or why it has none, and the cost
 model's. Keys that have a row are not timed again, but for those that were timed while other cores compiled:
 they come last, and the later row counts. A candidate that a process before this one died of is left
-out: that row has n = [key, its place among the candidates], or n = [key, "times"] if timing was fatal.
+out: that row has n = [key, its place among the candidates], or n = [key, "times", 0] if timing was
+fatal, 1 the second time.
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ def tune(kernel: str, problem: Problem, device: torch.device, journal: Journal, 
     key, (whole, tried) = str(tables.key_of(kernel, problem)), tuning.work(kernel, problem, on)
     arithmetic = next(a for a, p in verify.ARITHMETIC.items() if p == (problem.dtype, problem.precision))
     fatal = {str(row["n"]): row["row"] for row in journal.rows if "row" in row}
+    at = tables.key_of(kernel, problem)
+    described = {"kernel": kernel, "arithmetic": arithmetic, "B": at.B, "H": at.H, "backward": at.backward}
+    # A time that is taken again is a process's work of its own.
+    times = ["times", sum(row.get("key") == key for row in journal.rows)]
     found: list[Row] = []
     for place, config in enumerate(tried):
         candidate: Row = {"config": asdict(config) if config else {}}
@@ -106,18 +111,18 @@ def tune(kernel: str, problem: Problem, device: torch.device, journal: Journal, 
             else:
                 sizes = whole.B, whole.H, whole.D
                 case = verify.Case(kernel, arithmetic, *sizes, "full", whole.backward, config, False)
-                journal.begin([key, place], patience=2, kernel=kernel, **candidate)
+                journal.begin([key, place], patience=2, **described, **candidate)
                 candidate |= verify.judged(case, device)
                 if candidate["verdict"] == "crashed":
                     raise LostGPU(candidate["reason"])
         found.append(candidate)
     # An imprecise one must not win either.
     right = [config for config, c in zip(tried, found, strict=True) if c.get("verdict") in (None, "right")]
-    dead = fatal.get(str([key, "times"]))
+    dead = fatal.get(str([key, *times]))
     if dead:
         right = []
     else:
-        journal.begin([key, "times"], patience=5, kernel=kernel)
+        journal.begin([key, *times], patience=5, **described, config={})
     results = timing.measure(kernel, whole, right, device) if right else []
     if machine.lost(device):  # a row now would say that it did no harm
         raise LostGPU(machine.lost(device))
@@ -132,10 +137,8 @@ def tune(kernel: str, problem: Problem, device: torch.device, journal: Journal, 
             candidate |= {"us": us, "p20": p20, "p80": p80}
     timed = [c for c in found if "us" in c]
     best = min(timed, key=lambda c: c["us"]) if timed else {}
-    at = tables.key_of(kernel, problem)
     return {
-        "n": [key, "times"], "key": key, "kernel": kernel, "B": at.B, "H": at.H, "backward": at.backward,
-        "arithmetic": arithmetic,
+        "n": [key, *times], "key": key, **described,
         **{name: best[name] for name in ("us", "p20", "p80", "config") if best},
         **({"reason": dead["reason"]} if dead else {}),
         "candidates": found, "seconds": round(time.perf_counter() - start, 2), **more,
