@@ -23,8 +23,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.gpu import tether  # noqa: E402
-from bench.gpu.journal import Journal, read  # noqa: E402
+from bench.gpu import tether
+from bench.gpu.journal import Journal, read
 
 CARD = "simulated-gpu-2-cores"
 #: Seconds of a row, and how many a family and a sweep have.
