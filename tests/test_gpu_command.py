@@ -191,6 +191,22 @@ def test_stages_run_in_their_order_each_within_its_share(simulated, capsys):
     assert "150 of 150 launches are right" in capsys.readouterr().out
 
 
+def test_a_stage_s_share_is_of_what_is_left_among_those_that_come(simulated):
+    run = simulated(minutes=10)
+    for stage, coming in (("compile", 100), ("verify", 82), ("tune", 59), ("tools", 9)):
+        part = (600 - runs.KEPT) * runs.SHARES[stage] / coming
+        assert run.until(stage) - time.monotonic() == pytest.approx(part, abs=1)
+    alone = simulated(minutes=10, stages=("machine", "verify", "report"))
+    assert alone.until("verify") - time.monotonic() == pytest.approx(600 - runs.KEPT, abs=1)
+
+
+def test_as_many_families_at_once_as_cores_and_memory_hold(simulated, monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 64)
+    assert [stages.at_once(simulated(memory_gib=gib)) for gib in (80.0, 8.0, 0.5)] == [14, 8, 1]
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    assert stages.at_once(simulated(memory_gib=80.0)) == 4
+
+
 def test_what_the_time_does_not_suffice_for_is_named(simulated, capsys):
     run = simulated(minutes=0.11)  # 6.6 s, of which 6 are kept
     stages.go(run)

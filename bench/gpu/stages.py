@@ -174,10 +174,8 @@ def families(run: Run) -> list[tuple[str, str]]:
 
 
 def stage_verify(run: Run) -> str:
-    end, at_once = run.until("verify"), min(AT_ONCE, machine.cores())
-    if run.device.type == "cuda":
-        at_once = max(1, min(at_once, int(run.memory_gib / 2 / GIB_EACH)))
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+    end = run.until("verify")
+    with concurrent.futures.ThreadPoolExecutor(at_once(run)) as pool:
         futures = [pool.submit(_verify, run, *family, end) for family in families(run)]
         with stopping(run):
             done, total, ended = zip(*(future.result() for future in futures), strict=True)
@@ -187,6 +185,12 @@ def stage_verify(run: Run) -> str:
         begun < len(total) and f"{len(total) - begun} of {len(total)} families were not begun",
         *ended,
     )
+
+
+def at_once(run: Run) -> int:
+    """How many families: by the cores, and on a GPU by half of its memory."""
+    most = min(AT_ONCE, machine.cores())
+    return max(1, min(most, int(run.memory_gib / 2 / GIB_EACH))) if run.device.type == "cuda" else most
 
 
 def _verify(run: Run, kernel: str, arithmetic: str, end: float) -> tuple[int, int, str]:
