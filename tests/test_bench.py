@@ -1278,7 +1278,7 @@ def test_a_cell_that_costs_the_process_its_gpu_ends_it(started, monkeypatch):
         raise RuntimeError("an illegal access")
 
     monkeypatch.setattr(session, "measure_cell", raises)
-    monkeypatch.setattr(session, "_lost", lambda device: "an illegal access")
+    monkeypatch.setattr(machine, "lost", lambda device: "an illegal access")
     for died in (1, 2):
         run = started()
         with pytest.raises(pytest.exit.Exception, match="its GPU no more: an illegal access"):
@@ -1293,10 +1293,10 @@ def test_a_gpu_that_is_lost(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", raises)
-    assert session._lost(torch.device("cpu")) == ""
-    assert "an illegal memory access" in session._lost(torch.device("cuda", 0))
+    assert machine.lost(torch.device("cpu")) == ""
+    assert "an illegal memory access" in machine.lost(torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert session._lost(torch.device("cuda", 0)) == ""
+    assert machine.lost(torch.device("cuda", 0)) == ""
 
 
 def test_a_second_run_at_the_same_time_and_rows_that_are_none_are_sentences(tmp_path):
