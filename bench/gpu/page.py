@@ -36,6 +36,7 @@ def write(folder: Path) -> str:
 def text(folder: Path) -> str:
     record = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
     on, software = record["machine"], ", ".join(f"{k} {v}" for k, v in record["software"].items())
+    driver = f", driver {on['driver']}" if "driver" in on else ""
     most = on.get("clocks_mhz", {}).get("sm_max")
     clock = f", up to {most} MHz" if most else ""
     throttle = record.get("state", {}).get("throttle")
@@ -45,9 +46,8 @@ def text(folder: Path) -> str:
     lines = [
         f"# {on.get('gpu', on['cpu'])}: are the kernels right, and how fast are they",
         "",
-        f"{record['date']}, commit {record['commit']}{'-dirty' if record.get('dirty') else ''}; {software}, "
-        f"driver {on.get('driver', 'unknown')}{clock}{slowed}. Made by "
-        "`python -m bench.gpu` from the rows beside it.",
+        f"{record['date']}, commit {record['commit']}{'-dirty' if record.get('dirty') else ''}; {software}"
+        f"{driver}{clock}{slowed}. Made by `python -m bench.gpu` from the rows beside it.",
         "",
         *(f"- {line}" for line in (*_summary(folder, record, verified, tuned), *_not_reached(folder))),
         "",

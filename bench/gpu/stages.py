@@ -203,7 +203,7 @@ def _verify(run: Run, kernel: str, arithmetic: str, end: float) -> tuple[int, in
     total = max((row["total"] for row in rows if "total" in row), default=0)
     counts = ", ".join(f"{done.count(verdict)} {verdict}" for verdict in sorted(set(done)))
     left = f", {total - len(done)} left" if len(done) < total else ""
-    run.say(f"verify: {kernel} {arithmetic}: {counts or ended.reason}{left}")
+    run.say(f"verify: {kernel} {arithmetic}: {counts or ended.reason or 'none'}{left}")
     died = ended.verdict in (*FATAL, "failed")
     return len(done), total, f"{kernel} {arithmetic}: {ended.reason}" if died else ""
 
@@ -251,7 +251,7 @@ def stage_sweep(run: Run) -> str:
     kernels = run.trusted()
     if not kernels:
         return "no kernel is right here, or each has crashed or hung"
-    some = len(kernels) < len(configs.KERNELS)
+    some = run.device.type == "cuda" and len(kernels) < len(configs.KERNELS)
     allowed = {"ELMAN_KERNELS": ",".join(kernels)} if some else {}
     swept = SWEPT if run.device.type == "cuda" else {"smallest": 1.0}
     for name, part in swept.items():
