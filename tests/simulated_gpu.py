@@ -195,7 +195,7 @@ def patches() -> list[tuple[object, str, object]]:
     import torch
 
     from bench import machine, precompile
-    from bench.gpu import stages, tuner, verify
+    from bench.gpu import stages, tools, tuner, verify
     from elman.kernels.configs import CHIPS, Problem
 
     on = {"gpu": "Simulated GPU", "cpu": "a CPU", "cores": 2, "driver": "1.0"}
@@ -215,11 +215,11 @@ def patches() -> list[tuple[object, str, object]]:
             time.sleep(SECONDS)
             yield precompile.Compiled(launch, SECONDS)
 
-    def tools():
-        # As bench.gpu.stages.tools: the command is no module of the run's, so it says where it is itself.
+    def simulated_tools():
+        # As bench.gpu.tools.tools: the command is no module of the run's, so it says where it is itself.
         folder = os.environ["SIMULATED_FOLDER"]
         return {
-            name: stages.Tool([sys.executable, __file__, "tool", name, folder], "of a tool", kernels)
+            name: tools.Tool([sys.executable, __file__, "tool", name, folder], "of a tool", kernels)
             for name, kernels in (("soak", ("cooperative",)), ("racecheck", ("resident",)))
         }
 
@@ -237,7 +237,7 @@ def patches() -> list[tuple[object, str, object]]:
         (stages, "_verified", lambda run: [launch]),
         (stages, "families", lambda run: [(k, a) for a in verify.ARITHMETIC for k in verify.HIDDEN]),
         (stages, "_tuned", lambda run: []),
-        (stages, "tools", tools),
+        (tools, "tools", simulated_tools),
         (stages, "WORTH_A_SWEEP", 0.5),
         (stages, "AROUND_A_SWEEP", 0.1),
         (tuner, "keys", keys),

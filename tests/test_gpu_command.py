@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from bench import machine, precompile, rows
 from bench.gpu import __main__ as command
-from bench.gpu import carry, page, stages, tuner, verify
+from bench.gpu import carry, page, stages, tools, tuner, verify
 from bench.gpu import run as runs
 from bench.gpu.journal import Journal, in_flight, plain, read
 from bench.workloads import Workload
@@ -413,9 +413,9 @@ def test_only_kernels_that_were_right_are_launched_later(simulated, monkeypatch,
     hung = [{"config": {}, "verdict": "hung"}]
     Journal(run.folder / "tune.jsonl").add(key="a", kernel="cooperative", candidates=hung)
     assert run.trusted() == ["step"]
-    sound = stages.tools()["soak"]
+    sound = tools.tools()["soak"]
     assert (
-        stages._tool(run, "soak", sound, time.monotonic() + 9)[1]
+        tools._tool(run, "soak", sound, time.monotonic() + 9)[1]
         == "cooperative crashed, hung or was not right"
     )
 
@@ -446,10 +446,10 @@ def test_a_sweep_whose_process_dies_is_started_again(simulated, monkeypatch, cap
 
 def test_tools_keep_what_they_say_and_are_not_run_twice(simulated, monkeypatch, capsys):
     run = simulated(events={"soak": "status"}, stages=("machine", "tools", "report"))
-    own = stages.tools()
+    own = tools.tools()
     silent = replace(own["racecheck"], says="no such words")
-    more = {"ncu": stages.Tool(["no-such-program"], "", ()), "silent": silent}
-    monkeypatch.setattr(stages, "tools", lambda: {**own, **more})
+    more = {"ncu": tools.Tool(["no-such-program"], "", ()), "silent": silent}
+    monkeypatch.setattr(tools, "tools", lambda: {**own, **more})
     stages.go(run)
     found = {row["tool"]: row for row in read(run.folder / "tools.jsonl")}
     assert {name: row["status"] for name, row in found.items()} == {

@@ -16,12 +16,10 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import json
-import shutil
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -29,6 +27,7 @@ from bench import machine, precompile, rows
 from bench.gpu import carry, page, tuner, verify
 from bench.gpu.journal import Journal, plain, read
 from bench.gpu.run import FATAL, MOST_STARTS, ROOT, Ended, Run, stopping, supervise
+from bench.gpu.tools import stage_tools
 from bench.precompile import Launch
 from bench.rows import replace as write
 from elman import tables, tuning
@@ -42,8 +41,6 @@ SWEPT = {"kernels": 0.35, "layer": 0.7, "small-h": 0.4, "deepbench": 0.5, "flash
 AROUND_A_SWEEP = 20.0
 #: Seconds below which a sweep is not begun.
 WORTH_A_SWEEP = 40.0
-#: Seconds that one tool may take.
-TOOL_SECONDS = 60.0
 #: What the rows of verify, first and tune depend on beside the kernels.
 DEPENDS = (
     *("elman/timing.py", "elman/tuning.py", "elman/cudnn.py", "elman/reference.py", "bench/agreement.py"),
@@ -302,74 +299,7 @@ def _published(run: Run, sweep: str) -> bool:
     return path.exists() and path.stat().st_mtime >= run.began
 
 
-# tools
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A command line, what it says if it did its work, and the kernels that it launches."""
-
-    command: list[str]
-    says: str
-    kernels: tuple[str, ...]
-
-
-def stage_tools(run: Run) -> str:
-    """Each a process of its own; its words are a text, its status is a row of tools.jsonl."""
-    end, journal, left = run.until("tools"), Journal(run.folder / "tools.jsonl"), []
-    for name, tool in tools().items():
-        if any(row["tool"] == name and row["status"] == "passed" for row in journal.rows):
-            continue
-        status, reason = _tool(run, name, tool, min(end, time.monotonic() + TOOL_SECONDS))
-        run.say(f"tools: {name}: {status}{f', {reason}' if reason else ''}")
-        journal.add(tool=name, status=status, reason=reason)
-        if status != "passed":
-            left.append(f"{name}: {reason}")
-    return _sentence(*left)
-
-
-def _tool(run: Run, name: str, tool: Tool, limit: float) -> tuple[str, str]:
-    """Its status and, unless it passed, why."""
-    program = shutil.which(tool.command[0])
-    bad = [kernel for kernel in tool.kernels if kernel not in run.trusted()]
-    if not program:
-        return "not run", f"{tool.command[0]} is not on PATH"
-    if bad:
-        return "not run", f"{' and '.join(bad)} crashed, hung or was not right"
-    if time.monotonic() >= limit:
-        return "not run", "no time was left"
-    place = run.log.stat().st_size if run.log.exists() else 0
-    ended = run.finish(run.start("--", program, *tool.command[1:]), limit)
-    said = run.log.read_bytes()[place:].decode(errors="replace").split("\n", 2)[2]  # after the command
-    write(run.folder / f"{name}.txt", plain_lines(said))
-    if not ended.verdict and tool.says not in said:
-        return "failed", f"it ended well and did not say {tool.says!r}"
-    return ended.verdict or "passed", ended.reason
-
-
-def tools() -> dict[str, Tool]:
-    module = [sys.executable, "-m"]
-    profile = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name", "regex:forward_kernel"]
-    profile += ["--launch-skip", "3", "--launch-count", "1", *module, "bench.gpu.one_launch"]
-    racecheck = ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *module]
-
-    def tests(words: str, *kernels: str) -> Tool:
-        command = [*module, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", words]
-        return Tool(command, " passed", kernels)
-
-    return {
-        "soak": tests("million_meetings", "cooperative"),
-        "two-streams": tests("fill_the_chip", "cooperative"),
-        "ncu.resident.256": Tool([*profile, "resident", "256"], "Duration", ("resident",)),
-        "ncu.cooperative.1024": Tool([*profile, "cooperative", "1024"], "Duration", ("cooperative",)),
-        "racecheck": Tool([*racecheck, "tests.sanitize", "resident", "bfloat16"], "RACECHECK", ("resident",)),
-        "tests": tests("(graph or stream or thread or bits) and not fill_the_chip", *configs.KERNELS),
-    }
-
-
-def plain_lines(text: str) -> str:
-    """A tool's output without this machine's paths."""
-    return "\n".join(plain(line, 2000) if "/" in line else line for line in text.splitlines()) + "\n"
+# report
 
 
 def stage_report(run: Run) -> str:
