@@ -7,8 +7,10 @@ form, <table>.partial.jsonl, to which each cell is added as soon as it is measur
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,6 +136,14 @@ def write(path: Path, tables: dict[str, tuple[Run, list[Row]]]) -> None:
     for table, (run, rows) in sorted(tables.items()):
         lines += [line(table, run=run), *(line(table, row=row) for row in rows)]
     replace(path, "".join(lines))
+
+
+def put_aside(path: Path, name: str, date: str) -> Path:
+    """Renames the file or folder to <name>.<date>.stale and its suffix, never over another."""
+    stamp = re.sub(r"\W+", "-", date.removesuffix(" UTC"))
+    numbers = ("" if n == 1 else f"-{n}" for n in itertools.count(1))
+    names = (path.with_name(f"{name}.{stamp}{number}.stale{path.suffix}") for number in numbers)
+    return path.rename(next(stale for stale in names if not stale.exists()))
 
 
 def replace(path: Path, text: str) -> None:

@@ -270,12 +270,7 @@ class Session:
     def _stale(self, date: str) -> Path:
         """Renames the journal to <table>.<date>.stale.jsonl, never over another."""
         date = date or time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.journal.stat().st_mtime))
-        stamp = re.sub(r"\W+", "-", date.removesuffix(" UTC"))
-        path, n = self.folder / f"{self.plan.table}.{stamp}.stale.jsonl", 1
-        while path.exists():
-            n += 1
-            path = self.folder / f"{self.plan.table}.{stamp}-{n}.stale.jsonl"
-        return self.journal.rename(path)
+        return records.put_aside(self.journal, self.plan.table, date)
 
     def _settled(self, cell: Cell) -> bool:
         return not self._unsettled(cell)

@@ -64,7 +64,7 @@ def test_what_a_process_is_at_is_known_until_it_has_a_row(tmp_path):
 
 def test_an_error_in_a_row_names_no_path():
     error = RuntimeError(
-        "no ptxas at\n/home/someone/.triton/bin/ptxas-12.8, see https://a.b/c/d and kernels/x.py"
+        "no ptxas at\n/some/where/.triton/bin/ptxas-12.8, see https://a.b/c/d and kernels/x.py"
     )
     assert plain(error) == "RuntimeError: no ptxas at ptxas-12.8, see https://a.b/c/d and kernels/x.py"
     assert len(plain("x" * 1000)) == 500

@@ -540,7 +540,7 @@ def test_the_kernels_that_can_be_named_are_those_there_are():
 
 @pytest.fixture
 def allow(monkeypatch):
-    """allow(kernels): what ELMAN_KERNELS lists, and nothing remembered from before."""
+    """allow(kernels): what ELMAN_KERNELS lists, and nothing cached from before."""
 
     def set_variable(kernels: str) -> None:
         monkeypatch.setenv("ELMAN_KERNELS", kernels)

@@ -10,15 +10,13 @@ meanwhile stays. Rows of other code or versions are put aside, here and there.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import re
 import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import report, rows
 
 #: Bytes of a file that the machine which lends a GPU carries home at most.
 MOST_BYTES = 16 << 20
@@ -50,7 +48,7 @@ def pack(output: Path, root: Path, folder: Path, table: Path, began: float) -> P
 
 
 def unpack(folder: Path, root: Path) -> int:
-    """Puts the files of each tar in the folder in their places; returns how many. The index is made anew."""
+    """Puts the files of each tar in the folder in their places; returns how many. The index is made again."""
     count = 0
     for path in sorted(folder.glob("*.tar.gz")):
         with tarfile.open(path) as tar:
@@ -77,9 +75,6 @@ def differs(path: Path, record: dict[str, Any]) -> bool:
 
 
 def put_aside(folder: Path) -> Path:
-    """Renames results/<machine>/gpu to gpu.<its date>.stale, never over another."""
+    """results/<machine>/gpu by the date of its rows."""
     before = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
-    stamp = re.sub(r"\W+", "-", before["date"].removesuffix(" UTC"))
-    names = (f"gpu.{stamp}{f'-{n}' if n > 1 else ''}.stale" for n in itertools.count(1))
-    stale = next(path for path in map(folder.with_name, names) if not path.exists())
-    return folder.rename(stale)
+    return rows.put_aside(folder, folder.name, before["date"])

@@ -41,24 +41,25 @@ def text(folder: Path) -> str:
     clock = f", up to {most} MHz" if most else ""
     throttle = record.get("state", {}).get("throttle")
     slowed = f", throttled at the start ({', '.join(throttle)})" if throttle else ""
-    verified, keys = _verified(folder), _keys(folder)
-    tuned = [row for row in keys if "us" in row]
+    verified, timed, sweeps, floor = _verified(folder), _timed(folder), _sweeps(folder), _floor(folder)
+    tuned = [row for row in _keys(timed) if "us" in row]
     lines = [
         f"# {on.get('gpu', on['cpu'])}: are the kernels right, and how fast are they",
         "",
         f"{record['date']}, commit {record['commit']}{'-dirty' if record.get('dirty') else ''}; {software}"
         f"{driver}{clock}{slowed}. Made by `python -m bench.gpu` from the rows beside it.",
         "",
-        *(f"- {line}" for line in (*_summary(folder, record, verified, tuned), *_not_reached(folder))),
+        *(f"- {line}" for line in _summary(record, verified, tuned, sweeps, floor)),
+        *(f"- {line}" for line in _not_reached(folder)),
         "",
         "## Right or wrong",
         "",
         *_matrix(verified),
-        *_not_right(verified, _fatal(folder)),
+        *_not_right(verified, _fatal(timed)),
     ]
     if tuned:
-        lines += ["", "## Microseconds a step", "", *_times(folder, tuned)]
-    lost = list(_lost(folder, tuned))
+        lines += ["", "## Microseconds a step", "", *_times(tuned, floor)]
+    lost = list(_lost(sweeps, tuned))
     if lost:
         lines += ["", "## What lost to nn.RNN", "", *lost]
     predicted = list(_predictions(tuned))
@@ -80,26 +81,28 @@ def _verified(folder: Path) -> dict[tuple[str, str], tuple[list[Row], int]]:
     return found
 
 
-def _keys(folder: Path) -> list[Row]:
+def _timed(folder: Path) -> list[Row]:
+    """The lines of first and tune: keys, and what their processes died of."""
+    return read(folder / "tune.jsonl")
+
+
+def _keys(timed: list[Row]) -> list[Row]:
     """The last row of each key that was timed, or tried."""
-    return list({row["key"]: row for row in read(folder / "tune.jsonl") if "key" in row}.values())
+    return list({row["key"]: row for row in timed if "key" in row}.values())
 
 
-def _fatal(folder: Path) -> list[Row]:
+def _fatal(timed: list[Row]) -> list[Row]:
     """The configs that were not right when they were to be timed, in verify's form.
 
     A key has no row of its own if its kernel was left alone after its first crash or hang.
     """
-    done = {row["key"] for row in _keys(folder)}
-    found = [
-        {"D": 1, "mode": "full", "bar": math.nan, **line["row"]}
-        for line in read(folder / "tune.jsonl")
-        if "row" in line and line["n"][0] not in done
-    ]
-    for row in _keys(folder):
+    more, keys = {"D": 1, "mode": "full", "bar": math.nan}, _keys(timed)
+    done = {row["key"] for row in keys}
+    found = [{**more, **line["row"]} for line in timed if "row" in line and line["n"][0] not in done]
+    for row in keys:
         same = {name: row[name] for name in ("kernel", "arithmetic", "backward", "B", "H")}
         found += [
-            {**same, "D": 1, "mode": "full", "bar": math.nan, **candidate}
+            {**same, **more, **candidate}
             for candidate in row["candidates"]
             if candidate.get("verdict") not in (None, "right")
         ]
@@ -109,17 +112,23 @@ def _fatal(folder: Path) -> list[Row]:
 def launches(folder: Path, wanted: tuple[str, ...]) -> list[Row]:
     """The launches of verify, first and tune that were judged so."""
     rows_of = [row for done, _ in _verified(folder).values() for row in done]
-    return [row for row in (*rows_of, *_fatal(folder)) if row["verdict"] in wanted]
+    return [row for row in (*rows_of, *_fatal(_timed(folder))) if row["verdict"] in wanted]
 
 
-def _summary(folder: Path, record: dict[str, Any], verified: dict, tuned: list[Row]) -> Iterator[str]:
+def _summary(
+    record: dict[str, Any],
+    verified: dict,
+    tuned: list[Row],
+    sweeps: dict[str, tables.Table],
+    floor: dict[str, Any],
+) -> Iterator[str]:
     """The page in a few sentences."""
     done = [row for some, _ in verified.values() for row in some]
     if done:
         right = sum(row["verdict"] == "right" for row in done)
         others = _counted(row["verdict"] for row in done if row["verdict"] != "right")
         yield f"**{right} of {len(done)} launches are right**{f'; {others}' if others else ''}."
-    for name, table in _sweeps(folder).items():
+    for name, table in sweeps.items():
         means = [mean for mean in table.means() if mean.contender == table.leader()]
         for mean in means:
             yield (
@@ -130,9 +139,8 @@ def _summary(folder: Path, record: dict[str, Any], verified: dict, tuned: list[R
     if tuned:
         parts = [row["us"] / expected for row in tuned if (expected := _expected(row))]
         yield f"**{len(tuned)} keys are timed**{_predicted(parts)}."
-    failed = _floor(folder).get("failed")
-    if failed:
-        yield f"There is no floor: {failed}."
+    if "failed" in floor:
+        yield f"There is no floor: {floor['failed']}."
 
 
 def _predicted(parts: list[float]) -> str:
@@ -216,7 +224,7 @@ def _named(config: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in config.items())
 
 
-def _times(folder: Path, tuned: list[Row]) -> Iterator[str]:
+def _times(tuned: list[Row], floor: dict[str, Any]) -> Iterator[str]:
     yield (
         "B = 16, forward / backward: the quickest config of each kernel, and cuDNN's operator; T drops out. "
         "Where cuDNN launches kernels for each step, the host bounds it. floor: the shortest step of this "
@@ -226,7 +234,7 @@ def _times(folder: Path, tuned: list[Row]) -> Iterator[str]:
     if busy:
         yield "cuDNN was timed while the machine's other cores compiled kernels."
     yield ""
-    step = _floor(folder).get("step")
+    step = floor.get("step")
     here = [row for row in tuned if row["B"] == 16]
     kernels = [name for name in KERNELS if any(row["kernel"] == name for row in here)]
     shapes = sorted({(list(verify.ARITHMETIC).index(row["arithmetic"]), row["H"]) for row in here})
@@ -240,8 +248,8 @@ def _times(folder: Path, tuned: list[Row]) -> Iterator[str]:
         }
         cells = [_both(found.get((kernel, False)), found.get((kernel, True))) for kernel in kernels]
         over = [_over(found, backward) for backward in (False, True)]
-        floor = f"{1e6 * floors.shortest_step(Workload(16, 1, H, H, arithmetic), step):.2f}" if step else ""
-        body.append([arithmetic, str(H), *cells, _both(*over), floor])
+        least = f"{1e6 * floors.shortest_step(Workload(16, 1, H, H, arithmetic), step):.2f}" if step else ""
+        body.append([arithmetic, str(H), *cells, _both(*over), least])
     headings = ("", "H", *kernels, "cudnn over ours", "floor")
     yield from pipes(headings, (False, *(True for _ in headings[1:])), body).splitlines()
 
@@ -269,10 +277,10 @@ def _sweeps(folder: Path) -> dict[str, tables.Table]:
     return {name: tables.Table(*found) for name, found in rows.read(path).items()} if path.exists() else {}
 
 
-def _lost(folder: Path, tuned: list[Row]) -> Iterator[str]:
+def _lost(sweeps: dict[str, tables.Table], tuned: list[Row]) -> Iterator[str]:
     """The sweeps' rows of the layer that are slower than nn.RNN, the slowest first, then the keys."""
     slower = []
-    for name, table in _sweeps(folder).items():
+    for name, table in sweeps.items():
         for swept in table.rows:
             if swept.contender == table.leader() and swept.speedup and tables.verdict(swept) == "slower":
                 slower.append((swept.speedup, name, swept))

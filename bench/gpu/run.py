@@ -24,6 +24,7 @@ import torch
 
 from bench import machine
 from bench.gpu.journal import Journal, forget, in_flight, read
+from bench.precompile import module_of
 from elman import routing
 from elman.kernels import configs
 from elman.kernels.configs import Chip
@@ -58,6 +59,11 @@ class Ended:
     verdict: str
     reason: str
     status: int | None = None
+
+    @property
+    def died(self) -> bool:
+        """Whether what it was at is to blame, and not the time."""
+        return self.verdict in (*FATAL, "failed")
 
 
 WELL = Ended("", "", 0)
@@ -162,9 +168,9 @@ class Run:
                 return Ended("hung", f"it took more than {patience:g} s")
             if self.stopped.is_set():
                 return Ended("unfinished", "the run was stopped")
-            if begun and time.monotonic() > end + GRACE and time.time() - begun["at"] > HANG_SECONDS:
-                return Ended("hung", f"it took more than {HANG_SECONDS:g} s, and the time was over")
             if time.monotonic() > end + GRACE:
+                if begun and time.time() - begun["at"] > HANG_SECONDS:
+                    return Ended("hung", f"it took more than {HANG_SECONDS:g} s, and the time was over")
                 return Ended("unfinished", "the time for it was over")
 
     def trusted(self) -> list[str]:
@@ -176,7 +182,7 @@ class Run:
         for path in (*self.folder.glob("verify.*.jsonl"), self.folder / "tune.jsonl"):
             for row in read(path):
                 found = row.get("row", row)
-                name = {"fused": "resident", "cell": "step"}.get(found.get("kernel"), found.get("kernel"))
+                name = module_of(found.get("kernel", ""))
                 verdicts = {found.get("verdict"), *(c.get("verdict") for c in found.get("candidates", ()))}
                 some |= path.name != "tune.jsonl" and "row" in row
                 right |= {name} if "right" in verdicts else set()
@@ -198,10 +204,10 @@ def supervise(run: Run, journal: Path, end: float, command: Callable[[], list[st
         forget(journal)  # else the next process would be taken for one that has hung since then
         ended = run.finish(run.start(*command(), "--until", f"{end:.1f}"), end, journal)
         begun = in_flight(journal)
-        if begun and ended.verdict in (*FATAL, "failed"):
+        if begun and ended.died:
             row = {**begun["what"], "verdict": ended.verdict, "reason": ended.reason}
             Journal(journal).add(n=begun["n"], row=row)
-        if ended.verdict in ("", "unfinished"):
+        if not ended.died:
             break
     return ended
 

@@ -201,8 +201,7 @@ def _verify(run: Run, kernel: str, arithmetic: str, end: float) -> tuple[int, in
     counts = ", ".join(f"{done.count(verdict)} {verdict}" for verdict in sorted(set(done)))
     left = f", {total - len(done)} left" if len(done) < total else ""
     run.say(f"verify: {kernel} {arithmetic}: {counts or ended.reason or 'none'}{left}")
-    died = ended.verdict in (*FATAL, "failed")
-    return len(done), total, f"{kernel} {arithmetic}: {ended.reason}" if died else ""
+    return len(done), total, f"{kernel} {arithmetic}: {ended.reason}" if ended.died else ""
 
 
 # times
@@ -236,7 +235,7 @@ def _time_keys(run: Run, end: float, *more: str) -> str:
         return ["bench.gpu.tuner", str(run.folder), "--table", str(run.table), *asked, "--kernels", able]
 
     ended = supervise(run, run.folder / "tune.jsonl", end, command)
-    return ended.reason if ended.verdict in (*FATAL, "failed") else ""
+    return ended.reason if ended.died else ""
 
 
 # sweep

@@ -36,11 +36,9 @@ KERNELS = (*configs.KERNELS, "cudnn")
 ARITHMETIC = ("bfloat16", "float32", "tf32", "float16")
 HIDDEN, BATCHES = cli.TUNED_H, cli.TUNED_B
 #: What "--first" times: the sizes at which one kernel hands over to the next, of one batch.
-FIRST_B, FIRST_ARITHMETIC, FIRST_KERNELS = (
-    (16,),
-    ("bfloat16", "float32"),
-    ("resident", "cooperative", "cudnn"),
-)
+FIRST_B = (16,)
+FIRST_ARITHMETIC = ("bfloat16", "float32")
+FIRST_KERNELS = ("resident", "cooperative", "cudnn")
 FIRST_H = tuple(H for H in HIDDEN if H <= 2048)
 
 
@@ -92,10 +90,10 @@ def keys(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[st
 def tune(kernel: str, problem: Problem, device: torch.device, journal: Journal, **more: Any) -> Row:
     """The key's row: "us", "p20", "p80" and "config" of the best, and "candidates". `more` is added to it."""
     on, start = common.chip(device), time.perf_counter()
-    key, (whole, tried) = str(tables.key_of(kernel, problem)), tuning.work(kernel, problem, on)
+    at, (whole, tried) = tables.key_of(kernel, problem), tuning.work(kernel, problem, on)
+    key = str(at)
     arithmetic = next(a for a, p in verify.ARITHMETIC.items() if p == (problem.dtype, problem.precision))
     fatal = {str(row["n"]): row["row"] for row in journal.rows if "row" in row}
-    at = tables.key_of(kernel, problem)
     described = {"kernel": kernel, "arithmetic": arithmetic, "B": at.B, "H": at.H, "backward": at.backward}
     # A time that is taken again is a process's work of its own.
     times = ["times", sum(row.get("key") == key for row in journal.rows)]
@@ -124,8 +122,9 @@ def tune(kernel: str, problem: Problem, device: torch.device, journal: Journal, 
     else:
         journal.begin([key, *times], patience=5, **described, config={})
     results = timing.measure(kernel, whole, right, device) if right else []
-    if machine.lost(device):  # a row now would say that it did no harm
-        raise LostGPU(machine.lost(device))
+    lost = machine.lost(device)
+    if lost:  # a row now would say that it did no harm
+        raise LostGPU(lost)
     for config, samples in zip(right, results, strict=True):
         candidate = found[tried.index(config)]
         if isinstance(samples, str):
