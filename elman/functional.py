@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import cudnn, eager, ops, packing, routing
 from .reference import ACTIVATIONS, stacked_weights
-from .routing import DTYPES
+from .routing import DTYPES, LOOPS
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
@@ -148,12 +148,12 @@ def _run_packed(
     route: routing.Route,
     options: cudnn.Options,
 ) -> tuple[Tensor, Tensor]:
-    """The output's data and h_n: packed all the way in eager, padded for the other backends."""
+    """The output's data and h_n: packed all the way in eager and native, padded for the other backends."""
     x, sizes, order, back = batch
     if order is not None:
         hx = hx.index_select(1, order)
         resets = None if resets is None else resets.index_select(1, order)
-    if route.backend == "eager":
+    if route.kernel in LOOPS:
         if resets is not None:
             resets = packing.pack(resets, packing.places(sizes, resets.shape[1]).to(x.device))
         output, h_n = _run(x, hx, weights, sizes, resets, route, options)
@@ -175,9 +175,9 @@ def _run_padded(
     route: routing.Route,
     options: cudnn.Options,
 ) -> tuple[Tensor, Tensor]:
-    """The output and h_n for x (T, B, I), whose rows have these lengths: packed for eager on the way."""
+    """The output and h_n for x (T, B, I), whose rows have these lengths: packed for eager and native."""
     T, B, _ = x.shape
-    if route.backend == "eager":
+    if route.kernel in LOOPS:
         batch, places = packing.from_padded(x, lengths)
         resets = None if resets is None else resets[: batch.batch_sizes.shape[0]]
         output, h_n = _run_packed(batch, hx, weights, resets, route, options)

@@ -5,7 +5,7 @@
     elman::layer_products   dz, x, h0, ... -> the gradients    what is left of the backward pass
 
 Where rows differ in length, `counts` is int64 and says how: the kernels take a padded x (T, B, I) and the
-rows' lengths (B,), eager a packed x (N, I) and its sizes (T,), see packing.py; otherwise it is None.
+rows' lengths (B,), LOOPS a packed x (N, I) and its sizes (T,), see packing.py; otherwise it is None.
 `resets`, bool, of x's shape without its last dimension, or None: where rows begin anew, see reference.layer;
 none lies past a row's length.
 
@@ -14,10 +14,10 @@ sequence, the vendor's library's work; they are an operator in graphs alone, whi
 for each T. Saved are the input, h0, the weights, the output, and counts and resets if there are any: act'
 follows from the output.
 
-`kernel` is "eager", the name of a module of elman.kernels ("resident", "cooperative", "step"), "triton": the
-quickest of these for each pass, or "cell": the step kernel with the input product in the same launch,
-for T = 1 and D = 1, where "triton" and "step" take it too. The config is chosen when a kernel runs: an
-operator's schema holds none.
+`kernel` is one of LOOPS: "eager", "native", or "cpu", native where it can run when the time comes, else eager;
+or the name of a module of elman.kernels ("resident", "cooperative", "step"), "triton": the quickest of these
+for each pass, or "cell": the step kernel with the input product in the same launch, for T = 1 and D = 1, where
+"triton" and "step" take it too. The config is chosen when a kernel runs: an operator's schema holds none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import batching, eager, packing, reference, routing
+from . import batching, eager, native, packing, reference, routing
+from .routing import LOOPS
 
 if TYPE_CHECKING:
     from .kernels import configs
@@ -193,8 +194,8 @@ def _layer(
     kernel: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    if kernel == "eager":
-        output = eager.forward(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity)
+    if kernel in LOOPS:
+        output = _loop(kernel, x).forward(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity)
     else:
         output = _scan(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision)
     B, (D, H, _) = h0.shape[1], w_hh.shape
@@ -203,6 +204,16 @@ def _layer(
     # Reversed, the last step is the first; a copy even of one, as h_n may be written into.
     ends = [_last(B, counts, output), _first(B, output)][:D]
     return output, torch.cat([output[end][None, :, d * H : (d + 1) * H] for d, end in enumerate(ends)])
+
+
+def _loop(kernel: str, sequence: Tensor) -> ModuleType:
+    """native or eager, by what can run now: a graph may have been made on another machine."""
+    if kernel == "eager":
+        return eager
+    why_not = routing.unavailable("native", sequence.device, sequence.dtype)
+    if why_not and kernel == "native":
+        raise routing.BackendUnavailableError(f"backend 'native' was asked for and can't run: {why_not}")
+    return eager if why_not else native
 
 
 def _scan(
@@ -247,8 +258,8 @@ def _layer_dz(
     precision: str,
 ) -> Tensor:
     """dz, of the output's shape, by the backward scan of any kernel."""
-    if kernel == "eager":
-        return eager.backward(g_out, g_hn, output, w_hh, counts, resets, nonlinearity)
+    if kernel in LOOPS:
+        return _loop(kernel, output).backward(g_out, g_hn, output, w_hh, counts, resets, nonlinearity)
     output, w_hh = (t.resolve_neg() if t.is_neg() else t for t in (output, w_hh))
     g_out, g_hn = (g.resolve_neg() if g is not None and g.is_neg() else g for g in (g_out, g_hn))
     dz = torch.empty_like(output)
@@ -649,7 +660,7 @@ def _register() -> torch.library.Library:
 
     @torch.library.register_fake("elman::layer_dz", lib=library)
     def _(g_out, g_hn, output, w_hh, counts, resets, nonlinearity, kernel, precision):
-        compute = reference.COMPUTE.get(output.dtype, output.dtype) if kernel == "eager" else output.dtype
+        compute = reference.COMPUTE.get(output.dtype, output.dtype) if kernel in LOOPS else output.dtype
         return output.new_empty(output.shape, dtype=compute)
 
     @torch.library.register_fake("elman::layer_products", lib=library)

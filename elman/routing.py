@@ -4,6 +4,7 @@ A backend asked for by name (the layer's argument first, then `use_backend`, the
 raises BackendUnavailableError; nothing else ever runs in its place. "auto" takes what is there:
 
     a sequence on CUDA    the quicker of triton and cudnn, see choice.py; eager where neither can run
+    one on a CPU          native, eager where that can't run
     anything else         eager
 
 In a graph being traced the sizes may be symbols, so Triton is taken where it can run, and which kernel
@@ -27,10 +28,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
+from . import compiled
+
 if TYPE_CHECKING:
     from .kernels.configs import Problem
 
-BACKENDS = ("triton", "cudnn", "eager")
+BACKENDS = ("triton", "cudnn", "native", "eager")
+#: The kernels of ops.py that are loops over time on a CPU: they take packed rows, and make dz in COMPUTE's dtype.
+LOOPS = ("eager", "native", "cpu")
 KERNELS = ("resident", "cooperative", "step")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("auto", *BACKENDS, *(f"triton:{kernel}" for kernel in KERNELS))
@@ -96,7 +101,7 @@ class BackendUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Route:
-    """Where a call goes: backend ("triton", "cudnn", "eager"), kernel, its config, and the reason.
+    """Where a call goes: backend (one of BACKENDS), kernel, its config, and the reason.
 
     In a call's own Route, which `explain` completes, the kernel "triton" is the quickest for each pass,
     found when it runs, and the config is empty.
@@ -117,7 +122,7 @@ class Route:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, layers that were built with backend="auto" use `name`.
 
-    name: "auto", "triton", "cudnn", "eager", or "triton:resident" (":cooperative", ":step") for one kernel.
+    name: "auto", "triton", "cudnn", "native", "eager", or "triton:resident" (":cooperative", ":step") for one kernel.
     It holds for all threads of the process. The environment variable ELMAN_BACKEND does the same for
     a whole run. Raises ValueError for another name; whether the backend can run is found out by the
     call that needs it.
@@ -194,6 +199,14 @@ def _found(
 ) -> Route:
     if name == "auto" and one_step:
         name, reason = "eager", "auto: one step is one call of torch's own operator"
+    elif name == "auto" and device.type == "cpu":
+        if is_traced():
+            return Route("native", "cpu", "auto: a graph is traced; it takes native where that can run")
+        why_not = unavailable("native", device, dtype)
+        name = "eager" if why_not else "native"
+        reason = (
+            f"auto: not native, because {why_not}" if why_not else "auto: the C loop for tensors on a CPU"
+        )
     elif name == "auto" and device.type != "cuda":
         name, reason = (
             "eager",
@@ -204,15 +217,15 @@ def _found(
     else:
         reason = "asked for by name"
         backend = name.partition(":")[0]
-        why_not = unavailable(backend, device, dtype, resets)
+        why_not = None if backend == "native" and is_traced() else unavailable(backend, device, dtype, resets)
         if name == "triton" and not why_not and not one_step and _sizes_are_known(hidden, batch):
             why_not = _nothing_left(
                 _passes(device, dtype, (hidden, batch, directions, ragged or resets)), device
             )
         if why_not:
             raise BackendUnavailableError(f"backend {backend!r} was asked for and can't run: {why_not}")
-    if name == "eager":
-        return Route("eager", "eager", reason)
+    if name in ("eager", "native"):
+        return Route(name, name, reason)
     if name == "cudnn":
         return Route("cudnn", "nn.RNN", reason)
     kernel = "cell" if one_step else name.partition(":")[2]
@@ -359,6 +372,10 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype, resets: 
     """None if `backend` can run on tensors of this device and dtype, else why not and what to do."""
     if backend == "eager":
         return None
+    if backend == "native":
+        if device.type != "cpu":
+            return f"the tensors are on {device.type!r}; native is for tensors on a CPU, so use 'auto' or 'eager'"
+        return compiled.unavailable(dtype == torch.float64)
     if backend == "cudnn":
         if resets:
             return "it has no resets; use 'auto', 'triton' or 'eager'"
@@ -442,10 +459,12 @@ def float32_precision(device: torch.device) -> str:
 def available_backends() -> dict[str, bool | str]:
     """For each backend True, or a sentence that says why it can't run on this machine.
 
-    It is asked for float32 tensors on the first CUDA device, or on the CPU where there is none.
+    It is asked for float32 tensors on the first CUDA device, or on the CPU where there is none; native is
+    asked for the CPU's, and compiled if it never was.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return {b: unavailable(b, device, torch.float32) or True for b in BACKENDS}
+    devices = {"native": torch.device("cpu")}
+    return {b: unavailable(b, devices.get(b, device), torch.float32) or True for b in BACKENDS}
 
 
 def explain(

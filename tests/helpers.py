@@ -21,7 +21,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 # Not asked of elman.available_backends(): a fault there must not make tests vanish.
 TRITON = ["triton:step", "triton:resident"] if importlib.util.find_spec("triton") else []
-BACKENDS = ["eager", *TRITON, *(["cudnn", "auto"] if DEVICE == "cuda" else [])]
+BACKENDS = ["native", "eager", *TRITON, *(["cudnn", "auto"] if DEVICE == "cuda" else [])]
 
 # nn.RNN's operator runs on CPU tensors too, and so does our wrapper around it when called directly.
 OPERATOR = "cudnn wrapper"

@@ -1,0 +1,178 @@
+"""kernels/native.c compiled for this very CPU, on first use, into the user's cache.
+
+The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again by a
+key of all that it was made from: the source, the compiler, its flags, and the CPU's model and instructions, so
+that a cache which several machines share holds one for each. It is written beside its place and then moved
+there: another process finds all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels") / "native.c"
+#: -ffast-math never: see the source. What the machine option is called depends on the processor's family.
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+MACHINES = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
+#: Seconds until a compiler that doesn't come back is given up; it takes one.
+PATIENCE = 120
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+class CompileError(RuntimeError):
+    """The C source could not be compiled or loaded; the message is a sentence that says why."""
+
+
+def cache_folder() -> Path:
+    """$ELMAN_CACHE_DIR/native, by default ~/.cache/elman/native."""
+    return Path(os.environ.get("ELMAN_CACHE_DIR") or Path.home() / ".cache" / "elman") / "native"
+
+
+def compiler() -> str | None:
+    """The C compiler's path, or None."""
+    named = os.environ.get("CC")
+    candidates = ("gcc", "clang") if named is None else (named,)
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def hopeless() -> str | None:
+    """None if it is worth trying, else why not; nothing is compiled to find out."""
+    if os.name != "posix":
+        return "its C source is for Linux and macOS; use 'eager'"
+    machine = platform.machine()
+    if machine not in MACHINES:
+        return f"this CPU is {machine!r}; its C source is for x86-64 with AVX2 and 64-bit Arm, so use 'eager'"
+    if machine == "x86_64" and _CPUINFO.exists() and " avx2 " not in _cpu() + " ":
+        return "this CPU has no AVX2, without which there is little to gain; use 'eager'"
+    if not SOURCE.exists():
+        return f"{SOURCE} is not there; install the package again, or use 'eager'"
+    return None
+
+
+@functools.cache
+def _cpu() -> str:
+    """The first core's model and instructions, as Linux names them."""
+    if not _CPUINFO.exists():
+        return platform.processor()
+    named = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    first = _CPUINFO.read_text(errors="replace").split("\n\n", 1)[0]
+    return "\n".join(line for line in first.splitlines() if line.startswith(named))
+
+
+_lock = threading.Lock()
+_found: dict[bool, ctypes.CDLL | CompileError] = {}
+
+
+def _unlock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)  # a thread that is not in the child may have held it
+
+
+def library(double: bool = False) -> ctypes.CDLL:
+    """The library for float32, or float64; what was found out once holds for the process.
+
+    Raises CompileError.
+    """
+    found = _found.get(double)
+    if found is None:
+        with _lock:
+            found = _found.get(double)
+            if found is None:
+                try:
+                    found = _load(double)
+                except CompileError as error:
+                    found = error
+                _found[double] = found
+    if isinstance(found, CompileError):
+        raise found
+    return found
+
+
+def forget() -> None:
+    """Has the next call look for a compiler and a library again."""
+    _found.clear()
+    _version.cache_clear()
+
+
+def unavailable(double: bool = False) -> str | None:
+    """None if the library can be had, else why not and what to do."""
+    try:
+        library(double)
+    except CompileError as error:
+        return str(error)
+    return None
+
+
+def _load(double: bool) -> ctypes.CDLL:
+    why_not = hopeless()
+    if why_not:
+        raise CompileError(why_not)
+    cc = compiler()
+    if cc is None:
+        named = os.environ.get("CC")
+        found = "there is no gcc and no clang" if named is None else f"CC is {named!r}, which is no program"
+        raise CompileError(f"it needs a C compiler, and {found}; install gcc, or use 'eager'")
+    flags = [*FLAGS, MACHINES[platform.machine()], *(["-DDOUBLE"] if double else [])]
+    made_from = (SOURCE.read_text(encoding="utf-8"), _version(cc), " ".join(flags), _cpu())
+    key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
+    path = cache_folder() / f"{'float64' if double else 'float32'}-{key}.so"
+    try:
+        if not path.exists():
+            _compile([cc, *flags], path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompileError(
+            f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to a "
+            "folder that can be written into and whose programs may run, or use 'eager'"
+        ) from error
+
+
+@functools.cache
+def _version(cc: str) -> str:
+    try:
+        told = subprocess.run([cc, "--version"], capture_output=True, text=True, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompileError(
+            f"the C compiler {cc} does not run: {error}; set CC to another, or use 'eager'"
+        ) from error
+    return cc + told.stdout
+
+
+def _compile(command: list[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".so")
+    os.close(handle)
+    try:
+        made = subprocess.run(
+            [*command, "-o", name, "-x", "c", str(SOURCE)], capture_output=True, text=True, timeout=PATIENCE
+        )
+        if made.returncode:
+            first = next(
+                (line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200]
+            )
+            raise CompileError(
+                f"the C compiler failed: {' '.join(command)} on {SOURCE.name} says {first!r}; set CC to another, "
+                "or use 'eager'"
+            )
+        os.replace(name, path)
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(
+            f"the C compiler {command[0]} did not come back within {PATIENCE} seconds; set CC to another, or use "
+            "'eager'"
+        ) from error
+    finally:
+        if os.path.exists(name):
+            os.unlink(name)

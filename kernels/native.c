@@ -1,0 +1,486 @@
+/* The recurrence on a CPU, for GCC and Clang, with their own vectors and no intrinsics.
+
+    forward     h_t  = act(z_t + W h_{t-1})               z = W_ih x + b in, the output out
+    backward    dz_t = act'(h_t) (g_t + W^T dz_{t+1})     g the output's gradient, h the output
+
+Both are one loop: a step's rows begin with what is known before (z_t or g_t), a product with the rows of the
+step before is added, and a function of each element ends it.
+
+    columns     PANEL at a time. W lies in panels [k][PANEL], packed once a call, so that a step reads it in order.
+    k           in blocks of 64, each a sum of its own: the block of a panel stays in the first cache while up to
+                32 rows use it, and a long sum rounds less in short ones.
+    rows        up to 6 at a time, whose sums of PANEL columns fill the registers.
+
+A sum's order depends on H and on the rows that a step has, and on nothing else: not on threads, not on the tile
+that a row fell into. So the bits don't either.
+
+Compiled for float, or with -DDOUBLE for double; elman/native.py compiles it and packs the arguments. -ffast-math
+must not be given: NaN and infinity count, and linking with it makes the whole process flush denormals.
+*/
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#ifdef DOUBLE
+typedef double real;
+typedef int64_t word; /* of a real's size */
+#else
+typedef float real;
+typedef int32_t word;
+#endif
+
+#if defined __AVX512F__
+enum { BYTES = 64, VECTORS = 4 }; /* of 32 registers 24 hold sums, 4 a row of the panel */
+#elif defined __AVX__
+enum { BYTES = 32, VECTORS = 2 }; /* of 16 registers 12 and 2 */
+#else
+enum { BYTES = 16, VECTORS = 4 };
+#endif
+enum {
+    LANES = BYTES / sizeof(real),
+    PANEL = VECTORS * LANES,
+    TILE = 6,   /* rows of a tile */
+    ROWS = 32,  /* rows of a work item, at most */
+    BLOCK = 64, /* summands of one sum */
+    LINE = 128, /* bytes that no two threads may write into: a cache line and its neighbour */
+};
+typedef real vec __attribute__((vector_size(BYTES)));
+typedef word mask __attribute__((vector_size(BYTES)));
+
+#define UNROLL _Pragma("GCC unroll 8") /* without it GCC keeps the sums on the stack */
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec get(const real *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void put(real *p, vec v) { memcpy(p, &v, sizeof v); }
+INLINE vec pick(mask where, vec a, vec b) { return (vec)((where & (mask)a) | (~where & (mask)b)); }
+INLINE vec all(real x) { return x - (vec){0}; }
+
+/* tanh x = m / (m + 2) with m = e^2x - 1, of |x|, as 2^n (e^r - 1) + (2^n - 1): right to 2 ulp everywhere. */
+#ifdef DOUBLE
+#define LAST 19.5 /* from here on tanh is 1 */
+#define MAGIC 0x1.8p52 /* added and taken away again, it rounds to an integer */
+#define MANTISSA 52
+#define LN2_HIGH 0x1.62e42feep-1
+#define LN2_LOW 1.9082149292705877e-10
+/* (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, at Chebyshev's points: right to 4e-17 of e^r - 1 */
+static const real SERIES[] = {2.51005692758136826e-8,  2.76203274282682382e-7,  2.75572680728900983e-6,
+                              2.48015207925726928e-5,  1.98412698633032233e-4,  1.38888889175382958e-3,
+                              8.33333333333001176e-3,  4.16666666666234768e-2,  0.166666666666666675,
+                              0.5};
+#else
+#define LAST 9.1f
+#define MAGIC 0x1.8p23f
+#define MANTISSA 23
+#define LN2_HIGH 0x1.62ep-1f
+#define LN2_LOW 3.1946184945309415e-05f
+static const real SERIES[] = {1.39263256181334621e-3f, 8.36329275303060231e-3f, 4.16665537625676384e-2f,
+                              0.166665763055606383f, 0.5f}; /* 2.5e-8 */
+#endif
+
+INLINE vec tanh_of(vec x) {
+    mask sign = (mask)x & (mask)all((real)-0.0);
+    vec a = (vec)((mask)x ^ sign);
+    a = pick(a > LAST, all(LAST), a); /* NaN stays: the comparison is false */
+    vec y = a + a, shifted = y * (real)(1 / 0.69314718055994530942) + MAGIC, n = shifted - MAGIC;
+    vec r = y - n * LN2_HIGH;
+    r -= n * LN2_LOW;
+    vec p = all(SERIES[0]);
+    UNROLL for (int i = 1; i < (int)(sizeof SERIES / sizeof *SERIES); i++) p = p * r + SERIES[i];
+    vec q = p * (r * r) + r; /* e^r - 1 */
+    vec power = (vec)(((mask)shifted << MANTISSA) + (mask)all(1)); /* 2^n: n is in the lowest bits */
+    vec m = power * q + (power - 1);
+    return (vec)((mask)(m / (m + 2)) | sign);
+}
+
+/* A float rounded to the nearest of bfloat16 or float16, ties to even. */
+enum { KEEP, BFLOAT16, FLOAT16 };
+INLINE vec round_to(vec x, int64_t rounding) {
+#ifndef DOUBLE
+    mask bits = (mask)x;
+    if (rounding == BFLOAT16) {
+        mask up = bits + (0x7fff + ((bits >> 16) & 1));
+        return pick(x == x, (vec)(up & ~0xffff), x);
+    }
+    if (rounding == FLOAT16) {
+        mask sign = bits & (mask)all(-0.0f);
+        vec a = (vec)(bits ^ sign);
+        vec small = (a + 0.75f) - 0.75f; /* below 2^-14 they are 2^-24 apart, as floats are at 0.75 */
+        mask up = ((bits ^ sign) + (0xfff + ((bits >> 13) & 1))) & ~0x1fff;
+        vec large = pick((vec)up > 65504.0f, all(__builtin_inff()), (vec)up);
+        vec rounded = pick(a < 0x1p-14f, small, large);
+        return pick(x == x, (vec)((mask)rounded | sign), x);
+    }
+#endif
+    (void)rounding;
+    return x;
+}
+
+/* ---- The product: totals (rows, PANEL) += h (rows, n) w (n, PANEL), n at most BLOCK ---- */
+
+#define DEFINE_TILE(R)                                                                                        \
+    static void tile_##R(const real *const *h, int64_t k, const real *w, int n, real *totals) {               \
+        vec sum[R][VECTORS] = {{{0}}};                                                                        \
+        const real *rows[R];                                                                                  \
+        UNROLL for (int r = 0; r < R; r++) rows[r] = h[r] + k;                                                \
+        for (int i = 0; i < n; i++, w += PANEL) {                                                             \
+            vec b[VECTORS];                                                                                   \
+            UNROLL for (int j = 0; j < VECTORS; j++) b[j] = get(w + j * LANES);                               \
+            UNROLL for (int r = 0; r < R; r++)                                                                \
+                UNROLL for (int j = 0; j < VECTORS; j++) sum[r][j] += rows[r][i] * b[j];                      \
+        }                                                                                                     \
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < VECTORS; j++) {                         \
+            real *total = totals + r * PANEL + j * LANES;                                                     \
+            put(total, get(total) + sum[r][j]);                                                               \
+        }                                                                                                     \
+    }
+DEFINE_TILE(1) DEFINE_TILE(2) DEFINE_TILE(3) DEFINE_TILE(4) DEFINE_TILE(5) DEFINE_TILE(6)
+
+typedef void tile(const real *const *, int64_t, const real *, int, real *);
+static tile *const TILES[] = {0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
+
+/* A single row: nn.RNN has a dot product here, whose sums are short. Four sums, each of every fourth summand. */
+static void single(const real *h, const real *w, int n, real *totals) {
+    vec sum[4][VECTORS] = {{{0}}};
+    int i = 0;
+    for (; i + 4 <= n; i += 4, w += 4 * PANEL)
+        UNROLL for (int c = 0; c < 4; c++) UNROLL for (int j = 0; j < VECTORS; j++)
+            sum[c][j] += h[i + c] * get(w + c * PANEL + j * LANES);
+    for (; i < n; i++, w += PANEL)
+        UNROLL for (int j = 0; j < VECTORS; j++) sum[0][j] += h[i] * get(w + j * LANES);
+    UNROLL for (int j = 0; j < VECTORS; j++)
+        put(totals + j * LANES, get(totals + j * LANES) + ((sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j])));
+}
+
+static void product(const real *const *h, int rows, int alone, const real *panel, int64_t K, real *totals) {
+    int tiles = (rows + TILE - 1) / TILE;
+    for (int64_t k = 0; k < K; k += BLOCK, panel += BLOCK * PANEL) {
+        int n = K - k < BLOCK ? (int)(K - k) : BLOCK;
+        if (alone) {
+            single(h[0] + k, panel, n, totals);
+            continue;
+        }
+        for (int i = 0, r = 0; i < tiles; i++) {
+            int size = (rows - r + tiles - i - 1) / (tiles - i); /* as even as can be */
+            TILES[size](h + r, k, panel, n, totals + r * PANEL);
+            r += size;
+        }
+    }
+}
+
+/* panels [k][PANEL] of m (K, N), whose elements lie `by_k` and `by_n` apart; zeros past N. */
+static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N, real *panels) {
+    for (int64_t n0 = 0; n0 < N; n0 += PANEL, panels += K * PANEL) {
+        int width = N - n0 < PANEL ? (int)(N - n0) : PANEL;
+        const real *from = m + n0 * by_n;
+        if (width < PANEL) memset(panels, 0, K * PANEL * sizeof(real));
+        if (by_n == 1)
+            for (int64_t k = 0; k < K; k++) memcpy(panels + k * PANEL, from + k * by_k, width * sizeof(real));
+        else
+            for (int64_t k0 = 0; k0 < K; k0 += 16) {
+                int64_t end = k0 + 16 < K ? k0 + 16 : K;
+                for (int j = 0; j < width; j++)
+                    for (int64_t k = k0; k < end; k++) panels[k * PANEL + j] = from[j * by_n + k * by_k];
+            }
+    }
+}
+
+/* ---- A scan: what the caller says, in fields of 8 bytes ---- */
+
+struct scan {
+    int64_t backward, relu, rounding;
+    int64_t D, T, B, H;     /* directions, steps, rows, hidden size */
+    int64_t begin, end;     /* which steps to do, counted in the order of the scan */
+    int64_t threads;        /* the most that may work, this one among them */
+    int64_t rows, groups;   /* a work item: so many rows, and one of so many groups of panels */
+    const int64_t *sizes;   /* packed rows: how many rows step t has, never more than the one before; or NULL */
+    const int64_t *offsets; /* then: how many rows lie before step t's */
+    const uint8_t *resets;  /* where a row begins anew; or NULL */
+    int64_t resets_t, resets_b;
+    const real *in; /* z or g, D * H columns; NULL: zeros */
+    int64_t in_t, in_b;
+    const real *h; /* backward: the output */
+    int64_t h_t, h_b;
+    real *out;
+    int64_t out_t, out_b;
+    const real *start; /* (D, B, H): h0; or the gradient of h_n or NULL */
+    int64_t start_d, start_b;
+    const real *w; /* (D, H, H) */
+    int64_t w_d, w_n, w_k;
+};
+
+struct item { /* one direction's rows and columns, with the steps that are done */
+    _Atomic int64_t state; /* 4 * steps + phase */
+    char apart[LINE - 8];
+};
+enum { FREE, CLAIMED, WRITING };
+
+struct job {
+    struct scan s;
+    int64_t items, blocks, panels, wide; /* of rows, of columns, of a group's columns */
+    int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
+    int64_t patience;                    /* ns that a thread waits for another before it does that one's work */
+    size_t scratch_size;
+    real *w, *zeros, *scratch;
+    _Atomic int references, closed, named;
+    struct item *item;
+    struct item *done; /* for each direction and block of rows: items that are done, all steps added up */
+    struct item *busy; /* for each thread: whether it is in an item */
+};
+
+INLINE int64_t place(const struct scan *s, int64_t t, int64_t b, int64_t by_t, int64_t by_b) {
+    return s->sizes ? (s->offsets[t] + b) * by_b : t * by_t + b * by_b;
+}
+INLINE int64_t rows_at(const struct scan *s, int64_t t) {
+    return t < 0 || t >= s->T ? 0 : s->sizes ? s->sizes[t] : s->B;
+}
+INLINE int is_reset(const struct scan *s, int64_t t, int64_t b) {
+    if (!s->resets || b >= rows_at(s, t)) return 0;
+    return s->resets[place(s, t, b, s->resets_t, s->resets_b)];
+}
+
+/* Where step t's row b comes from, and whether it comes from another step at all. */
+static const real *origin(const struct job *j, int64_t d, int64_t t, int64_t source, int64_t b) {
+    const struct scan *s = &j->s;
+    int cut = is_reset(s, t > source ? t : source, b);
+    if (cut) return j->zeros;
+    if (b < rows_at(s, source)) return s->out + place(s, source, b, s->out_t, s->out_b) + d * s->H;
+    return s->backward ? j->zeros : s->start + d * s->start_d + b * s->start_b;
+}
+
+/* Step t of item i into scratch (rows, wide): nothing that another thread might read is written. */
+static void compute(const struct job *j, int64_t i, int64_t step, real *scratch) {
+    const struct scan *s = &j->s;
+    int64_t group = i / (s->D * j->blocks), d = i / j->blocks % s->D, block = i % j->blocks;
+    int towards = (d == 0) == !s->backward ? 1 : -1; /* in which direction of time the scan goes */
+    int64_t t = towards > 0 ? step : s->T - 1 - step, source = t - towards;
+    int64_t b0 = block * s->rows, left = rows_at(s, t) - b0;
+    int rows = left < s->rows ? (int)left : (int)s->rows;
+    int alone = rows_at(s, t) == 1;
+    if (rows <= 0) return;
+    const real *from[ROWS];
+    int any = 0;
+    for (int r = 0; r < rows; r++) {
+        from[r] = origin(j, d, t, source, b0 + r);
+        any |= !s->backward || from[r] != j->zeros;
+    }
+    int64_t first = group * j->wide, last = first + j->wide < s->H ? first + j->wide : s->H;
+    for (int64_t n = first; n < last; n += PANEL, scratch += s->rows * PANEL) {
+        int64_t column = d * s->H + n;
+        size_t width = (last - n < PANEL ? last - n : PANEL) * sizeof(real);
+        const real *panel = j->w + (d * j->panels * PANEL + n) * s->H;
+        for (int pass = 0; pass < 2; pass++) { /* the second for rows that a reset makes begin with g alone */
+            for (int r = 0; r < rows; r++) {
+                if (pass && from[r] != j->zeros) continue;
+                real *total = scratch + r * PANEL;
+                if (width < sizeof(real) * PANEL) memset(total, 0, PANEL * sizeof(real));
+                if (s->in)
+                    memcpy(total, s->in + place(s, t, b0 + r, s->in_t, s->in_b) + column, width);
+                else
+                    memset(total, 0, width);
+                if (s->backward && s->start && b0 + r >= rows_at(s, source)) {
+                    const real *more = s->start + d * s->start_d + (b0 + r) * s->start_b + n;
+                    for (size_t e = 0; e < width / sizeof(real); e++) total[e] += more[e];
+                }
+            }
+            if (pass || !any) break;
+            product(from, rows, alone, panel, s->H, scratch);
+            if (!s->backward) break; /* zeros times infinite weights are NaN there, as the reference has it */
+        }
+        for (int r = 0; r < rows; r++) {
+            real *total = scratch + r * PANEL;
+            real h[PANEL];
+            if (width < sizeof h) memset(h, 0, sizeof h);
+            if (s->backward) memcpy(h, s->h + place(s, t, b0 + r, s->h_t, s->h_b) + column, width);
+            for (int e = 0; e < PANEL && e * sizeof(real) < width; e += LANES) {
+                vec v = get(total + e);
+                if (!s->backward) {
+                    v = s->relu ? pick(v < 0, all(0), v) : tanh_of(v);
+                    v = round_to(v, s->rounding);
+                } else if (s->relu)
+                    v = pick(get(h + e) <= 0, all(0), v);
+                else
+                    v *= 1 - get(h + e) * get(h + e);
+                put(total + e, v);
+            }
+        }
+    }
+}
+
+/* What compute() made, into its place. */
+static void commit(const struct job *j, int64_t i, int64_t step, const real *scratch) {
+    const struct scan *s = &j->s;
+    int64_t group = i / (s->D * j->blocks), d = i / j->blocks % s->D, block = i % j->blocks;
+    int64_t t = (d == 0) == !s->backward ? step : s->T - 1 - step;
+    int64_t b0 = block * s->rows, left = rows_at(s, t) - b0, rows = left < s->rows ? left : s->rows;
+    int64_t first = group * j->wide, last = first + j->wide < s->H ? first + j->wide : s->H;
+    for (int64_t n = first; n < last; n += PANEL, scratch += s->rows * PANEL)
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(s->out + place(s, t, b0 + r, s->out_t, s->out_b) + d * s->H + n, scratch + r * PANEL,
+                   (last - n < PANEL ? last - n : PANEL) * sizeof(real));
+}
+
+/* ---- Threads: each claims items that are ready, its own ones first ---- */
+
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+INLINE void rest(void) {
+#if defined __x86_64__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+INLINE int is_ready(struct job *j, int64_t i, int64_t steps) {
+    if (j->s.groups == 1) return 1;
+    int64_t done = atomic_load_explicit(&j->done[i % (j->items / j->s.groups)].state, memory_order_acquire);
+    return done >= steps * j->s.groups;
+}
+
+/* Step `steps` of item i, which is in phase CLAIMED; whoever comes first writes it, all others' work is lost. */
+static void finish(struct job *j, int64_t i, int64_t steps, real *scratch) {
+    compute(j, i, j->s.begin + steps, scratch);
+    int64_t expected = 4 * steps + CLAIMED;
+    if (!atomic_compare_exchange_strong(&j->item[i].state, &expected, 4 * steps + WRITING)) return;
+    commit(j, i, j->s.begin + steps, scratch);
+    atomic_store_explicit(&j->item[i].state, 4 * (steps + 1), memory_order_release);
+    atomic_fetch_add_explicit(&j->done[i % (j->items / j->s.groups)].state, 1, memory_order_release);
+}
+
+static int claim(struct job *j, int64_t i, int64_t all_steps, real *scratch) {
+    int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire), steps = state / 4;
+    if (steps >= all_steps || state % 4 != FREE || !is_ready(j, i, steps)) return 0;
+    if (!atomic_compare_exchange_strong(&j->item[i].state, &state, state + CLAIMED)) return 0;
+    if (j->s.groups > 1) {
+        finish(j, i, steps, scratch);
+        return 1;
+    }
+    int64_t end = steps + j->chunk < all_steps ? steps + j->chunk : all_steps;
+    for (; steps < end; steps++) {
+        compute(j, i, j->s.begin + steps, scratch);
+        commit(j, i, j->s.begin + steps, scratch);
+    }
+    atomic_store_explicit(&j->item[i].state, 4 * end, memory_order_release);
+    return 1;
+}
+
+/* Works until no step is left; a thread that isn't the caller's leaves when the job is closed. */
+static void work(struct job *j, int self) {
+    int64_t all_steps = j->s.end - j->s.begin, since = 0, per_thread = (j->items + j->s.threads - 1) / j->s.threads;
+    real *scratch = (real *)((char *)j->scratch + self * j->scratch_size);
+    for (unsigned turn = 0;; turn++) {
+        int worked = 0, left = 0;
+        for (int64_t n = 0; n < j->items; n++) {
+            /* Its own columns first, of all rows: their part of W is in its cache. */
+            int64_t i = (n + self * per_thread) % j->items;
+            if (atomic_load_explicit(&j->item[i].state, memory_order_acquire) >= 4 * all_steps) continue;
+            left = 1;
+            if (self) {
+                atomic_store(&j->busy[self].state, 1);
+                if (atomic_load(&j->closed)) {
+                    atomic_store(&j->busy[self].state, 0);
+                    return;
+                }
+            }
+            worked |= claim(j, i, all_steps, scratch);
+            if (self) atomic_store_explicit(&j->busy[self].state, 0, memory_order_release);
+        }
+        if (!left) return;
+        if (worked) {
+            since = 0;
+            continue;
+        }
+        if (j->closed) return;
+        rest();
+        if (turn % 16) continue;
+        int64_t time = now();
+        if (!since) since = time;
+        if (time - since < j->patience) continue;
+        /* The other thread may have lost its core. Self is 0: that one can't return before it is done. */
+        if (self || j->s.groups == 1) {
+            sched_yield();
+            continue;
+        }
+        for (int64_t i = 0; i < j->items; i++) {
+            int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire);
+            if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch);
+        }
+        since = 0;
+    }
+}
+
+static void leave(struct job *j) {
+    if (atomic_fetch_sub(&j->references, 1) == 1) free(j);
+}
+
+static void *helper(void *argument) {
+    struct job *j = argument;
+    work(j, atomic_fetch_add(&j->named, 1));
+    leave(j);
+    return 0;
+}
+
+static size_t rounded(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
+
+/* Steps begin to end of a scan; 0, or 1 where there is no memory for it. */
+int scan(const struct scan *s) {
+    int64_t panels = (s->H + PANEL - 1) / PANEL, wide = (panels + s->groups - 1) / s->groups * PANEL;
+    int64_t blocks = (s->B + s->rows - 1) / s->rows, items = s->D * blocks * s->groups;
+    size_t head = rounded(sizeof(struct job)), lines = (items + s->D * blocks + s->threads) * sizeof(struct item);
+    size_t w_size = rounded(s->D * panels * PANEL * s->H * sizeof(real)), zeros = rounded(s->H * sizeof(real));
+    size_t scratch_size = rounded(s->rows * wide * sizeof(real));
+    size_t size = head + lines + w_size + zeros + s->threads * scratch_size;
+    char *memory = aligned_alloc(LINE, size);
+    if (!memory) return 1;
+    struct job *j = (struct job *)memory;
+    memset(memory, 0, head + lines);
+    memory += head;
+    j->s = *s;
+    j->item = (struct item *)memory, j->done = j->item + items, j->busy = j->done + s->D * blocks;
+    j->w = (real *)(memory + lines), j->zeros = (real *)(memory + lines + w_size);
+    j->scratch = (real *)(memory + lines + w_size + zeros);
+    j->items = items, j->blocks = blocks, j->panels = panels, j->wide = wide, j->scratch_size = scratch_size;
+    memset(j->zeros, 0, zeros);
+    for (int64_t d = 0; d < s->D; d++) {
+        const real *w = s->w + d * s->w_d;
+        int64_t by_k = s->backward ? s->w_n : s->w_k, by_n = s->backward ? s->w_k : s->w_n;
+        pack(w, by_k, by_n, s->H, s->H, j->w + d * panels * PANEL * s->H);
+    }
+    int64_t work_of_item = s->rows * wide * s->H;
+    j->chunk = 1 + 3000000 / work_of_item;         /* some 0.1 ms */
+    j->patience = 20000 + work_of_item / 8;        /* several times what an item takes */
+    int helpers = (int)(s->threads < items ? s->threads : items) - 1;
+    atomic_init(&j->references, 1 + helpers);
+    atomic_init(&j->named, 1);
+    sigset_t every, before;
+    pthread_attr_t detached;
+    if (helpers) {
+        sigfillset(&every); /* a signal is for the threads that were there before */
+        pthread_sigmask(SIG_SETMASK, &every, &before);
+        pthread_attr_init(&detached);
+        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+        pthread_t thread;
+        for (int n = 0; n < helpers; n++)
+            if (pthread_create(&thread, &detached, helper, j)) leave(j); /* what it would have done others do */
+        pthread_attr_destroy(&detached);
+        pthread_sigmask(SIG_SETMASK, &before, 0);
+    }
+    work(j, 0);
+    atomic_store(&j->closed, 1);
+    for (int n = 1; n <= helpers; n++)
+        while (atomic_load(&j->busy[n].state)) sched_yield();
+    leave(j);
+    return 0;
+}
