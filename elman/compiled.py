@@ -1,8 +1,8 @@
 """kernels/native.c compiled for this very CPU, on first use, into the user's cache.
 
-The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again by a
-key of all that it was made from: the source, the compiler, its flags, and the CPU's model and instructions, so
-that a cache which several machines share holds one for each. It is written beside its place and then moved
+The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again
+by a key of all that it was made from: the source, the compiler, its flags, and the CPU's model and instructions.
+So a cache which several machines share holds one for each. A library is written beside its place and then moved
 there: another process finds all of it or nothing.
 """
 
@@ -135,8 +135,8 @@ def _load(double: bool) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise CompileError(
-            f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to a "
-            "folder that can be written into and whose programs may run, or use 'eager'"
+            f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to "
+            "a folder that can be written into and whose programs may run, or use 'eager'"
         ) from error
 
 
@@ -164,14 +164,14 @@ def _compile(command: list[str], path: Path) -> None:
                 (line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200]
             )
             raise CompileError(
-                f"the C compiler failed: {' '.join(command)} on {SOURCE.name} says {first!r}; set CC to another, "
-                "or use 'eager'"
+                f"the C compiler failed: {' '.join(command)} on {SOURCE.name} says {first!r}; set CC to "
+                "another, or use 'eager'"
             )
         os.replace(name, path)
     except subprocess.TimeoutExpired as error:
         raise CompileError(
-            f"the C compiler {command[0]} did not come back within {PATIENCE} seconds; set CC to another, or use "
-            "'eager'"
+            f"the C compiler {command[0]} did not come back within {PATIENCE} seconds; set CC to another, or "
+            "use 'eager'"
         ) from error
     finally:
         if os.path.exists(name):
