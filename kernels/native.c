@@ -312,6 +312,16 @@ static void combine(int64_t M, int64_t J, int64_t K, const real *c, int64_t c_j,
         }
 }
 
+/* out (columns, rows) = in (rows, columns)^T, and the sums of in's columns; in's rows lie `pitch` apart. */
+void transpose(const real *in, int64_t pitch, int64_t rows, int64_t columns, real *out, real *sums) {
+    const real one = 1;
+    for (int64_t r0 = 0; r0 < rows; r0 += 16)
+        for (int64_t c0 = 0; c0 < columns; c0 += 16)
+            for (int64_t c = c0; c < c0 + 16 && c < columns; c++)
+                for (int64_t r = r0; r < r0 + 16 && r < rows; r++) out[c * rows + r] = in[r * pitch + c];
+    if (sums) combine(1, rows, columns, &one, 0, 0, in, pitch, sums);
+}
+
 struct affine_backward { /* of one step, out = act(...): gradients, each where there is a place for it */
     int64_t act, N, H;
     int64_t K[2], a_r[2], w_c[2], g_r, out_r;
@@ -369,6 +379,7 @@ enum { FREE, CLAIMED, WRITING };
 struct job {
     struct scan s;
     int64_t items, blocks, panels, wide; /* of rows, of columns, of a group's columns */
+    int redone;                          /* whether an item is one step's, which two threads may do at once */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
     int64_t patience;                    /* ns that a thread waits for another before it does that one's work */
     size_t scratch_size;
@@ -520,7 +531,7 @@ static int claim(struct job *j, int64_t i, int64_t all_steps, real *scratch) {
     int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire), steps = state / 4;
     if (steps >= all_steps || state % 4 != FREE || !is_ready(j, i, steps)) return 0;
     if (!atomic_compare_exchange_strong(&j->item[i].state, &state, state + CLAIMED)) return 0;
-    if (j->s.groups > 1) {
+    if (j->redone) {
         finish(j, i, steps, scratch);
         return 1;
     }
@@ -567,11 +578,12 @@ static void work(struct job *j, int self) {
         int64_t time = now();
         if (!since) since = time;
         if (time - since < j->patience) continue;
-        /* The other thread may have lost its core. Self is 0: that one can't return before it is done. */
-        if (self || j->s.groups == 1) {
+        /* The other thread has lost its core, it seems. Who may not return before all is done does its work. */
+        if (self || !j->redone) {
             sched_yield();
             continue;
         }
+        atomic_store(&busy_until, time + WHILE);
         for (int64_t i = 0; i < j->items; i++) {
             int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire);
             if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch);
@@ -579,6 +591,10 @@ static void work(struct job *j, int self) {
         since = 0;
     }
 }
+
+/* When a thread last missed its core, plus a while: until then the others would mostly wait for it. */
+static _Atomic int64_t busy_until;
+enum { WHILE = 50000000 };
 
 static void leave(struct job *j) {
     if (atomic_fetch_sub(&j->references, 1) == 1) free(j);
@@ -617,9 +633,11 @@ int scan(const struct scan *s) {
         pack(s->w[d], by_k, by_n, s->K, s->H, j->w + d * panels * PANEL * s->K);
     }
     int64_t work_of_item = s->rows * wide * s->K;
+    j->redone = s->groups > 1 || s->end - s->begin == 1;
     j->chunk = 1 + 3000000 / work_of_item;         /* some 0.1 ms */
     j->patience = 20000 + work_of_item / 8;        /* several times what an item takes */
     int helpers = (int)(s->threads < items ? s->threads : items) - 1;
+    if (helpers && now() < atomic_load(&busy_until)) helpers = 0;
     atomic_init(&j->references, 1 + helpers);
     atomic_init(&j->named, 1);
     sigset_t every, before;
@@ -637,8 +655,10 @@ int scan(const struct scan *s) {
     }
     work(j, 0);
     atomic_store(&j->closed, 1);
+    int64_t since = helpers ? now() : 0;
     for (int n = 1; n <= helpers; n++)
         while (atomic_load(&j->busy[n].state)) sched_yield();
+    if (helpers && now() - since > j->patience) atomic_store(&busy_until, now() + WHILE);
     leave(j);
     return 0;
 }
