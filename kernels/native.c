@@ -105,19 +105,20 @@ INLINE vec tanh_of(vec x) {
 enum { KEEP, BFLOAT16, FLOAT16 };
 INLINE vec round_to(vec x, int64_t rounding) {
 #ifndef DOUBLE
-    mask bits = (mask)x;
+    typedef uint32_t bits __attribute__((vector_size(BYTES))); /* unsigned: a NaN's may wrap around */
+    bits given = (bits)x;
     if (rounding == BFLOAT16) {
-        mask up = bits + (0x7fff + ((bits >> 16) & 1));
-        return pick(x == x, (vec)(up & ~0xffff), x);
+        bits up = given + (0x7fff + ((given >> 16) & 1));
+        return pick(x == x, (vec)(up & ~0xffffu), x);
     }
     if (rounding == FLOAT16) {
-        mask sign = bits & (mask)all(-0.0f);
-        vec a = (vec)(bits ^ sign);
+        bits sign = given & (bits)all(-0.0f), size = given ^ sign;
+        vec a = (vec)size;
         vec small = (a + 0.75f) - 0.75f; /* below 2^-14 they are 2^-24 apart, as floats are at 0.75 */
-        mask up = ((bits ^ sign) + (0xfff + ((bits >> 13) & 1))) & ~0x1fff;
+        bits up = (size + (0xfff + ((size >> 13) & 1))) & ~0x1fffu;
         vec large = pick((vec)up > 65504.0f, all(__builtin_inff()), (vec)up);
         vec rounded = pick(a < 0x1p-14f, small, large);
-        return pick(x == x, (vec)((mask)rounded | sign), x);
+        return pick(x == x, (vec)((bits)rounded | sign), x);
     }
 #endif
     (void)rounding;
