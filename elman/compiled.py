@@ -1,9 +1,10 @@
 """kernels/native.c compiled for this very CPU, on first use, into the user's cache.
 
-The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again by a
-key of all that it was made from: the source, the compiler, its flags, and the CPU's model and instructions, so
-that a cache which several machines share holds one for each. It is written beside its place and then moved
-there: another process finds all of it or nothing.
+The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again
+by a key of all that it was made from: the source, the compiler, its flags, and the CPU's model and
+instructions, so that a cache which several machines share holds one for each. It is written beside its place
+and then moved there: another process finds all of it or nothing. Its name ends in a digest of its bytes, and
+one that was cut short, by a full disk say, is made again: loaded, it would end the process with a bus error.
 """
 
 from __future__ import annotations
@@ -33,8 +34,20 @@ class CompileError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """$ELMAN_CACHE_DIR/native, by default ~/.cache/elman/native."""
-    return Path(os.environ.get("ELMAN_CACHE_DIR") or Path.home() / ".cache" / "elman") / "native"
+    """native/ in $ELMAN_CACHE_DIR, else in elman/ of $XDG_CACHE_HOME or ~/.cache.
+
+    Raises CompileError for a user without a home: among temporary files anybody could put a library first.
+    """
+    named, cache = os.environ.get("ELMAN_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(os.path.expanduser(named), "native")
+    home = os.path.expanduser("~")
+    if not cache and home == "~":
+        raise CompileError(
+            "this user has no home to keep its library in; set the environment variable ELMAN_CACHE_DIR to a "
+            "folder, or use 'eager'"
+        )
+    return Path(cache or os.path.join(home, ".cache"), "elman", "native")
 
 
 def compiler() -> str | None:
@@ -128,11 +141,11 @@ def _load(double: bool) -> ctypes.CDLL:
     flags = [*FLAGS, MACHINES[platform.machine()], *(["-DDOUBLE"] if double else [])]
     made_from = (SOURCE.read_text(encoding="utf-8"), _version(cc), " ".join(flags), _cpu())
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{'float64' if double else 'float32'}-{key}.so"
+    folder, stem = cache_folder(), f"{'float64' if double else 'float32'}-{key}"
     try:
-        if not path.exists():
-            _compile([cc, *flags], path)
-        return ctypes.CDLL(str(path))
+        paths = folder.glob(f"{stem}-*.so")
+        intact = [path for path in paths if path.stem == f"{stem}-{_digest(path)}"]
+        return ctypes.CDLL(str(intact[0] if intact else _compile([cc, *flags], folder, stem)))
     except OSError as error:
         raise CompileError(
             f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to a "
@@ -140,10 +153,19 @@ def _load(double: bool) -> ctypes.CDLL:
         ) from error
 
 
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:  # another process has just put an intact one in its place
+        return ""
+
+
 @functools.cache
 def _version(cc: str) -> str:
     try:
-        told = subprocess.run([cc, "--version"], capture_output=True, text=True, timeout=PATIENCE)
+        told = subprocess.run(
+            [cc, "--version"], capture_output=True, text=True, errors="replace", timeout=PATIENCE
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(
             f"the C compiler {cc} does not run: {error}; set CC to another, or use 'eager'"
@@ -151,27 +173,33 @@ def _version(cc: str) -> str:
     return cc + told.stdout
 
 
-def _compile(command: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".so")
+def _compile(command: list[str], folder: Path, stem: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".so")
     os.close(handle)
     try:
         made = subprocess.run(
-            [*command, "-o", name, "-x", "c", str(SOURCE)], capture_output=True, text=True, timeout=PATIENCE
+            [*command, "-o", name, "-x", "c", str(SOURCE)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
         )
         if made.returncode:
             first = next(
                 (line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200]
             )
             raise CompileError(
-                f"the C compiler failed: {' '.join(command)} on {SOURCE.name} says {first!r}; set CC to another, "
-                "or use 'eager'"
+                f"the C compiler failed: {' '.join(command)} on {SOURCE.name} says {first!r}; set CC to "
+                "another, or use 'eager'"
             )
+        path = folder / f"{stem}-{_digest(Path(name))}.so"
         os.replace(name, path)
+        return path
     except subprocess.TimeoutExpired as error:
         raise CompileError(
-            f"the C compiler {command[0]} did not come back within {PATIENCE} seconds; set CC to another, or use "
-            "'eager'"
+            f"the C compiler {command[0]} did not come back within {PATIENCE} seconds; set CC to another, or "
+            "use 'eager'"
         ) from error
     finally:
         if os.path.exists(name):
