@@ -82,7 +82,8 @@ def _cpu() -> str:
 
 
 _lock = threading.Lock()
-_found: dict[bool, ctypes.CDLL | CompileError] = {}
+#: Libraries, or why there is none: an exception that is raised again and again would keep each call's frames.
+_found: dict[bool, ctypes.CDLL | str] = {}
 
 
 def _unlock() -> None:
@@ -107,10 +108,10 @@ def library(double: bool = False) -> ctypes.CDLL:
                 try:
                     found = _load(double)
                 except CompileError as error:
-                    found = error
+                    found = str(error)
                 _found[double] = found
-    if isinstance(found, CompileError):
-        raise found
+    if isinstance(found, str):
+        raise CompileError(found)
     return found
 
 
@@ -144,8 +145,8 @@ def _load(double: bool) -> ctypes.CDLL:
     folder, stem = cache_folder(), f"{'float64' if double else 'float32'}-{key}"
     try:
         paths = folder.glob(f"{stem}-*.so")
-        intact = [path for path in paths if path.stem == f"{stem}-{_digest(path)}"]
-        return ctypes.CDLL(str(intact[0] if intact else _compile([cc, *flags], folder, stem)))
+        path = next((path for path in paths if path.stem == f"{stem}-{_digest(path)}"), None)
+        return ctypes.CDLL(str(path or _compile([cc, *flags], folder, stem)))
     except OSError as error:
         raise CompileError(
             f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to a "
@@ -156,7 +157,7 @@ def _load(double: bool) -> ctypes.CDLL:
 def _digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError:  # another process has just put an intact one in its place
+    except OSError:  # gone, or not to be read
         return ""
 
 
