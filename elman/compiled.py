@@ -144,13 +144,13 @@ def _load(double: bool) -> ctypes.CDLL:
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
     folder, stem = cache_folder(), f"{'float64' if double else 'float32'}-{key}"
     try:
-        paths = folder.glob(f"{stem}-*.so")
-        path = next((path for path in paths if path.stem == f"{stem}-{_digest(path)}"), None)
+        kept = folder.glob(f"{stem}-*.so")
+        path = next((path for path in kept if path.stem == f"{stem}-{_digest(path)}"), None)
         return ctypes.CDLL(str(path or _compile([cc, *flags], folder, stem)))
     except OSError as error:
         raise CompileError(
-            f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to a "
-            "folder that can be written into and whose programs may run, or use 'eager'"
+            f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to "
+            "a folder that can be written into and whose programs may run, or use 'eager'"
         ) from error
 
 

@@ -1,0 +1,168 @@
+/* Scans of kernels/native.c in memory of exactly their size, for the compiler's sanitizers: tests/test_native.py
+compiles and runs it. Each result is compared with a plain loop, and with the bits of the other plans. */
+#include "../kernels/native.c"
+
+#include <dirent.h>
+#include <math.h>
+#include <stdio.h>
+
+struct shape {
+    int64_t T, B, H, D;
+};
+static const struct shape SHAPES[] = {
+    {1, 1, 1, 1}, {2, 1, 63, 2}, {3, 2, 17, 2}, {2, 33, 64, 1}, {3, 70, 130, 2}, {2, 7, 264, 1}, {9, 5, 3, 2},
+};
+static const struct {
+    int64_t threads, rows, groups;
+} PLANS[] = {{1, 32, 1}, {1, 1, 1}, {2, 8, 1}, {3, 5, 2}, {4, 32, 3}, {2, 7, 40}};
+#define COUNT(array) ((int)(sizeof array / sizeof *array))
+enum { PACKED = 1, RESETS = 2, RELU = 4, BACKWARD = 8, EXPANDED = 16, NO_START = 32, VARIANTS = 64 };
+
+static int failures;
+
+static void *get_memory(int64_t bytes) {
+    void *memory = malloc(bytes);
+    if (!memory) abort();
+    return memory;
+}
+
+static real number(void) { /* from -1 to 1 */
+    static uint64_t state = 88172645463325252u;
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (real)(state >> 11) * (real)0x1p-52 - 1;
+}
+
+static real *numbers(int64_t count, double scale) {
+    real *p = get_memory(count * sizeof(real));
+    for (int64_t i = 0; i < count; i++) p[i] = number() * (real)scale;
+    return p;
+}
+
+/* The element that step t's row b of direction d has in column n, from the states that the scan itself made. */
+static double expected(const struct scan *s, const real *in, int64_t d, int64_t t, int64_t b, int64_t n) {
+    int64_t source = t - ((d == 0) == !s->backward ? 1 : -1);
+    double total = in ? in[place(s, t, b, s->in_t, s->in_b) + d * s->H + n] : 0;
+    const real *from = 0;
+    int reset = is_reset(s, t > source ? t : source, b);
+    if (b < rows_at(s, source)) {
+        if (!reset) from = s->out + place(s, source, b, s->out_t, s->out_b) + d * s->H;
+    } else if (!s->backward) {
+        if (!reset) from = s->start + d * s->start_d + b * s->start_b;
+    } else if (s->start)
+        total += s->start[d * s->start_d + b * s->start_b + n];
+    const real *w = s->w + d * s->w_d + n * (s->backward ? s->w_k : s->w_n);
+    for (int64_t k = 0; from && k < s->H; k++) total += (double)w[k * (s->backward ? s->w_n : s->w_k)] * from[k];
+    double h = s->backward ? s->h[place(s, t, b, s->h_t, s->h_b) + d * s->H + n] : 0;
+    if (s->relu) return s->backward ? (h > 0 ? total : 0) : (total > 0 ? total : 0);
+    return s->backward ? total * (1 - h * h) : tanh(total);
+}
+
+static void test(struct shape z, int variant) {
+    int64_t rows = z.T * z.B, width = z.D * z.H, gap = 3;
+    int64_t *sizes = get_memory(z.T * sizeof *sizes), *offsets = get_memory(z.T * sizeof *offsets);
+    if (variant & PACKED) {
+        rows = 0;
+        for (int64_t t = 0; t < z.T; t++) {
+            sizes[t] = t ? (sizes[t - 1] + 2) / 3 : z.B;
+            offsets[t] = rows;
+            rows += sizes[t];
+        }
+    }
+    uint8_t *resets = get_memory(rows);
+    for (int64_t i = 0; i < rows; i++) resets[i] = number() > 0.3;
+    int backward = !!(variant & BACKWARD), expanded = backward && variant & EXPANDED;
+    int in_rows = !(variant & EXPANDED), by_b = width + gap;
+    real *in = numbers(in_rows ? (rows - 1) * by_b + width : width, 1);
+    real *h = numbers(rows * width, 1), *start = numbers(z.D * z.B * z.H, 1);
+    real *w = numbers(z.D * z.H * z.H, 1 / sqrt(z.H)), *first = 0;
+    for (int p = 0; p < COUNT(PLANS); p++) {
+        real *out = get_memory(rows * width * sizeof(real));
+        memset(out, 0xff, rows * width * sizeof(real)); /* NaN */
+        struct scan s = {
+            .backward = backward, .relu = !!(variant & RELU), .D = z.D, .T = z.T, .B = z.B, .H = z.H, .end = z.T,
+            .threads = PLANS[p].threads, .rows = PLANS[p].rows, .groups = PLANS[p].groups,
+            .sizes = variant & PACKED ? sizes : 0, .offsets = variant & PACKED ? offsets : 0,
+            .resets = variant & RESETS ? resets : 0, .resets_t = z.B, .resets_b = 1,
+            .in = in, .in_t = in_rows ? z.B * by_b : 0, .in_b = in_rows ? by_b : 0,
+            .h = backward ? h : 0, .h_t = z.B * width, .h_b = width,
+            .out = out, .out_t = z.B * width, .out_b = width,
+            .start = start, .start_d = z.B * z.H, .start_b = z.H,
+            .w = w, .w_d = z.H * z.H, .w_n = z.H, .w_k = 1,
+        };
+        if (backward && variant & NO_START) s.start = 0, s.in = expanded ? 0 : s.in;
+        if (!backward && variant & NO_START) s.w_n = 1, s.w_k = z.H; /* a transposed W instead */
+        if (!backward && !(variant & EXPANDED)) { /* in place, as the layer does it */
+            for (int64_t r = 0; r < rows; r++) memcpy(out + r * width, in + r * by_b, width * sizeof(real));
+            s.in = out, s.in_t = s.out_t, s.in_b = s.out_b;
+        }
+        struct scan part = s;
+        for (part.begin = 0; part.begin < z.T; part.begin = part.end) { /* in two calls */
+            part.end = part.begin ? z.T : (z.T + 1) / 2;
+            if (scan(&part)) abort();
+        }
+        if (first && memcmp(first, out, rows * width * sizeof(real))) {
+            printf("T=%d B=%d H=%d D=%d variant %d: plan %d has other bits\n", (int)z.T, (int)z.B, (int)z.H, (int)z.D,
+                   variant, p);
+            failures++;
+        }
+        if (first) {
+            free(out);
+            continue;
+        }
+        first = out;
+        const real *known = s.in;
+        if (known) known = in, s.in_t = in_rows ? z.B * by_b : 0, s.in_b = in_rows ? by_b : 0;
+        double worst = 0;
+        for (int64_t t = 0; t < z.T; t++)
+            for (int64_t b = 0; b < rows_at(&s, t); b++)
+                for (int64_t d = 0; d < z.D; d++)
+                    for (int64_t n = 0; n < z.H; n++) {
+                        double want = expected(&s, known, d, t, b, n);
+                        double off = fabs(out[place(&s, t, b, s.out_t, s.out_b) + d * z.H + n] - want);
+                        if (!(off <= worst)) worst = off; /* NaN too */
+                    }
+        if (!(worst < (sizeof(real) == 4 ? 1e-5 : 1e-14))) {
+            printf("T=%d B=%d H=%d D=%d variant %d: off by %g\n", (int)z.T, (int)z.B, (int)z.H, (int)z.D, variant, worst);
+            failures++;
+        }
+    }
+    free(first), free(in), free(h), free(start), free(w), free(resets), free(sizes), free(offsets);
+}
+
+#ifndef DOUBLE
+/* Every sort of float through both roundings: only whether a sanitizer objects counts here. */
+static void test_roundings(void) {
+    uint32_t special[] = {0, 1, 0x7fffff, 0x800000, 0x33000001, 0x387fffff, 0x477fefff, 0x477ff000, 0x7f7fffff,
+                          0x7f800000, 0x7f800001, 0x7fc00000, 0x7fffffff, 0xff800000, 0xffffffff, 0x80000000};
+    int64_t H = COUNT(special);
+    for (int rounding = BFLOAT16; rounding <= FLOAT16; rounding++)
+        for (int relu = 0; relu < 2; relu++) {
+            real *out = get_memory(sizeof special), *start = numbers(H, 0), *w = numbers(H * H, 0);
+            memcpy(out, special, sizeof special);
+            struct scan s = {.relu = relu, .rounding = rounding, .D = 1, .T = 1, .B = 1, .H = H, .end = 1, .threads = 1,
+                             .rows = 1, .groups = 1, .in = out, .in_t = H, .in_b = H, .out = out, .out_t = H,
+                             .out_b = H, .start = start, .start_d = H, .start_b = H, .w = w, .w_d = H * H, .w_n = H,
+                             .w_k = 1};
+            if (scan(&s)) abort();
+            free(out), free(start), free(w);
+        }
+}
+#endif
+
+int main(void) {
+    int scans = 0;
+    for (int i = 0; i < COUNT(SHAPES); i++)
+        for (int variant = 0; variant < VARIANTS; variant++, scans++) test(SHAPES[i], variant);
+#ifndef DOUBLE
+    test_roundings();
+#endif
+    for (int tries = 0, threads = 2; threads > 1 && tries < 5000; tries++) { /* helpers that are yet to leave */
+        DIR *tasks = opendir("/proc/self/task");
+        if (!tasks) break;
+        for (threads = -2; readdir(tasks);) threads++;
+        closedir(tasks);
+        nanosleep(&(struct timespec){0, 1000000}, 0);
+    }
+    printf("%d scans, %d wrong\n", scans, failures);
+    return failures != 0;
+}
