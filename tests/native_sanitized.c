@@ -1,5 +1,6 @@
 /* Scans of kernels/native.c in memory of exactly their size, for the compiler's sanitizers: tests/test_native.py
-compiles and runs it. Each result is compared with a plain loop, and with the bits of the other plans. */
+compiles and runs it. Each result is compared with a plain loop, and with the bits of the other plans. An argument:
+how many of SHAPES. */
 #include "../kernels/native.c"
 
 #include <dirent.h>
@@ -10,7 +11,7 @@ struct shape {
     int64_t T, B, H, D;
 };
 static const struct shape SHAPES[] = {
-    {1, 1, 1, 1}, {2, 1, 63, 2}, {3, 2, 17, 2}, {2, 33, 64, 1}, {3, 70, 130, 2}, {2, 7, 264, 1}, {9, 5, 3, 2},
+    {1, 1, 1, 1}, {2, 1, 63, 2}, {3, 2, 17, 2}, {2, 33, 64, 1}, {2, 14, 130, 1}, {7, 5, 3, 2},
 };
 static const struct {
     int64_t threads, rows, groups;
@@ -149,9 +150,9 @@ static void test_roundings(void) {
 }
 #endif
 
-int main(void) {
-    int scans = 0;
-    for (int i = 0; i < COUNT(SHAPES); i++)
+int main(int argc, char **argv) {
+    int scans = 0, shapes = argc > 1 ? atoi(argv[1]) : COUNT(SHAPES);
+    for (int i = 0; i < shapes; i++)
         for (int variant = 0; variant < VARIANTS; variant++, scans++) test(SHAPES[i], variant);
 #ifndef DOUBLE
     test_roundings();

@@ -202,7 +202,7 @@ print(layer(torch.ones(2, 3, 4))[0].sum().item())
 
 
 def test_processes_that_compile_at_once(compiler, cache):
-    """Not at import; then, by a compiler that takes its time, at once: they leave one good library, no more."""
+    """Not at import; then, by a compiler that takes its time, at once: they leave one good library."""
     calls = compiler(instead="sleep 1")
     processes = [python(FIRST_USE) for _ in range(2)]
     try:
