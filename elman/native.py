@@ -19,8 +19,8 @@ from .reference import COMPUTE
 #: `struct scan` of the C source: 33 fields of 8 bytes.
 _FIELDS = struct.Struct("33q")
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
-#: Multiply-adds of one call into C: some tenths of a second, after which Ctrl-C is heard.
-PER_CALL = 2**32
+#: Nanoseconds of one call into C, after which Ctrl-C is heard.
+PER_CALL = 4e8
 
 
 class Plan(NamedTuple):
@@ -104,7 +104,7 @@ def _scan(
     given, h, start = (None if t is None else _readable(t) for t in (given, h, start))
     w_hh = w_hh.resolve_neg()
     threads, rows, groups = plan(B, H, T, D, out.element_size())
-    per_call = max(1, PER_CALL // (D * B * H * H))
+    per_call = _steps(B, H, D, out.element_size())
     scan = compiled.library(out.dtype == torch.float64).scan
     for begin in range(0, T, per_call):
         fields = _FIELDS.pack(
@@ -134,6 +134,12 @@ def _scan(
             raise MemoryError(
                 f"no memory for a scan's copy of W_hh, {D} x {H} x {H}; free some, or use 'eager'"
             )
+
+
+def _steps(B: int, H: int, D: int, itemsize: int) -> int:
+    """As many as one thread of a slow CPU does in PER_CALL: each reads W from memory, multiplies and begins."""
+    ns = D * (H * H * itemsize / 4 * (0.5 + 0.1 * B) + B * H + 200)
+    return max(1, int(PER_CALL / ns))
 
 
 def _readable(t: Tensor) -> Tensor:
