@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import cudnn, eager, ops, packing, routing
+from . import cudnn, eager, native, ops, packing, routing
 from .reference import ACTIVATIONS, stacked_weights
 from .routing import DTYPES, LOOPS
 
@@ -62,6 +62,13 @@ def elman(
     BackendUnavailableError for a backend that can't run. While torch.compile or torch.export looks on, a
     PackedSequence's numbers and lengths are not checked.
     """
+    options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)
+    key = None
+    if lengths is None and resets is None:
+        key = _key(input, hx, weights, backend, nonlinearity, options, batch_first)
+        call = None if key is None else _checked.get(key)
+        if call is not None:
+            return call(input, hx, weights)
     if type(weights) is list or (
         isinstance(weights, Iterable)
         and not isinstance(weights, Tensor)
@@ -105,11 +112,16 @@ def elman(
     _check_sequence(data, hx, weights, num_layers, D, bias, batch_first, packed)
     x, hx, weights, plain = _prepare(data, hx, weights, ValueError)
     batched = packed is not None or x.dim() == 3
+    if key is not None:
+        B = x.shape[0 if batch_first else 1] if batched else 1
+        route = routing.route(backend, x.device, x.dtype, weights[1].shape[0], B, D)
+        call = _remember(key, _call(x, hx, weights, route, options, batch_first))
+        return call(x, hx, weights)
     if not batched:
         x, hx = x.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
     elif batch_first and packed is None:
         x = x.transpose(0, 1)
-    B: Any = x.shape[1] if packed is None else _first_number(packed.batch_sizes)
+    B = x.shape[1] if packed is None else _first_number(packed.batch_sizes)
     H = weights[1].shape[0]
     if lengths is not None:
         _check_lengths(lengths, x.shape[0], B, x.device)
@@ -126,7 +138,6 @@ def elman(
         hx = x.new_zeros(num_layers * D, rows, H)
     ragged, cut = packed is not None or lengths is not None, resets is not None
     route = routing.route(backend, x.device, x.dtype, H, B, D, ragged=ragged, resets=cut)
-    options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)
     with plain:
         if packed is not None:
             data, h_n = _run_packed(PackedSequence(x, *packed[1:]), hx, weights, resets, route, options)
@@ -135,6 +146,92 @@ def elman(
             x, h_n = _run(x, hx, weights, None, resets, route, options)
         else:
             x, h_n = _run_padded(x, hx, weights, lengths, resets, route, options)
+    if not batched:
+        return x.squeeze(1), h_n.squeeze(1)
+    return x.transpose(0, 1) if batch_first else x, h_n
+
+
+#: What does a call whose arguments were checked, on a CPU, by all that the checks and the Route follow from.
+#: Checking costs more than a short sequence.
+_checked: dict[tuple, Callable[..., Any]] = {}
+
+
+def _key(
+    input: Any, hx: Any, weights: Any, backend: str | None, nonlinearity: str, *options: Any
+) -> tuple | None:
+    """A call's key in `_checked`, or None where its answer follows from more than can be said here."""
+    if type(weights) is not list or type(nonlinearity) is not str:
+        return None
+    tensors = [input, *weights] if hx is None else [input, hx, *weights]
+    if not ops.is_unobserved(tensors) or torch._C._is_any_autocast_enabled():
+        return None
+    seen: list[Any] = []
+    for t in tensors:
+        if not t.is_cpu or t.layout is not torch.strided or t.is_neg():
+            return None
+        seen += (t.shape, t.stride(), t.dtype)
+    return hx is None, routing.asked_for(backend), nonlinearity, *options, *seen
+
+
+def _remember(key: tuple, call: Callable[..., Any]) -> Callable[..., Any]:
+    if len(_checked) >= 512:
+        _checked.clear()
+    _checked[key] = call
+    return call
+
+
+def _call(
+    x: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    route: routing.Route,
+    options: cudnn.Options,
+    batch_first: bool,
+) -> Callable[..., Any]:
+    """What makes output and h_n of such tensors."""
+    if route.backend == "native" and options.num_layers == 1 and not options.bidirectional and x.dim() == 3:
+        x = x.transpose(0, 1) if batch_first else x
+        h = x.new_zeros(1, x.shape[1], weights[1].shape[0]) if hx is None else hx
+        if len(x) == 1 and native.Step.fits(x, h, weights):
+            step = native.Step(x, h, weights, options.nonlinearity)
+            return partial(_run_one, step=step, zeros=h if hx is None else None, batch_first=batch_first)
+    return partial(_run_whole, route=route, options=options, batch_first=batch_first, plain=True)
+
+
+def _run_one(
+    x: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    step: native.Step,
+    zeros: Tensor | None,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output and h_n of a sequence of one step."""
+    output, h_n = ops.plain_step(
+        step, x.transpose(0, 1) if batch_first else x, hx if zeros is None else zeros, weights
+    )
+    return output.transpose(0, 1) if batch_first else output, h_n
+
+
+def _run_whole(
+    x: Any,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    route: routing.Route,
+    options: cudnn.Options,
+    batch_first: bool,
+    plain: bool,
+) -> tuple[Any, Tensor]:
+    """The output and h_n of checked tensors, rows having T steps each; plain: `ops.is_unobserved`."""
+    batched = x.dim() == 3
+    if not batched:
+        x, hx = x.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
+    elif batch_first:
+        x = x.transpose(0, 1)
+    if hx is None:
+        groups = options.num_layers * (1 + options.bidirectional)
+        hx = x.new_zeros(groups, x.shape[1], weights[1].shape[0])
+    x, h_n = _run(x, hx, weights, None, None, route, options, plain)
     if not batched:
         return x.squeeze(1), h_n.squeeze(1)
     return x.transpose(0, 1) if batch_first else x, h_n
@@ -195,15 +292,20 @@ def _run(
     resets: Tensor | None,
     route: routing.Route,
     options: cudnn.Options,
+    plain: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The layers' output and h_n, for x, counts and resets as `ops.layer` takes them."""
+    """The layers' output and h_n, for x, counts and resets as `ops.layer` takes them.
+
+    plain: `ops.is_unobserved` is known to hold.
+    """
     if route.backend == "cudnn":
         return cudnn.elman(x, hx, weights, counts, options)
     num_layers, D = options.num_layers, 1 + options.bidirectional
     precision = routing.float32_precision(x.device) if x.dtype == torch.float32 else "ieee"
     states = []
     h0s = hx.split(D) if num_layers > 1 else (hx,)
-    plain, size = ops.is_unobserved((x, hx, counts, resets, *weights)), len(weights) // num_layers
+    plain = plain or ops.is_unobserved((x, hx, counts, resets, *weights))
+    size = len(weights) // num_layers
     layers: Sequence[Any] = h0s if plain else stacked_weights(weights, num_layers, D, options.bias)
     for n, (h0, layer) in enumerate(zip(h0s, layers, strict=True)):
         if n and options.dropout:
@@ -240,6 +342,11 @@ def elman_step(
     tensors of different dtypes are a RuntimeError, as nn.RNNCell's are.
     """
     tensors = (input, hx, w_ih, w_hh, b_ih, b_hh)
+    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    key = None if (b_ih is None) != (b_hh is None) else _key(input, hx, weights, backend, nonlinearity)
+    call = None if key is None else _checked.get(key)
+    if call is not None:
+        return call(input, hx, weights)
     if has_torch_function(tensors):
         overriding = _overriding(*tensors)
         if overriding:
@@ -249,28 +356,43 @@ def elman_step(
     if (b_ih is None) != (b_hh is None):
         raise ValueError("one of b_ih and b_hh is None; expected both or neither: pass zeros for it")
     check_option("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
-    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     _check_step(input, hx, weights)
     x, h, weights, plain = _prepare(input, hx, weights, RuntimeError)
+    B = x.shape[0] if x.dim() == 2 else 1
+    route = routing.route(backend, x.device, x.dtype, weights[1].shape[0], B, one_step=True)
+    if key is not None:
+        if route.backend == "native" and hx is not None and x.dim() == 2 and native.Step.fits(x, hx, weights):
+            return _remember(key, partial(ops.plain_step, native.Step(x, hx, weights, nonlinearity)))(
+                x, hx, weights
+            )
+        _remember(key, partial(_run_step, nonlinearity=nonlinearity, route=route))
+    with plain:
+        return _run_step(x, h, weights, nonlinearity, route)
+
+
+def _run_step(
+    x: Tensor,
+    h: Tensor | None,
+    weights: list[Tensor],
+    nonlinearity: str,
+    route: routing.Route,
+) -> Tensor:
+    """The state after one step of checked tensors."""
     batched = x.dim() == 2
     if not batched:
         x, h = x.unsqueeze(0), None if h is None else h.unsqueeze(0)
     if h is None:
         h = x.new_zeros(x.shape[0], weights[1].shape[0])
-    route = routing.route(backend, x.device, x.dtype, h.shape[1], x.shape[0], one_step=True)
-    with plain:
-        if route.backend == "eager":
-            new = eager.step(x, h, *weights, nonlinearity=nonlinearity)
-        elif route.backend == "cudnn":
-            options = cudnn.Options(len(weights) == 4, 1, nonlinearity, 0.0, False, False)
-            new = cudnn.elman(x[None], h[None], weights, None, options)[0][0]
-        else:
-            ((w1, w2, b),) = stacked_weights(weights, 1, 1, len(weights) == 4)
-            precision = routing.float32_precision(x.device)
-            sequence = ops.layer(
-                x[None], h[None], w1, w2, b, None, None, nonlinearity, route.kernel, precision
-            )
-            new = sequence[0][0]
+    if route.backend == "eager":
+        new = eager.step(x, h, *weights, nonlinearity=nonlinearity)
+    elif route.backend == "cudnn":
+        options = cudnn.Options(len(weights) == 4, 1, nonlinearity, 0.0, False, False)
+        new = cudnn.elman(x[None], h[None], weights, None, options)[0][0]
+    else:
+        ((w1, w2, b),) = stacked_weights(weights, 1, 1, len(weights) == 4)
+        precision = routing.float32_precision(x.device)
+        sequence = ops.layer(x[None], h[None], w1, w2, b, None, None, nonlinearity, route.kernel, precision)
+        new = sequence[0][0]
     return new if batched else new.squeeze(0)
 
 

@@ -1,26 +1,31 @@
 """The backend native: a layer on a CPU by kernels/native.c, with eager's arguments and results.
 
-The scans are C. Products over the whole sequence are torch's, see products.py. Nothing here sets torch's number
-of threads: a call has threads of its own, at most as many as torch has, and one where that is quickest.
+The scans are C, and so are short products; long ones are torch's, see products.py. Nothing here sets torch's
+number of threads: a scan has threads of its own, at most as many as torch has, and one where that is quickest.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import compiled, eager
-from .reference import COMPUTE
+from .reference import COMPUTE, join
 
-#: `struct scan` of the C source: 33 fields of 8 bytes.
-_FIELDS = struct.Struct("33q")
+#: `struct scan` and `struct affine` of the C source, all fields of 8 bytes.
+_SCAN, _CONSTANT, _POINTERS = struct.Struct("35q"), struct.Struct("11q"), struct.Struct("7q")
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
+_ACTS = {"tanh": 0, "relu": 1, "none": 2}
+_BACKWARD = struct.Struct("24q")
 #: Nanoseconds of one call into C, after which Ctrl-C is heard.
 PER_CALL = 4e8
+#: Multiply-adds up to which a product is C's, on one core: torch's threads would meet for less than they cost.
+SHORT = 2**20
 
 
 class Plan(NamedTuple):
@@ -33,11 +38,10 @@ class Plan(NamedTuple):
 
 def plan(B: int, H: int, T: int, D: int, itemsize: int = 4) -> Plan:
     """The quickest by the model below."""
-    threads = torch.get_num_threads()
     forced = os.environ.get("NATIVE_PLAN")
     if forced:
         return Plan(*map(int, forced.split(",")))
-    return Plan(1, min(B, 32), 1) if threads == 1 else Plan(1, min(B, 32), 1)
+    return Plan(1, min(B, 32), 1)
 
 
 def forward(
@@ -51,13 +55,118 @@ def forward(
     nonlinearity: str,
 ) -> Tensor:
     """As `eager.forward`."""
-    dtype, compute = x.dtype, COMPUTE.get(x.dtype, x.dtype)
+    b_ih = None if bias is None else bias.unbind(0)
+    return _forward(x, h0, w_ih.unbind(0), w_hh.unbind(0), b_ih, None, sizes, resets, nonlinearity)
+
+
+def plain_forward(
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    D: int,
+    sizes: Tensor | None,
+    resets: Tensor | None,
+    nonlinearity: str,
+) -> Tensor:
+    """As `forward`, with nn.RNN's own weights of one layer, which are read where they lie."""
+    n = len(weights) // D
+    b_ih, b_hh = (weights[2::4], weights[3::4]) if n == 4 else (None, None)
+    return _forward(x, h0, weights[::n], weights[1::n], b_ih, b_hh, sizes, resets, nonlinearity)
+
+
+def _forward(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor] | None,
+    b_hh: Sequence[Tensor] | None,
+    sizes: Tensor | None,
+    resets: Tensor | None,
+    nonlinearity: str,
+) -> Tensor:
+    """The output; weights and biases for each direction. Without b_hh, b_ih is the sum of both."""
+    dtype, D, (H, I) = x.dtype, len(w_hh), w_ih[0].shape
+    rounding, compute = _ROUNDING.get(dtype, 0), COMPUTE.get(dtype, dtype)
     if compute != dtype:
-        x, h0, w_ih, w_hh = x.to(compute), h0.to(compute), w_ih.to(compute), w_hh.to(compute)
-        bias = None if bias is None else bias.to(compute)
-    output = eager.project(x, w_ih, bias)
-    _scan(False, nonlinearity, _ROUNDING.get(dtype, 0), output, None, output, h0, w_hh, sizes, resets)
+        x, h0 = x.to(compute), h0.to(compute)
+        w_ih, w_hh = [w.to(compute) for w in w_ih], [w.to(compute) for w in w_hh]
+        b_ih, b_hh = (None if some is None else [b.to(compute) for b in some] for some in (b_ih, b_hh))
+    one_step = sizes is None and resets is None and len(x) == 1
+    rows = x.shape[0] if sizes is not None else x.shape[0] * x.shape[1]
+    if rows * D * H * (I + H if one_step else I) > SHORT:
+        if b_ih is not None and b_hh is not None:
+            b_ih = [b + b_too for b, b_too in zip(b_ih, b_hh, strict=True)]
+        output = eager.project(x, join(w_ih), None if b_ih is None else join(b_ih))
+    else:
+        output = x.new_empty(*x.shape[:-1], D * H)
+        h = _readable(h0) if one_step else None
+        # For one step this is all that is to do.
+        act = nonlinearity if one_step else "none"
+        _affine(_readable(x.reshape(rows, I)), h, w_ih, w_hh, b_ih, b_hh, output, act, rounding)
+        if one_step:
+            return output.to(dtype)
+    _scan(False, nonlinearity, rounding, output, None, output, h0, w_hh, sizes, resets)
     return output.to(dtype)
+
+
+class Step:
+    """One step of tensors whose shapes, strides and dtype are known: what it is made from, and no others.
+
+    x (B, I) and h (B, H), or each with a 1 before; weights w_ih, w_hh and, with biases, b_ih and b_hh.
+    """
+
+    def __init__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor], nonlinearity: str) -> None:
+        (B, I), H, self.nonlinearity = x.shape[-2:], h.shape[-1], nonlinearity
+        self.shape, self.dtype = (*x.shape[:-1], H), x.dtype
+        (w_ih, w_hh), self.biased = weights[:2], len(weights) == 4
+        strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), H
+        self.constant = _CONSTANT.pack(_ACTS[nonlinearity], 0, B, H, I, H, *strides)
+        library = compiled.library(x.dtype == torch.float64)
+        self.function, self.backward_function = library.affine, library.affine_backward
+        self.sizes = B, I, H
+
+    @staticmethod
+    def fits(x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> bool:
+        """Whether C can do it at once, on one core and with the tensors as they lie."""
+        if x.dtype in COMPUTE or h.numel() * (x.shape[-1] + h.shape[-1]) > SHORT:
+            return False
+        return all(t.stride(-1) == 1 for t in (x, h, *weights))
+
+    def __call__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        out = x.new_empty(self.shape)
+        if self.biased:
+            w_ih, w_hh, b_ih, b_hh = weights
+            biases = b_ih.data_ptr(), b_hh.data_ptr()
+        else:
+            (w_ih, w_hh), biases = weights, (0, 0)
+        self.function(
+            self.constant
+            + _POINTERS.pack(
+                x.data_ptr(), h.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *biases, out.data_ptr()
+            )
+        )
+        return out
+
+    def backward(
+        self, g: Tensor, new: Tensor, x: Tensor, h: Tensor, weights: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients that `needs` names, of x, h and the weights, from g, that of `new`."""
+        (B, I, H), (w_ih, w_hh) = self.sizes, weights
+        g = _readable(g)
+        dz = g.new_empty(B, H)
+        shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, (H,), (H,)
+        found = [g.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=False)]
+        pointers = _pointers(x, h, w_ih, w_hh, g, new, *found)
+        strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), g.stride(-2), H
+        numbers = (_ACTS[self.nonlinearity], B, H, I, H, *strides)
+        pointers += [0] * (12 - len(pointers))
+        self.backward_function(_BACKWARD.pack(*numbers, *pointers, dz.data_ptr()))
+        return found
+
+
+def _pointers(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def backward(
@@ -74,8 +183,39 @@ def backward(
     output, w_hh = output.to(compute), w_hh.to(compute)
     g_out, g_hn = (None if g is None else g.to(compute) for g in (g_out, g_hn))
     dz = torch.empty_like(output, memory_format=torch.contiguous_format)
-    _scan(True, nonlinearity, 0, g_out, output, dz, g_hn, w_hh, sizes, resets)
+    _scan(True, nonlinearity, 0, g_out, output, dz, g_hn, w_hh.unbind(0), sizes, resets)
     return dz
+
+
+def _affine(
+    x: Tensor,
+    h: Tensor | None,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor] | None,
+    b_hh: Sequence[Tensor] | None,
+    out: Tensor,
+    act: str,
+    rounding: int,
+) -> None:
+    """out (..., D * H) = act(x w_ih^T + h w_hh^T + b_ih + b_hh) for x (N, I) and h (D, N, H), or None."""
+    (N, I), (H, _), size = x.shape, w_ih[0].shape, out.element_size()
+    function = compiled.library(out.dtype == torch.float64).affine
+    for d in range(len(w_ih)):
+        w = _readable(w_ih[d])
+        if h is None:
+            second = (0, 0, 0, 0, 0)
+        else:
+            w2 = _readable(w_hh[d])
+            second = (H, h.data_ptr() + d * h.stride(0) * size, h.stride(1), w2.data_ptr(), w2.stride(0))
+        biases = [None if some is None else _readable(some[d]) for some in (b_ih, b_hh)]
+        constant = (_ACTS[act], rounding, N, H, I, second[0], x.stride(0), second[2], w.stride(0), second[4])
+        pointers = (x.data_ptr(), second[1], w.data_ptr(), second[3])
+        pointers += tuple(0 if b is None else b.data_ptr() for b in biases)
+        function(
+            _CONSTANT.pack(*constant, len(w_ih) * H)
+            + _POINTERS.pack(*pointers, out.data_ptr() + d * H * size)
+        )
 
 
 def _scan(
@@ -86,51 +226,44 @@ def _scan(
     h: Tensor | None,
     out: Tensor,
     start: Tensor | None,
-    w_hh: Tensor,
+    w_hh: Sequence[Tensor],
     sizes: Tensor | None,
     resets: Tensor | None,
 ) -> None:
     """One pass in as many calls as let Ctrl-C through; the tensors as the fields of `struct scan`."""
-    D, H, _ = w_hh.shape
+    D, H = len(w_hh), w_hh[0].shape[0]
     if sizes is None:
         T, B = out.shape[:2]
-        offsets = None
+        rows_of_steps = 0, 0
     else:
         T, B = len(sizes), int(sizes[0])
-        offsets = sizes.cumsum(0) - sizes
         sizes = sizes.contiguous()
-    if B == 0 or T == 0 or H == 0:
+        offsets = sizes.cumsum(0) - sizes
+        rows_of_steps = sizes.data_ptr(), offsets.data_ptr()
+    if not (T and B and H):
         return
     given, h, start = (None if t is None else _readable(t) for t in (given, h, start))
-    w_hh = w_hh.resolve_neg()
-    threads, rows, groups = plan(B, H, T, D, out.element_size())
+    w_hh = [w.resolve_neg() for w in w_hh]
+    if D == 2 and w_hh[0].stride() != w_hh[1].stride():
+        w_hh = [w.contiguous() for w in w_hh]
+    if start is None:
+        starts = 0, 0, 0
+    else:
+        starts = start.data_ptr(), *start.stride()[:2]
+    weights = 0, w_hh[0].data_ptr(), w_hh[-1].data_ptr(), *w_hh[0].stride()
+    shared = plan(B, H, T, D, out.element_size())
+    tensors = (
+        *rows_of_steps,
+        *(i for t in (resets, given, h, out) for i in _rows(t, sizes)),
+        *starts,
+        *weights,
+    )
     per_call = _steps(B, H, D, out.element_size())
-    scan = compiled.library(out.dtype == torch.float64).scan
+    function = compiled.library(out.dtype == torch.float64).scan
     for begin in range(0, T, per_call):
-        fields = _FIELDS.pack(
-            backward,
-            nonlinearity == "relu",
-            rounding,
-            D,
-            T,
-            B,
-            H,
-            begin,
-            min(begin + per_call, T),
-            threads,
-            rows,
-            groups,
-            0 if sizes is None else sizes.data_ptr(),
-            0 if offsets is None else offsets.data_ptr(),
-            *_rows(resets, sizes),
-            *_rows(given, sizes),
-            *_rows(h, sizes),
-            *_rows(out, sizes),
-            *((0, 0, 0) if start is None else (start.data_ptr(), *start.stride()[:2])),
-            w_hh.data_ptr(),
-            *w_hh.stride(),
-        )
-        if scan(fields):
+        end = min(begin + per_call, T)
+        numbers = (backward, _ACTS[nonlinearity], rounding, D, T, B, H, H, begin, end)
+        if function(_SCAN.pack(*numbers, *shared, *tensors)):
             raise MemoryError(
                 f"no memory for a scan's copy of W_hh, {D} x {H} x {H}; free some, or use 'eager'"
             )
@@ -144,14 +277,35 @@ def _steps(B: int, H: int, D: int, itemsize: int) -> int:
 
 def _readable(t: Tensor) -> Tensor:
     """With its numbers in memory as they are, and a row's columns side by side."""
-    t = t.resolve_neg()
+    if t.is_neg():
+        t = t.resolve_neg()
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _rows(t: Tensor | None, sizes: Tensor | None) -> tuple[int, int, int]:
+def _rows(t: Tensor | None, sizes: Tensor | None) -> tuple[int, ...]:
     """Where it begins, and how far apart its steps and rows are, in elements."""
     if t is None:
         return 0, 0, 0
-    if sizes is not None:
-        return t.data_ptr(), 0, t.stride(0)
-    return t.data_ptr(), *t.stride()[:2]
+    strides = t.stride()
+    return (t.data_ptr(), 0, strides[0]) if sizes is not None else (t.data_ptr(), *strides[:2])
+
+
+def product(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, shared: Plan) -> None:
+    """out (N, H) = a w^T + bias for a (N, K), w (H, K), of any strides but a's last and out's."""
+    (N, K), H = a.shape, w.shape[0]
+    a, w, bias = _readable(a), w.resolve_neg(), None if bias is None else _readable(bias)
+    numbers = (False, _ACTS["none"], 0, 1, 1, N, H, K, 0, 1, *shared, *(0,) * 11)
+    tensors = (
+        out.data_ptr(),
+        0,
+        out.stride(0),
+        a.data_ptr(),
+        0,
+        a.stride(0),
+        0 if bias is None else bias.data_ptr(),
+    )
+    function = compiled.library(out.dtype == torch.float64).scan
+    if function(_SCAN.pack(*numbers, *tensors, w.data_ptr(), w.data_ptr(), *w.stride())):
+        raise MemoryError(
+            f"no memory for a product's copy of the weights, {H} x {K}; free some, or use 'eager'"
+        )

@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,54 @@ def plain_layer(
     return _plain_layer(*arguments)
 
 
+def plain_step(
+    step: native.Step, x: Tensor, h: Tensor, weights: Sequence[Tensor]
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The state (B, H) after a step, where `is_unobserved`; of a sequence of one step, output and h_n."""
+    if torch.is_grad_enabled():
+        return _RecordedStep.apply(step, x, h, *weights)
+    new = step(x, h, weights)
+    return (new, new.clone()) if new.dim() == 3 else new
+
+
+class _RecordedStep(torch.autograd.Function):
+    """`plain_step` with its derivative, in operators that torch can differentiate again."""
+
+    @staticmethod
+    def forward(ctx: Any, step: native.Step, x: Tensor, h: Tensor, *weights: Tensor) -> Any:
+        new = step(x, h, weights)
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h, weights[0], weights[1], new)
+        return (new, new.clone()) if new.dim() == 3 else new
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_hn: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        if g is None or g_hn is not None:
+            g = g_hn if g is None else g + g_hn
+        if g is None:
+            return (None,) * len(needs)
+        x, h, w_ih, w_hh, new = ctx.saved_tensors
+        if not torch.is_grad_enabled() and is_unobserved((g,)) and not _stands_for_another(g):
+            return None, *ctx.step.backward(g, new, x, h, (w_ih, w_hh), needs[1:])
+        with _uncast(g.device):
+            if ctx.step.nonlinearity == "relu":
+                dz = torch.ops.aten.threshold_backward(g, new, 0)
+            else:
+                dz = torch.ops.aten.tanh_backward(g, new)
+            rows, x_rows, h_rows = (dz, x, h) if dz.dim() == 2 else (dz[0], x[0], h[0])
+            by_row = rows.t()
+            return (
+                None,
+                dz @ w_ih if needs[1] else None,
+                dz @ w_hh if needs[2] else None,
+                by_row @ x_rows if needs[3] else None,
+                by_row @ h_rows if needs[4] else None,
+                *(rows.sum(0) if needed else None for needed in needs[5:]),
+            )
+
+
 def _plain_layer(
     x: Tensor,
     h0: Tensor,
@@ -137,6 +185,9 @@ def _plain_layer(
     D: int,
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    if kernel in LOOPS and _loop(kernel, x) is native:
+        output = native.plain_forward(x, h0, weights, D, counts, resets, nonlinearity)
+        return output, _h_n(output, h0, counts)
     ((w_ih, w_hh, bias),) = reference.stacked_weights(weights, 1, D, len(weights) == 4 * D)
     return _layer(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision)
 
@@ -198,12 +249,16 @@ def _layer(
         output = _loop(kernel, x).forward(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity)
     else:
         output = _scan(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision)
-    B, (D, H, _) = h0.shape[1], w_hh.shape
+    return output, _h_n(output, h0, counts)
+
+
+def _h_n(output: Tensor, h0: Tensor, counts: Tensor | None) -> Tensor:
+    """Each direction's last states (D, B, H): a copy, as h_n may be written into."""
+    D, B, H = h0.shape
     if D == 1 and counts is None:
-        return output, output[-1:].clone()  # a copy, as h_n may be written into
-    # Reversed, the last step is the first; a copy even of one, as h_n may be written into.
-    ends = [_last(B, counts, output), _first(B, output)][:D]
-    return output, torch.cat([output[end][None, :, d * H : (d + 1) * H] for d, end in enumerate(ends)])
+        return output[-1:].clone()
+    ends = [_last(B, counts, output), _first(B, output)][:D]  # reversed, the last step is the first
+    return torch.cat([output[end][None, :, d * H : (d + 1) * H] for d, end in enumerate(ends)])
 
 
 def _loop(kernel: str, sequence: Tensor) -> ModuleType:

@@ -197,7 +197,8 @@ def _found(
     ragged: bool,
     resets: bool,
 ) -> Route:
-    if name == "auto" and one_step:
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if name == "auto" and one_step and (device.type != "cpu" or is_traced() or transformed):
         name, reason = "eager", "auto: one step is one call of torch's own operator"
     elif name == "auto" and device.type == "cpu":
         if is_traced():
@@ -242,10 +243,14 @@ def asked_for(requested: str | None) -> str:
     name = check_name("auto" if requested is None else requested)
     if name == "auto":
         name = _chosen
-    if name == "auto":
+    # Where it isn't set, os.environ.get raises and catches, which takes an eighth of a short call.
+    if name == "auto" and _VARIABLE in os.environ._data:  # type: ignore[attr-defined]
         named = os.environ.get("ELMAN_BACKEND") or "auto"
         name = check_name(named, "the environment variable ELMAN_BACKEND")
     return name
+
+
+_VARIABLE = os.environ.encodekey("ELMAN_BACKEND")  # type: ignore[attr-defined]
 
 
 def left_out() -> tuple[str, ...]:
@@ -327,7 +332,7 @@ def is_exported_as_nn_rnn() -> bool:
 
 def is_traced() -> bool:
     """Whether a graph is being traced, whose tensors have no numbers and may have no sizes."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 # Asked once: a graph that torch 2.11 traces can't.

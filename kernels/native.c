@@ -194,11 +194,153 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
     }
 }
 
+/* ---- Few rows, as in a single step: out = act(a_1 w_1^T + a_2 w_2^T + b_1 + b_2), and W is not packed ---- */
+
+enum { TANH, RELU, NOTHING };
+enum { TILE_ROWS = 3, TILE_COLUMNS = 4, WIDE = 4, STRETCH = 32 * LANES }; /* STRETCH: summands whose sums are vectors */
+
+INLINE real sum_of(vec v) {
+    real e[LANES];
+    put(e, v);
+    UNROLL for (int half = LANES / 2; half; half /= 2) UNROLL for (int i = 0; i < half; i++) e[i] += e[i + half];
+    return e[0];
+}
+INLINE vec get_some(const real *p, int64_t n) { /* n >= 1; zeros behind them */
+    if (n >= LANES) return get(p);
+    real e[LANES] = {0};
+    for (int i = 0; i < n; i++) e[i] = p[i];
+    return get(e);
+}
+INLINE void put_some(real *p, vec v, int64_t n) {
+    if (n >= LANES) {
+        put(p, v);
+        return;
+    }
+    real e[LANES];
+    put(e, v);
+    for (int i = 0; i < n; i++) p[i] = e[i];
+}
+
+/* totals (R, C) += a (R, K) w (C, K)^T: each element a dot product along memory. */
+#define DEFINE_DOTS(R, C, CHAINS)                                                                             \
+    static void dots_##R##_##C(const real *a, int64_t a_r, const real *w, int64_t w_c, int64_t K, real *totals) { \
+        for (int64_t k0 = 0; k0 < K; k0 += CHAINS * STRETCH) {                                                \
+            int64_t n = K - k0 < CHAINS * STRETCH ? K - k0 : CHAINS * STRETCH, k = k0;                        \
+            vec sum[CHAINS][R][C] = {{{{0}}}};                                                                \
+            for (; k + CHAINS * LANES <= k0 + n; k += CHAINS * LANES)                                         \
+                UNROLL for (int i = 0; i < CHAINS; i++) {                                                     \
+                    vec x[R];                                                                                 \
+                    UNROLL for (int r = 0; r < R; r++) x[r] = get(a + r * a_r + k + i * LANES);               \
+                    UNROLL for (int c = 0; c < C; c++) {                                                      \
+                        vec y = get(w + c * w_c + k + i * LANES);                                             \
+                        UNROLL for (int r = 0; r < R; r++) sum[i][r][c] += x[r] * y;                          \
+                    }                                                                                         \
+                }                                                                                             \
+            for (; k < k0 + n; k += LANES) {                                                                  \
+                int64_t some = k0 + n - k < LANES ? k0 + n - k : LANES;                                       \
+                UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)                         \
+                    sum[0][r][c] += get_some(a + r * a_r + k, some) * get_some(w + c * w_c + k, some);        \
+            }                                                                                                 \
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {                           \
+                UNROLL for (int i = 1; i < CHAINS; i++) sum[0][r][c] += sum[i][r][c];                         \
+                totals[r * C + c] += sum_of(sum[0][r][c]);                                                    \
+            }                                                                                                 \
+        }                                                                                                     \
+    }
+DEFINE_DOTS(3, 4, 1) DEFINE_DOTS(1, 4, 2) DEFINE_DOTS(3, 1, 2) DEFINE_DOTS(1, 1, 4)
+
+struct affine {
+    int64_t act, rounding, N, H; /* rows, columns of the result */
+    int64_t K[2], a_r[2], w_c[2], out_r;
+    const real *a[2], *w[2], *bias[2]; /* (N, K), (H, K), (H,) or NULL */
+    real *out;
+};
+
+void affine(const struct affine *s) {
+    for (int64_t c = 0; c < s->H;) {
+        int C = c + TILE_COLUMNS <= s->H ? TILE_COLUMNS : 1;
+        for (int64_t r = 0; r < s->N;) {
+            int R = r + TILE_ROWS <= s->N ? TILE_ROWS : 1;
+            real totals[TILE_ROWS * TILE_COLUMNS] = {0};
+            for (int i = 0; i < 2; i++)
+                if (s->K[i])
+                    (R > 1 ? C > 1 ? dots_3_4 : dots_3_1 : C > 1 ? dots_1_4 : dots_1_1)(
+                        s->a[i] + r * s->a_r[i], s->a_r[i], s->w[i] + c * s->w_c[i], s->w_c[i], s->K[i], totals);
+            for (int e = 0; e < R * C; e++) {
+                int64_t column = c + e % C;
+                real b = 0;
+                for (int i = 0; i < 2; i++)
+                    if (s->bias[i]) b += s->bias[i][column];
+                s->out[(r + e / C) * s->out_r + column] = totals[e] + b;
+            }
+            r += R;
+        }
+        c += C;
+    }
+    if (s->act == NOTHING) return;
+    for (int64_t r = 0; r < s->N; r++)
+        for (int64_t c = 0; c < s->H; c += LANES) {
+            real *p = s->out + r * s->out_r + c;
+            int64_t some = s->H - c < LANES ? s->H - c : LANES;
+            vec v = get_some(p, some);
+            v = round_to(s->act == RELU ? pick(v < 0, all(0), v) : tanh_of(v), s->rounding);
+            put_some(p, v, some);
+        }
+}
+
+/* out (M, K) = sum over j < J of c_j v_j^T: c (J, M) with its elements c_j and c_m apart, v (J, K). */
+static void combine(int64_t M, int64_t J, int64_t K, const real *c, int64_t c_j, int64_t c_m, const real *v,
+                    int64_t v_j, real *out) {
+    for (int64_t m = 0; m < M; m++, c += c_m, out += K)
+        for (int64_t k = 0; k < K; k += WIDE * LANES) {
+            int64_t j = 0, left = K - k;
+            vec sum[2][WIDE] = {{{0}}}; /* two chains: half as long, and ready twice as soon */
+            if (left >= WIDE * LANES) {
+                for (; j + 2 <= J; j += 2)
+                    UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < WIDE; e++)
+                        sum[i][e] += c[(j + i) * c_j] * get(v + (j + i) * v_j + k + e * LANES);
+                for (; j < J; j++)
+                    UNROLL for (int e = 0; e < WIDE; e++) sum[0][e] += c[j * c_j] * get(v + j * v_j + k + e * LANES);
+                UNROLL for (int e = 0; e < WIDE; e++) put(out + k + e * LANES, sum[0][e] + sum[1][e]);
+                continue;
+            }
+            for (int64_t e = 0; e < left; e += LANES) {
+                int64_t some = left - e < LANES ? left - e : LANES;
+                vec total[2] = {{0}};
+                for (j = 0; j < J; j++) total[j % 2] += c[j * c_j] * get_some(v + j * v_j + k + e, some);
+                put_some(out + k + e, total[0] + total[1], some);
+            }
+        }
+}
+
+struct affine_backward { /* of one step, out = act(...): gradients, each where there is a place for it */
+    int64_t act, N, H;
+    int64_t K[2], a_r[2], w_c[2], g_r, out_r;
+    const real *a[2], *w[2], *g, *out;
+    real *da[2], *dw[2], *db[2];
+    real *dz; /* (N, H), of use to nobody else */
+};
+
+void affine_backward(const struct affine_backward *s) {
+    for (int64_t r = 0; r < s->N; r++)
+        for (int64_t c = 0; c < s->H; c += LANES) {
+            int64_t some = s->H - c < LANES ? s->H - c : LANES;
+            vec g = get_some(s->g + r * s->g_r + c, some), h = get_some(s->out + r * s->out_r + c, some);
+            put_some(s->dz + r * s->H + c, s->act == RELU ? pick(h <= 0, all(0), g) : g * (1 - h * h), some);
+        }
+    const real one = 1;
+    for (int i = 0; i < 2; i++) {
+        if (s->da[i]) combine(s->N, s->H, s->K[i], s->dz, 1, s->H, s->w[i], s->w_c[i], s->da[i]);
+        if (s->dw[i]) combine(s->H, s->N, s->K[i], s->dz, s->H, 1, s->a[i], s->a_r[i], s->dw[i]);
+        if (s->db[i]) combine(1, s->N, s->H, &one, 0, 0, s->dz, s->H, s->db[i]);
+    }
+}
+
 /* ---- A scan: what the caller says, in fields of 8 bytes ---- */
 
 struct scan {
-    int64_t backward, relu, rounding;
-    int64_t D, T, B, H;     /* directions, steps, rows, hidden size */
+    int64_t backward, act, rounding;
+    int64_t D, T, B, H, K;  /* directions, steps, rows, their columns; what a product sums over: H in a scan */
     int64_t begin, end;     /* which steps to do, counted in the order of the scan */
     int64_t threads;        /* the most that may work, this one among them */
     int64_t rows, groups;   /* a work item: so many rows, and one of so many groups of panels */
@@ -214,8 +356,9 @@ struct scan {
     int64_t out_t, out_b;
     const real *start; /* (D, B, H): h0; or the gradient of h_n or NULL */
     int64_t start_d, start_b;
-    const real *w; /* (D, H, H) */
-    int64_t w_d, w_n, w_k;
+    const real *bias; /* (H,), of one step without `in`; or NULL */
+    const real *w[2]; /* for each direction (H, K) */
+    int64_t w_n, w_k;
 };
 
 struct item { /* one direction's rows and columns, with the steps that are done */
@@ -277,7 +420,7 @@ static void compute(const struct job *j, int64_t i, int64_t step, real *scratch)
     for (int64_t n = first; n < last; n += PANEL, scratch += s->rows * PANEL) {
         int64_t column = d * s->H + n;
         size_t width = (last - n < PANEL ? last - n : PANEL) * sizeof(real);
-        const real *panel = j->w + (d * j->panels * PANEL + n) * s->H;
+        const real *panel = j->w + (d * j->panels * PANEL + n) * s->K;
         for (int pass = 0; pass < 2; pass++) { /* the second for rows that a reset makes begin with g alone */
             for (int r = 0; r < rows; r++) {
                 if (pass && from[r] != j->zeros) continue;
@@ -285,6 +428,8 @@ static void compute(const struct job *j, int64_t i, int64_t step, real *scratch)
                 if (width < sizeof(real) * PANEL) memset(total, 0, PANEL * sizeof(real));
                 if (s->in)
                     memcpy(total, s->in + place(s, t, b0 + r, s->in_t, s->in_b) + column, width);
+                else if (s->bias)
+                    memcpy(total, s->bias + n, width);
                 else
                     memset(total, 0, width);
                 if (s->backward && s->start && b0 + r >= rows_at(s, source)) {
@@ -293,10 +438,10 @@ static void compute(const struct job *j, int64_t i, int64_t step, real *scratch)
                 }
             }
             if (pass || !any) break;
-            product(from, rows, alone, panel, s->H, scratch);
+            product(from, rows, alone, panel, s->K, scratch);
             if (!s->backward) break; /* zeros times infinite weights are NaN there, as the reference has it */
         }
-        for (int r = 0; r < rows; r++) {
+        for (int r = 0; r < rows && s->act != NOTHING; r++) {
             real *total = scratch + r * PANEL;
             real h[PANEL];
             if (width < sizeof h) memset(h, 0, sizeof h);
@@ -304,9 +449,8 @@ static void compute(const struct job *j, int64_t i, int64_t step, real *scratch)
             for (int e = 0; e < PANEL && e * sizeof(real) < width; e += LANES) {
                 vec v = get(total + e);
                 if (!s->backward) {
-                    v = s->relu ? pick(v < 0, all(0), v) : tanh_of(v);
-                    v = round_to(v, s->rounding);
-                } else if (s->relu)
+                    v = round_to(s->act == RELU ? pick(v < 0, all(0), v) : tanh_of(v), s->rounding);
+                } else if (s->act == RELU)
                     v = pick(get(h + e) <= 0, all(0), v);
                 else
                     v *= 1 - get(h + e) * get(h + e);
@@ -440,7 +584,7 @@ int scan(const struct scan *s) {
     int64_t panels = (s->H + PANEL - 1) / PANEL, wide = (panels + s->groups - 1) / s->groups * PANEL;
     int64_t blocks = (s->B + s->rows - 1) / s->rows, items = s->D * blocks * s->groups;
     size_t head = rounded(sizeof(struct job)), lines = (items + s->D * blocks + s->threads) * sizeof(struct item);
-    size_t w_size = rounded(s->D * panels * PANEL * s->H * sizeof(real)), zeros = rounded(s->H * sizeof(real));
+    size_t w_size = rounded(s->D * panels * PANEL * s->K * sizeof(real)), zeros = rounded(s->K * sizeof(real));
     size_t scratch_size = rounded(s->rows * wide * sizeof(real));
     size_t size = head + lines + w_size + zeros + s->threads * scratch_size;
     char *memory = aligned_alloc(LINE, size);
@@ -455,11 +599,10 @@ int scan(const struct scan *s) {
     j->items = items, j->blocks = blocks, j->panels = panels, j->wide = wide, j->scratch_size = scratch_size;
     memset(j->zeros, 0, zeros);
     for (int64_t d = 0; d < s->D; d++) {
-        const real *w = s->w + d * s->w_d;
         int64_t by_k = s->backward ? s->w_n : s->w_k, by_n = s->backward ? s->w_k : s->w_n;
-        pack(w, by_k, by_n, s->H, s->H, j->w + d * panels * PANEL * s->H);
+        pack(s->w[d], by_k, by_n, s->K, s->H, j->w + d * panels * PANEL * s->K);
     }
-    int64_t work_of_item = s->rows * wide * s->H;
+    int64_t work_of_item = s->rows * wide * s->K;
     j->chunk = 1 + 3000000 / work_of_item;         /* some 0.1 ms */
     j->patience = 20000 + work_of_item / 8;        /* several times what an item takes */
     int helpers = (int)(s->threads < items ? s->threads : items) - 1;

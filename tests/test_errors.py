@@ -316,7 +316,7 @@ def test_cell_constructor(kwargs, error):
 @pytest.mark.parametrize("cls", [Elman, ElmanCell])
 @pytest.mark.parametrize("backend", ["gpu", "Eager", "triton:fast", "", None, ["eager"]], ids=str)
 def test_unknown_backend(cls, backend):
-    words = ("backend", repr(backend), "auto, triton, cudnn, eager")
+    words = ("backend", repr(backend), "auto, triton, cudnn, native, eager")
     message_of(lambda: cls(I, H, backend=backend), ValueError, *words)
 
 
@@ -518,14 +518,14 @@ def test_use_backend_unknown(backend):
         with elman.use_backend(backend):
             pytest.fail("the block was entered")
 
-    message_of(enter, ValueError, "backend", repr(backend), "auto, triton, cudnn, eager")
+    message_of(enter, ValueError, "backend", repr(backend), "auto, triton, cudnn, native, eager")
     assert Elman(I, H)(X)[0].shape == (3, 2, H)
 
 
 @pytest.mark.parametrize("value", ["gpu", "Eager", "eager,triton"])
 def test_environment_variable_with_nonsense(monkeypatch, value):
     monkeypatch.setenv("ELMAN_BACKEND", value)
-    words = ("environment variable ELMAN_BACKEND", repr(value), "auto, triton, cudnn, eager")
+    words = ("environment variable ELMAN_BACKEND", repr(value), "auto, triton, cudnn, native, eager")
     layer, cell = Elman(I, H), ElmanCell(I, H)
     message_of(lambda: layer(X), ValueError, *words)
     message_of(lambda: cell(X[0]), ValueError, *words)
