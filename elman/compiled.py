@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels") / "native.c"
@@ -115,8 +116,14 @@ def library(double: bool = False) -> ctypes.CDLL:
     return found
 
 
+#: What forgets the Routes that follow from what was found here.
+dependents: list[Callable[[], None]] = []
+
+
 def forget() -> None:
     """Has the next call look for a compiler and a library again."""
+    for clear in dependents:
+        clear()
     _found.clear()
     _version.cache_clear()
 
