@@ -1,9 +1,10 @@
 """kernels/native.c compiled for this very CPU, on first use, into the user's cache.
 
 The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again
-by a key of all that it was made from: the source, the compiler, its flags, and the CPU's model and instructions.
-So a cache which several machines share holds one for each. A library is written beside its place and then moved
-there: another process finds all of it or nothing.
+by a key of all that it was made from: the source, the compiler, its flags, and the CPU's model and
+instructions, so that a cache which several machines share holds one for each. It is written beside its place
+and then moved there: another process finds all of it or nothing. Its name ends in a digest of its bytes, and
+one that was cut short, by a full disk say, is made again: loaded, it would end the process with a bus error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels") / "native.c"
@@ -33,8 +35,20 @@ class CompileError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """$ELMAN_CACHE_DIR/native, by default ~/.cache/elman/native."""
-    return Path(os.environ.get("ELMAN_CACHE_DIR") or Path.home() / ".cache" / "elman") / "native"
+    """native/ in $ELMAN_CACHE_DIR, else in elman/ of $XDG_CACHE_HOME or ~/.cache.
+
+    Raises CompileError for a user without a home: among temporary files anybody could put a library first.
+    """
+    named, cache = os.environ.get("ELMAN_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(os.path.expanduser(named), "native")
+    home = os.path.expanduser("~")
+    if not cache and home == "~":
+        raise CompileError(
+            "this user has no home to keep its library in; set the environment variable ELMAN_CACHE_DIR to a "
+            "folder, or use 'eager'"
+        )
+    return Path(cache or os.path.join(home, ".cache"), "elman", "native")
 
 
 def compiler() -> str | None:
@@ -69,7 +83,8 @@ def _cpu() -> str:
 
 
 _lock = threading.Lock()
-_found: dict[bool, ctypes.CDLL | CompileError] = {}
+#: Libraries, or why there is none: an exception that is raised again and again would keep each call's frames.
+_found: dict[bool, ctypes.CDLL | str] = {}
 
 
 def _unlock() -> None:
@@ -94,15 +109,21 @@ def library(double: bool = False) -> ctypes.CDLL:
                 try:
                     found = _load(double)
                 except CompileError as error:
-                    found = error
+                    found = str(error)
                 _found[double] = found
-    if isinstance(found, CompileError):
-        raise found
+    if isinstance(found, str):
+        raise CompileError(found)
     return found
+
+
+#: What forgets the Routes that follow from what was found here.
+dependents: list[Callable[[], None]] = []
 
 
 def forget() -> None:
     """Has the next call look for a compiler and a library again."""
+    for clear in dependents:
+        clear()
     _found.clear()
     _version.cache_clear()
 
@@ -128,11 +149,11 @@ def _load(double: bool) -> ctypes.CDLL:
     flags = [*FLAGS, MACHINES[platform.machine()], *(["-DDOUBLE"] if double else [])]
     made_from = (SOURCE.read_text(encoding="utf-8"), _version(cc), " ".join(flags), _cpu())
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{'float64' if double else 'float32'}-{key}.so"
+    folder, stem = cache_folder(), f"{'float64' if double else 'float32'}-{key}"
     try:
-        if not path.exists():
-            _compile([cc, *flags], path)
-        return ctypes.CDLL(str(path))
+        kept = folder.glob(f"{stem}-*.so")
+        path = next((path for path in kept if path.stem == f"{stem}-{_digest(path)}"), None)
+        return ctypes.CDLL(str(path or _compile([cc, *flags], folder, stem)))
     except OSError as error:
         raise CompileError(
             f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to "
@@ -140,10 +161,19 @@ def _load(double: bool) -> ctypes.CDLL:
         ) from error
 
 
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:  # gone, or not to be read
+        return ""
+
+
 @functools.cache
 def _version(cc: str) -> str:
     try:
-        told = subprocess.run([cc, "--version"], capture_output=True, text=True, timeout=PATIENCE)
+        told = subprocess.run(
+            [cc, "--version"], capture_output=True, text=True, errors="replace", timeout=PATIENCE
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(
             f"the C compiler {cc} does not run: {error}; set CC to another, or use 'eager'"
@@ -151,13 +181,17 @@ def _version(cc: str) -> str:
     return cc + told.stdout
 
 
-def _compile(command: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".so")
+def _compile(command: list[str], folder: Path, stem: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".so")
     os.close(handle)
     try:
         made = subprocess.run(
-            [*command, "-o", name, "-x", "c", str(SOURCE)], capture_output=True, text=True, timeout=PATIENCE
+            [*command, "-o", name, "-x", "c", str(SOURCE)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
         )
         if made.returncode:
             first = next(
@@ -167,7 +201,9 @@ def _compile(command: list[str], path: Path) -> None:
                 f"the C compiler failed: {' '.join(command)} on {SOURCE.name} says {first!r}; set CC to "
                 "another, or use 'eager'"
             )
+        path = folder / f"{stem}-{_digest(Path(name))}.so"
         os.replace(name, path)
+        return path
     except subprocess.TimeoutExpired as error:
         raise CompileError(
             f"the C compiler {command[0]} did not come back within {PATIENCE} seconds; set CC to another, or "

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import cudnn, eager, native, ops, packing, routing
+from . import compiled, cudnn, eager, native, ops, packing, routing
 from .reference import ACTIVATIONS, stacked_weights
 from .routing import DTYPES, LOOPS
 
@@ -154,6 +154,7 @@ def elman(
 #: What does a call whose arguments were checked, on a CPU, by all that the checks and the Route follow from.
 #: Checking costs more than a short sequence.
 _checked: dict[tuple, Callable[..., Any]] = {}
+compiled.dependents.append(_checked.clear)
 
 
 def _key(

@@ -105,19 +105,20 @@ INLINE vec tanh_of(vec x) {
 enum { KEEP, BFLOAT16, FLOAT16 };
 INLINE vec round_to(vec x, int64_t rounding) {
 #ifndef DOUBLE
-    mask bits = (mask)x;
+    typedef uint32_t bits __attribute__((vector_size(BYTES))); /* unsigned: a NaN's may wrap around */
+    bits given = (bits)x;
     if (rounding == BFLOAT16) {
-        mask up = bits + (0x7fff + ((bits >> 16) & 1));
-        return pick(x == x, (vec)(up & ~0xffff), x);
+        bits up = given + (0x7fff + ((given >> 16) & 1));
+        return pick(x == x, (vec)(up & ~0xffffu), x);
     }
     if (rounding == FLOAT16) {
-        mask sign = bits & (mask)all(-0.0f);
-        vec a = (vec)(bits ^ sign);
+        bits sign = given & (bits)all(-0.0f), size = given ^ sign;
+        vec a = (vec)size;
         vec small = (a + 0.75f) - 0.75f; /* below 2^-14 they are 2^-24 apart, as floats are at 0.75 */
-        mask up = ((bits ^ sign) + (0xfff + ((bits >> 13) & 1))) & ~0x1fff;
+        bits up = (size + (0xfff + ((size >> 13) & 1))) & ~0x1fffu;
         vec large = pick((vec)up > 65504.0f, all(__builtin_inff()), (vec)up);
         vec rounded = pick(a < 0x1p-14f, small, large);
-        return pick(x == x, (vec)((mask)rounded | sign), x);
+        return pick(x == x, (vec)((bits)rounded | sign), x);
     }
 #endif
     (void)rounding;
@@ -314,12 +315,18 @@ static void combine(int64_t M, int64_t J, int64_t K, const real *c, int64_t c_j,
 
 /* out (columns, rows) = in (rows, columns)^T, and the sums of in's columns; in's rows lie `pitch` apart. */
 void transpose(const real *in, int64_t pitch, int64_t rows, int64_t columns, real *out, real *sums) {
-    const real one = 1;
-    for (int64_t r0 = 0; r0 < rows; r0 += 16)
-        for (int64_t c0 = 0; c0 < columns; c0 += 16)
+    for (int64_t c0 = 0; c0 < columns; c0 += 16)
+        for (int64_t r0 = 0; r0 < rows; r0 += 16)
             for (int64_t c = c0; c < c0 + 16 && c < columns; c++)
                 for (int64_t r = r0; r < r0 + 16 && r < rows; r++) out[c * rows + r] = in[r * pitch + c];
-    if (sums) combine(1, rows, columns, &one, 0, 0, in, pitch, sums);
+    for (int64_t c = 0; sums && c < columns; c++) {
+        sums[c] = 0;
+        for (int64_t r0 = 0; r0 < rows; r0 += STRETCH) { /* short sums, as of a product */
+            vec total = {0};
+            for (int64_t r = r0; r < r0 + STRETCH && r < rows; r += LANES) total += get_some(out + c * rows + r, rows - r);
+            sums[c] += sum_of(total);
+        }
+    }
 }
 
 struct affine_backward { /* of one step, out = act(...): gradients, each where there is a place for it */
