@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compiled, eager
+from . import compiled, products
 from .reference import COMPUTE, join
 
 #: `struct scan` and `struct affine` of the C source, all fields of 8 bytes.
@@ -156,7 +156,7 @@ def _forward(
         if b_ih is not None and b_hh is not None:
             b_ih = [b + b_too for b, b_too in zip(b_ih, b_hh, strict=True)]
         if work > LONG:
-            output = eager.project(x, join(w_ih), None if b_ih is None else join(b_ih))
+            output = products.project(x, join(w_ih), None if b_ih is None else join(b_ih))
         else:
             output = x.new_empty(*x.shape[:-1], D * H)
             flat, out = x.reshape(rows, I), output.view(rows, D * H)
