@@ -1,12 +1,12 @@
 """The backend native: a layer on a CPU by kernels/native.c, with eager's arguments and results.
 
 The scans are C, and so are short products; long ones are torch's, see products.py. Nothing here sets torch's
-number of threads: a scan has threads of its own, at most as many as torch has, and one where that is quickest.
+number of threads: a scan has threads of its own, at most as many as torch has, and one where that is best.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,7 +24,7 @@ _ACTS = {"tanh": 0, "relu": 1, "none": 2}
 _BACKWARD = struct.Struct("24q")
 #: Nanoseconds of one call into C, after which Ctrl-C is heard.
 PER_CALL = 4e8
-#: Multiply-adds up to which a product is C's, on one core: torch's threads would meet for less than they cost.
+#: Multiply-adds up to which a product is C's, on one core: torch's threads would cost more than they bring.
 SHORT = 2**20
 
 
@@ -36,12 +36,64 @@ class Plan(NamedTuple):
     groups: int
 
 
+# The model of a scan's time, in nanoseconds, measured on an AMD EPYC (family 25, model 17, AVX2). It decides
+# on threads and on nothing else, and no bit of a result depends on it.
+MULTIPLY_ADD = 0.034  # of several rows, a multiply-add
+READ = 0.0125, 0.017  # of W_hh, a byte, from a core's own caches and from beyond them
+CACHE = 2**20  # bytes of a core's own caches
+ELEMENT = 0.5  # a tanh, and what goes with it
+STEP = 80.0  # where a step's rows lie
+MEETING = 400.0  # where each thread has columns of its own, a step
+THREAD = 25_000.0  # to have a thread made, and to wait for it
+
+
 def plan(B: int, H: int, T: int, D: int, itemsize: int = 4) -> Plan:
-    """The quickest by the model below."""
-    forced = os.environ.get("NATIVE_PLAN")
-    if forced:
-        return Plan(*map(int, forced.split(",")))
-    return Plan(1, min(B, 32), 1)
+    """The quickest by the model, of at most as many threads as torch has."""
+    return _plan(B, H, T, D, itemsize, torch.get_num_threads())
+
+
+@functools.lru_cache(1024)
+def _plan(*problem: int) -> Plan:
+    return min(estimates(*problem).items(), key=lambda pair: pair[1])[0]
+
+
+def estimates(B: int, H: int, T: int, D: int, itemsize: int, most: int) -> dict[Plan, float]:
+    """What a step of a scan takes in each way of sharing it out, in microseconds by the model."""
+
+    def step(rows: int, columns: int) -> float:
+        size = columns * H * itemsize
+        read = READ[size > CACHE] * size * -(-rows // LARGEST)
+        product = max(read, rows * columns * H * MULTIPLY_ADD * itemsize / 4)
+        return STEP + product + rows * columns * ELEMENT * itemsize / 4
+
+    alone = Plan(1, min(B, LARGEST), 1)
+    found = {alone: D * step(B, H)}
+    if T * found[alone] > 4 * THREAD and most > 1:  # else a thread has hardly begun
+        for n in sorted({min(2**i, most) for i in range(1, most.bit_length() + 1)}):
+            made = (n - 1) * THREAD / T
+            rows = -(-B // -(-n // D))  # a block of rows for each thread and direction
+            if n <= D * B:
+                found[Plan(n, min(rows, LARGEST), 1)] = -(-D * -(-B // rows) // n) * step(rows, H) + made
+            groups = min(n, -(-H // NARROWEST))
+            if groups > 1:
+                found[Plan(n, min(B, LARGEST), groups)] = D * step(B, -(-H // groups)) + MEETING + made
+    return {shared: time / 1000 for shared, time in found.items()}
+
+
+def explain(B: int, H: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], str]:
+    """How a forward scan is shared out, and why, in words."""
+    itemsize = 8 if dtype == torch.float64 else 4
+    found = estimates(B, H, T, D, itemsize, torch.get_num_threads())
+    chosen, one = plan(B, H, T, D, itemsize), next(iter(found))
+    text = f"by its model {found[one]:.2f} us a step on one core"
+    if chosen.threads > 1:
+        what = "columns" if chosen.groups > 1 else "rows or directions"
+        text += f", {found[chosen]:.2f} with the {what} over {chosen.threads}"
+    return chosen._asdict(), f"{text}, the input product not counted"
+
+
+LARGEST = 32  # ROWS of the C source
+NARROWEST = 64  # columns of a group: PANEL of the C source, at most
 
 
 def forward(
@@ -203,9 +255,8 @@ def _affine(
     function = compiled.library(out.dtype == torch.float64).affine
     for d in range(len(w_ih)):
         w = _readable(w_ih[d])
-        if h is None:
-            second = (0, 0, 0, 0, 0)
-        else:
+        second: tuple[int, ...] = (0, 0, 0, 0, 0)
+        if h is not None:
             w2 = _readable(w_hh[d])
             second = (H, h.data_ptr() + d * h.stride(0) * size, h.stride(1), w2.data_ptr(), w2.stride(0))
         biases = [None if some is None else _readable(some[d]) for some in (b_ih, b_hh)]
@@ -246,10 +297,7 @@ def _scan(
     w_hh = [w.resolve_neg() for w in w_hh]
     if D == 2 and w_hh[0].stride() != w_hh[1].stride():
         w_hh = [w.contiguous() for w in w_hh]
-    if start is None:
-        starts = 0, 0, 0
-    else:
-        starts = start.data_ptr(), *start.stride()[:2]
+    starts = (0, 0, 0) if start is None else (start.data_ptr(), *start.stride()[:2])
     weights = 0, w_hh[0].data_ptr(), w_hh[-1].data_ptr(), *w_hh[0].stride()
     shared = plan(B, H, T, D, out.element_size())
     tensors = (
@@ -270,7 +318,7 @@ def _scan(
 
 
 def _steps(B: int, H: int, D: int, itemsize: int) -> int:
-    """As many as one thread of a slow CPU does in PER_CALL: each reads W from memory, multiplies and begins."""
+    """As many as a slow core does in PER_CALL: each reads W from memory, multiplies and begins."""
     ns = D * (H * H * itemsize / 4 * (0.5 + 0.1 * B) + B * H + 200)
     return max(1, int(PER_CALL / ns))
 
