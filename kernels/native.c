@@ -489,7 +489,7 @@ static void compute(const struct job *j, const struct rows *x, real *scratch) {
         if (s->act == NOTHING) continue;
         for (int64_t n = n0; n < n1; n += PANEL)
             for (int r = 0; r < x->count; r++)
-                end(s, scratch + (n - x->first) * s->rows + r * PANEL, x->h[r] + n, n1 - n);
+                end(s, scratch + (n - x->first) * s->rows + r * PANEL, s->backward ? x->h[r] + n : 0, n1 - n);
     }
 }
 
