@@ -63,6 +63,7 @@ INLINE vec get(const real *p) {
 INLINE void put(real *p, vec v) { memcpy(p, &v, sizeof v); }
 INLINE vec pick(mask where, vec a, vec b) { return (vec)((where & (mask)a) | (~where & (mask)b)); }
 INLINE vec all(real x) { return x - (vec){0}; }
+INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* tanh x = m / (m + 2) with m = e^2x - 1, of |x|, as 2^n (e^r - 1) + (2^n - 1): right to 2 ulp everywhere. */
 #ifdef DOUBLE
@@ -187,8 +188,15 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
             for (int64_t k = 0; k < K; k++) memcpy(panels + k * PANEL, from + k * by_k, width * sizeof(real));
         else
             for (int64_t k0 = 0; k0 < K; k0 += 16) {
-                int64_t end = k0 + 16 < K ? k0 + 16 : K;
-                for (int j = 0; j < width; j++)
+                int64_t end = at_most(k0 + 16, K);
+                int j = 0;
+                for (; j + LANES <= width; j += LANES)
+                    for (int64_t k = k0; k < end; k++) {
+                        vec v;
+                        UNROLL for (int l = 0; l < LANES; l++) v[l] = from[(j + l) * by_n + k * by_k];
+                        put(panels + k * PANEL + j, v);
+                    }
+                for (; j < width; j++)
                     for (int64_t k = k0; k < end; k++) panels[k * PANEL + j] = from[j * by_n + k * by_k];
             }
     }
@@ -482,7 +490,6 @@ INLINE void end(const struct scan *s, real *total, const real *h, int64_t width)
     }
 }
 
-INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* A step of a work item into scratch [panel][rows][PANEL]: nothing that another thread might read is written. */
 static void compute(const struct job *j, const struct rows *x, real *scratch) {
