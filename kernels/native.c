@@ -490,7 +490,6 @@ INLINE void end(const struct scan *s, real *total, const real *h, int64_t width)
     }
 }
 
-
 /* A step of a work item into scratch [panel][rows][PANEL]: nothing that another thread might read is written. */
 static void compute(const struct job *j, const struct rows *x, real *scratch) {
     const struct scan *s = &j->s;
@@ -629,9 +628,9 @@ static void work(struct job *j, int self) {
         atomic_store(&busy_until, time + WHILE);
         for (int64_t i = 0; i < j->items; i++) {
             int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire);
-            if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch);
+            if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch), since = 0;
         }
-        since = 0;
+        if (since) sched_yield(); /* it is in the middle of writing: that is short, once it has a core */
     }
 }
 
