@@ -409,6 +409,7 @@ struct job {
     struct affine step; /* where it has columns, the job is this and no scan */
     int64_t items, groups, threads, steps;
     int64_t blocks, panels, wide;        /* of rows, of columns, of a group's columns */
+    int hired;                           /* threads that were made for it */
     int missed;                          /* whether a thread seemed to have lost its core */
     int redone;                          /* whether an item is one step's, which two threads may do at once */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
@@ -590,6 +591,38 @@ static int claim(struct job *j, int64_t i, real *scratch) {
     return 1;
 }
 
+static void work(struct job *, int);
+
+static void leave(struct job *j) {
+    if (atomic_fetch_sub(&j->references, 1) == 1) free(j);
+}
+
+static void *helper(void *argument) {
+    struct job *j = argument;
+    work(j, atomic_fetch_add(&j->named, 1));
+    leave(j);
+    return 0;
+}
+
+/* Has threads made that work at the job too, if there is to be more than one and the machine isn't busy. */
+static void hire(struct job *j) {
+    int helpers = (int)at_most(j->threads, j->items) - 1;
+    if (helpers < 1 || j->hired || now() < atomic_load(&busy_until)) return;
+    j->hired = helpers;
+    atomic_fetch_add(&j->references, helpers);
+    sigset_t every, before;
+    pthread_attr_t detached;
+    pthread_t thread;
+    sigfillset(&every); /* a signal is for the threads that were there before */
+    pthread_sigmask(SIG_SETMASK, &every, &before);
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    for (int n = 0; n < helpers; n++)
+        if (pthread_create(&thread, &detached, helper, j)) leave(j); /* what it would have done others do */
+    pthread_attr_destroy(&detached);
+    pthread_sigmask(SIG_SETMASK, &before, 0);
+}
+
 /* Works until no step is left; a thread that isn't the caller's leaves when the job is closed. */
 static void work(struct job *j, int self) {
     int64_t since = 0, per_thread = (j->items + j->threads - 1) / j->threads;
@@ -614,6 +647,7 @@ static void work(struct job *j, int self) {
         if (!left) return;
         if (worked) {
             since = 0;
+            if (!self && turn % 64 == 63) hire(j); /* the machine may have been busy when the job began */
             continue;
         }
         if (j->closed) return;
@@ -634,17 +668,6 @@ static void work(struct job *j, int self) {
         }
         if (since) sched_yield(); /* it is in the middle of writing: that is short, once it has a core */
     }
-}
-
-static void leave(struct job *j) {
-    if (atomic_fetch_sub(&j->references, 1) == 1) free(j);
-}
-
-static void *helper(void *argument) {
-    struct job *j = argument;
-    work(j, atomic_fetch_add(&j->named, 1));
-    leave(j);
-    return 0;
 }
 
 static size_t rounded(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
@@ -670,28 +693,14 @@ static void run(struct job *j, int64_t work_of_item) {
     j->redone = j->groups > 1 || j->steps == 1;
     j->chunk = 1 + 3000000 / (1 + work_of_item); /* some 0.1 ms */
     j->patience = 20000 + work_of_item / 8;      /* several times what an item takes */
-    int helpers = (int)(j->threads < j->items ? j->threads : j->items) - 1;
-    if (helpers > 0 && now() < atomic_load(&busy_until)) helpers = 0;
-    atomic_init(&j->references, 1 + helpers);
+    atomic_init(&j->references, 1);
     atomic_init(&j->named, 1);
-    if (helpers > 0) {
-        sigset_t every, before;
-        pthread_attr_t detached;
-        pthread_t thread;
-        sigfillset(&every); /* a signal is for the threads that were there before */
-        pthread_sigmask(SIG_SETMASK, &every, &before);
-        pthread_attr_init(&detached);
-        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-        for (int n = 0; n < helpers; n++)
-            if (pthread_create(&thread, &detached, helper, j)) leave(j); /* what it would have done others do */
-        pthread_attr_destroy(&detached);
-        pthread_sigmask(SIG_SETMASK, &before, 0);
-    }
+    hire(j);
     work(j, 0);
     atomic_store(&j->closed, 1);
-    if (helpers > 0) {
+    if (j->hired) {
         int64_t since = now();
-        for (int n = 1; n <= helpers; n++)
+        for (int n = 1; n <= j->hired; n++)
             while (atomic_load(&j->busy[n].state)) sched_yield();
         int64_t last = atomic_load(&respite), next = SHORTEST;
         if (j->missed || now() - since > j->patience) {
