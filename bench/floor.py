@@ -23,7 +23,7 @@ import torch
 from bench.contenders import arithmetic, storage
 from bench.measure import cuda_seconds, wall_seconds
 from bench.workloads import PASSES, Workload
-from elman import eager, timing
+from elman import products, timing
 
 KIB, MIB = 1 << 10, 1 << 20
 #: Working sets in bytes, each twice the one before.
@@ -228,8 +228,8 @@ def _flops_a_second(device: torch.device, dtype: str, sides: Sequence[int], seco
             break
         a, b, out = torch.rand(3, side, side, device=device).to(storage(dtype))
         ways: list[Callable[[], object]] = [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]  # type: ignore[misc]
-        if device.type == "cpu" and dtype == "float32" and eager.HAS_ONEDNN:
-            ways.append(lambda a=a, b=b: eager.LINEAR(a, b, None, "none", [], ""))  # type: ignore[misc]
+        if device.type == "cpu" and dtype == "float32" and products.HAS_ONEDNN:
+            ways.append(lambda a=a, b=b: products.LINEAR(a, b, None, "none", [], ""))  # type: ignore[misc]
         with arithmetic(dtype):
             taken = min(_shortest(way, device, seconds) for way in ways)
         best = max(best, 2 * side**3 / taken)

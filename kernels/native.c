@@ -313,6 +313,22 @@ static void combine(int64_t M, int64_t J, int64_t K, const real *c, int64_t c_j,
         }
 }
 
+/* out (columns, rows) = in (rows, columns)^T, and the sums of in's columns; in's rows lie `pitch` apart. */
+void transpose(const real *in, int64_t pitch, int64_t rows, int64_t columns, real *out, real *sums) {
+    for (int64_t c0 = 0; c0 < columns; c0 += 16)
+        for (int64_t r0 = 0; r0 < rows; r0 += 16)
+            for (int64_t c = c0; c < c0 + 16 && c < columns; c++)
+                for (int64_t r = r0; r < r0 + 16 && r < rows; r++) out[c * rows + r] = in[r * pitch + c];
+    for (int64_t c = 0; sums && c < columns; c++) {
+        sums[c] = 0;
+        for (int64_t r0 = 0; r0 < rows; r0 += STRETCH) { /* short sums, as of a product */
+            vec total = {0};
+            for (int64_t r = r0; r < r0 + STRETCH && r < rows; r += LANES) total += get_some(out + c * rows + r, rows - r);
+            sums[c] += sum_of(total);
+        }
+    }
+}
+
 struct affine_backward { /* of one step, out = act(...): gradients, each where there is a place for it */
     int64_t act, N, H;
     int64_t K[2], a_r[2], w_c[2], g_r, out_r;
@@ -370,6 +386,7 @@ enum { FREE, CLAIMED, WRITING };
 struct job {
     struct scan s;
     int64_t items, blocks, panels, wide; /* of rows, of columns, of a group's columns */
+    int redone;                          /* whether an item is one step's, which two threads may do at once */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
     int64_t patience;                    /* ns that a thread waits for another before it does that one's work */
     size_t scratch_size;
@@ -486,6 +503,10 @@ static void commit(const struct job *j, const struct rows *x, const real *scratc
 
 /* ---- Threads: each claims items that are ready, its own ones first ---- */
 
+/* When a thread last missed its core, plus a while: until then the others would mostly wait for it. */
+static _Atomic int64_t busy_until;
+enum { WHILE = 50000000 };
+
 static int64_t now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -521,7 +542,7 @@ static int claim(struct job *j, int64_t i, int64_t all_steps, real *scratch) {
     int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire), steps = state / 4;
     if (steps >= all_steps || state % 4 != FREE || !is_ready(j, i, steps)) return 0;
     if (!atomic_compare_exchange_strong(&j->item[i].state, &state, state + CLAIMED)) return 0;
-    if (j->s.groups > 1) {
+    if (j->redone) {
         finish(j, i, steps, scratch);
         return 1;
     }
@@ -568,11 +589,12 @@ static void work(struct job *j, int self) {
         int64_t time = now();
         if (!since) since = time;
         if (time - since < j->patience) continue;
-        /* The other thread may have lost its core. Self is 0: that one can't return before it is done. */
-        if (self || j->s.groups == 1) {
+        /* The other thread has lost its core, it seems. Who may not return before all is done does its work. */
+        if (self || !j->redone) {
             sched_yield();
             continue;
         }
+        atomic_store(&busy_until, time + WHILE);
         for (int64_t i = 0; i < j->items; i++) {
             int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire);
             if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch);
@@ -618,9 +640,11 @@ int scan(const struct scan *s) {
         pack(s->w[d], by_k, by_n, s->K, s->H, j->w + d * panels * PANEL * s->K);
     }
     int64_t work_of_item = s->rows * wide * s->K;
-    j->chunk = 1 + 3000000 / work_of_item;         /* some 0.1 ms */
+    j->redone = s->groups > 1 || s->end - s->begin == 1;
+    j->chunk = 1 + 3000000 / (1 + work_of_item);         /* some 0.1 ms */
     j->patience = 20000 + work_of_item / 8;        /* several times what an item takes */
     int helpers = (int)(s->threads < items ? s->threads : items) - 1;
+    if (helpers && now() < atomic_load(&busy_until)) helpers = 0;
     atomic_init(&j->references, 1 + helpers);
     atomic_init(&j->named, 1);
     sigset_t every, before;
@@ -638,8 +662,10 @@ int scan(const struct scan *s) {
     }
     work(j, 0);
     atomic_store(&j->closed, 1);
+    int64_t since = helpers ? now() : 0;
     for (int n = 1; n <= helpers; n++)
         while (atomic_load(&j->busy[n].state)) sched_yield();
+    if (helpers && now() - since > j->patience) atomic_store(&busy_until, now() + WHILE);
     leave(j);
     return 0;
 }
