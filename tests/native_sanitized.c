@@ -210,6 +210,21 @@ static void expect(const char *what, struct shape z, const real *got, double wan
     failures++;
 }
 
+static void test_transpose(struct shape z) {
+    int64_t rows = z.B, columns = z.H, pitch = columns + 3;
+    real *in = numbers((rows - 1) * pitch + columns, 1), *out = numbers(rows * columns, 1), *sums = numbers(columns, 1);
+    transpose(in, pitch, rows, columns, out, z.D & 1 ? sums : 0);
+    for (int64_t c = 0; c < columns; c++) {
+        double sum = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            expect("transpose", z, out + c * rows + r, in[r * pitch + c]);
+            sum += in[r * pitch + c];
+        }
+        if (z.D & 1) expect("sum", z, sums + c, sum);
+    }
+    free(in), free(out), free(sums);
+}
+
 /* One step without a scan and its gradients, and a product as a scan of one step; T is I, D a variant. */
 static void test_affine(struct shape z) {
     int64_t N = z.B, K[2] = {z.T, z.D & 1 ? z.H : 0}, H = z.H, gap = 2, act = z.D & 2 ? RELU : z.D & 4 ? NOTHING : TANH;
@@ -281,9 +296,9 @@ int main(int argc, char **argv) {
     int scans = 0, shapes = argc > 1 ? atoi(argv[1]) : COUNT(SHAPES);
     for (int i = 0; i < shapes; i++)
         for (int variant = 0; variant < VARIANTS; variant++, scans++) test(SHAPES[i], variant);
-    static const struct shape steps[] = {{1, 1, 1, 0}, {3, 5, 4, 0}, {40, 1, 17, 0}, {17, 3, 70, 0}, {1100, 4, 6, 0}};
+    static const struct shape steps[] = {{1, 1, 1, 0}, {3, 5, 4, 0}, {40, 1, 17, 0}, {17, 3, 70, 0}, {1100, 4, 6, 0}, {2, 600, 9, 0}};
     for (int i = 0; i < COUNT(steps); i++)
-        for (struct shape z = steps[i]; z.D < 16; z.D++, scans++) test_affine(z);
+        for (struct shape z = steps[i]; z.D < 16; z.D++, scans++) test_affine(z), test_transpose(z);
     for (int tries = 0; tries < 1000 && stalls < 4 && !failures; tries++) test_stalls();
     if (stalls < 4) failures++;
 #ifndef DOUBLE
