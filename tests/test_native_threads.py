@@ -70,7 +70,7 @@ def test_other_python_threads_run_meanwhile(force, monkeypatch):
     monkeypatch.setattr(native, "PER_CALL", 1e15)
     layer, x = long_scan(200)
     of_one = seconds(lambda: layer(x)) / 200
-    layer, x = long_scan(min(20_000, int(0.7 / of_one)))
+    layer, x = long_scan(min(20_000, int(1 / of_one)))
     ended, pauses = threading.Event(), []
 
     def count() -> None:
@@ -87,7 +87,7 @@ def test_other_python_threads_run_meanwhile(force, monkeypatch):
     finally:
         ended.set()
         thread.join()
-    assert took > 0.2
+    assert took > 0.1
     assert max(pauses) < took / 2
 
 
@@ -108,10 +108,10 @@ from elman import Elman, native
 
 threads, during = int(sys.argv[1]), sys.argv[2]
 native.plan = lambda *_: native.Plan(threads, 8, threads)
-layer = Elman(2, 512, backend="native")
-x = torch.zeros(1, 16, 2).expand(100, 16, 2)
+layer = Elman(2, 2048, backend="native")
+x = torch.zeros(1, 1, 2).expand(10, 1, 2)
 g = layer(x)[0].detach()  # it is compiled
-x = torch.zeros(1, 16, 2).expand(20_000, 16, 2)  # half a minute
+x = torch.zeros(1, 1, 2).expand(20_000, 1, 2)  # half a minute
 if during == "backward":
     scan, native._scan = native._scan, lambda *_: None
     output, _ = layer(x)
@@ -122,7 +122,7 @@ try:
     layer(x) if during == "forward" else output.backward(output)
 except KeyboardInterrupt:
     print(time.monotonic(), flush=True)
-    print(torch.equal(layer(x[:100])[0], g))  # and all is well
+    print(torch.equal(layer(x[:10])[0], g))  # and all is well
 """
 
 
