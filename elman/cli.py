@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import __version__, routing
+from . import __version__, compiled, routing
 
 if TYPE_CHECKING:
     from .kernels.configs import Problem
@@ -114,7 +114,8 @@ def doctor() -> str:
     for variable in variables:
         lines.append(f"  {variable} is {os.environ.get(variable, 'not set')}")
     cache = os.environ.get("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
-    lines += ["", "Caches", f"  compiled Triton kernels: {cache}", *_tables()]
+    lines += ["", "Caches", f"  compiled Triton kernels: {cache}"]
+    lines += [f"  the compiled C loop of native: {compiled.cache_folder()}", *_tables()]
     return "\n".join(lines)
 
 

@@ -1,9 +1,11 @@
 """kernels/native.c compiled for this very CPU, on first use, into the user's cache.
 
 The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again
-by a key of all that it was made from: the source with the files that it includes, the compiler, its flags,
-and the CPU's model and instructions, so that a cache which several machines share holds one for each. It is
-written beside its place and then moved there: another process finds all of it or nothing.
+by a key of all that it was made from: the source and what it includes, the compiler, its flags, and the CPU's
+model and instructions, so that a cache which several machines share holds one for each. It is written beside
+its place and then moved there: another process finds all of it or nothing. Its name ends in a digest of its
+bytes, and one that was cut short, by a full disk say, is made again: loaded, it would end the process with a
+bus error.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels") / "native.c"
@@ -34,8 +37,20 @@ class CompileError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """$ELMAN_CACHE_DIR/native, by default ~/.cache/elman/native."""
-    return Path(os.environ.get("ELMAN_CACHE_DIR") or Path.home() / ".cache" / "elman") / "native"
+    """native/ in $ELMAN_CACHE_DIR, else in elman/ of $XDG_CACHE_HOME or ~/.cache.
+
+    Raises CompileError for a user without a home: among temporary files anybody could put a library first.
+    """
+    named, cache = os.environ.get("ELMAN_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(os.path.expanduser(named), "native")
+    home = os.path.expanduser("~")
+    if not cache and home == "~":
+        raise CompileError(
+            "this user has no home to keep its library in; set the environment variable ELMAN_CACHE_DIR to a "
+            "folder, or use 'eager'"
+        )
+    return Path(cache or os.path.join(home, ".cache"), "elman", "native")
 
 
 def compiler() -> str | None:
@@ -45,7 +60,7 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
-def hopeless(source: Path = SOURCE) -> str | None:
+def hopeless(source: Path | None = None) -> str | None:
     """None if it is worth trying, else why not; nothing is compiled to find out."""
     if os.name != "posix":
         return "its C source is for Linux and macOS; use 'eager'"
@@ -54,6 +69,7 @@ def hopeless(source: Path = SOURCE) -> str | None:
         return f"this CPU is {machine!r}; its C source is for x86-64 with AVX2 and 64-bit Arm, so use 'eager'"
     if machine == "x86_64" and _CPUINFO.exists() and " avx2 " not in _cpu() + " ":
         return "this CPU has no AVX2, without which there is little to gain; use 'eager'"
+    source = source or SOURCE
     if not source.exists():
         return f"{source} is not there; install the package again, or use 'eager'"
     return None
@@ -70,7 +86,8 @@ def _cpu() -> str:
 
 
 _lock = threading.Lock()
-_found: dict[tuple[bool, Path], ctypes.CDLL | CompileError] = {}
+#: Libraries, or why there is none: an exception that is raised again and again would keep each call's frames.
+_found: dict[tuple[bool, Path], ctypes.CDLL | str] = {}
 
 
 def _unlock() -> None:
@@ -82,11 +99,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock)  # a thread that is not in the child may have held it
 
 
-def library(double: bool = False, source: Path = SOURCE) -> ctypes.CDLL:
+def library(double: bool = False, source: Path | None = None) -> ctypes.CDLL:
     """The library for float32, or float64; what was found out once holds for the process.
 
     source: another C source to compile in the same way. Raises CompileError.
     """
+    source = source or SOURCE
     found = _found.get((double, source))
     if found is None:
         with _lock:
@@ -95,15 +113,21 @@ def library(double: bool = False, source: Path = SOURCE) -> ctypes.CDLL:
                 try:
                     found = _load(double, source)
                 except CompileError as error:
-                    found = error
+                    found = str(error)
                 _found[double, source] = found
-    if isinstance(found, CompileError):
-        raise found
+    if isinstance(found, str):
+        raise CompileError(found)
     return found
+
+
+#: What forgets the Routes that follow from what was found here.
+dependents: list[Callable[[], None]] = []
 
 
 def forget() -> None:
     """Has the next call look for a compiler and a library again."""
+    for clear in dependents:
+        clear()
     _found.clear()
     _version.cache_clear()
 
@@ -129,11 +153,11 @@ def _load(double: bool, source: Path) -> ctypes.CDLL:
     flags = [*FLAGS, MACHINES[platform.machine()], *(["-DDOUBLE"] if double else [])]
     made_from = (*_texts(source), _version(cc), " ".join(flags), _cpu())
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{'float64' if double else 'float32'}-{key}.so"
+    folder, stem = cache_folder(), f"{'float64' if double else 'float32'}-{key}"
     try:
-        if not path.exists():
-            _compile([cc, *flags], source, path)
-        return ctypes.CDLL(str(path))
+        kept = folder.glob(f"{stem}-*.so")
+        path = next((path for path in kept if path.stem == f"{stem}-{_digest(path)}"), None)
+        return ctypes.CDLL(str(path or _compile([cc, *flags], source, folder, stem)))
     except OSError as error:
         raise CompileError(
             f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to "
@@ -148,10 +172,19 @@ def _texts(source: Path) -> list[str]:
     return [text, *(more for name in included for more in _texts(source.parent / name))]
 
 
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:  # gone, or not to be read
+        return ""
+
+
 @functools.cache
 def _version(cc: str) -> str:
     try:
-        told = subprocess.run([cc, "--version"], capture_output=True, text=True, timeout=PATIENCE)
+        told = subprocess.run(
+            [cc, "--version"], capture_output=True, text=True, errors="replace", timeout=PATIENCE
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(
             f"the C compiler {cc} does not run: {error}; set CC to another, or use 'eager'"
@@ -159,13 +192,17 @@ def _version(cc: str) -> str:
     return cc + told.stdout
 
 
-def _compile(command: list[str], source: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".so")
+def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".so")
     os.close(handle)
     try:
         made = subprocess.run(
-            [*command, "-o", name, "-x", "c", str(source)], capture_output=True, text=True, timeout=PATIENCE
+            [*command, "-o", name, "-x", "c", str(source)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
         )
         if made.returncode:
             first = next(
@@ -175,11 +212,13 @@ def _compile(command: list[str], source: Path, path: Path) -> None:
                 f"the C compiler failed: {' '.join(command)} on {source.name} says {first!r}; set CC to "
                 "another, or use 'eager'"
             )
+        path = folder / f"{stem}-{_digest(Path(name))}.so"
         os.replace(name, path)
+        return path
     except subprocess.TimeoutExpired as error:
         raise CompileError(
-            f"the C compiler {command[0]} did not come back within {PATIENCE} seconds; set CC to "
-            "another, or use 'eager'"
+            f"the C compiler {command[0]} did not come back within {PATIENCE} seconds; set CC to another, or "
+            "use 'eager'"
         ) from error
     finally:
         if os.path.exists(name):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import cudnn, eager, native, ops, packing, routing
+from . import compiled, cudnn, eager, native, ops, packing, routing
 from .reference import ACTIVATIONS, stacked_weights
 from .routing import DTYPES, LOOPS
 
@@ -154,6 +154,7 @@ def elman(
 #: What does a call whose arguments were checked, on a CPU, by all that the checks and the Route follow from.
 #: Checking costs more than a short sequence.
 _checked: dict[tuple, Callable[..., Any]] = {}
+compiled.dependents.append(_checked.clear)
 
 
 def _key(
@@ -191,10 +192,13 @@ def _call(
     """What makes output and h_n of such tensors."""
     if route.backend == "native" and options.num_layers == 1 and not options.bidirectional and x.dim() == 3:
         x = x.transpose(0, 1) if batch_first else x
-        h = x.new_zeros(1, x.shape[1], weights[1].shape[0]) if hx is None else hx
-        if len(x) == 1 and native.Step.fits(x, h, weights):
-            step = native.Step(x, h, weights, options.nonlinearity)
-            return partial(_run_one, step=step, zeros=h if hx is None else None, batch_first=batch_first)
+        zeros = None
+        if hx is None:
+            with torch.inference_mode(False):  # a call that records may come
+                hx = zeros = torch.zeros(1, x.shape[1], weights[1].shape[0], dtype=x.dtype)
+        if len(x) == 1 and native.Step.fits(x, hx, weights):
+            step = native.Step(x, hx, weights, options.nonlinearity)
+            return partial(_run_one, step=step, zeros=zeros, batch_first=batch_first)
     return partial(_run_whole, route=route, options=options, batch_first=batch_first, plain=True)
 
 
@@ -206,10 +210,10 @@ def _run_one(
     zeros: Tensor | None,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output and h_n of a sequence of one step."""
-    output, h_n = ops.plain_step(
-        step, x.transpose(0, 1) if batch_first else x, hx if zeros is None else zeros, weights
-    )
+    """The output and h_n of a sequence of one step; zeros: what stands for an hx of None."""
+    h = zeros if hx is None else hx
+    assert h is not None
+    output, h_n = ops.plain_step(step, x.transpose(0, 1) if batch_first else x, h, weights)
     return output.transpose(0, 1) if batch_first else output, h_n
 
 

@@ -165,10 +165,10 @@ class ElmanCell(nn.RNNCellBase):
         """input (B, I) or (I,), hx (B, H) or (H,) or None for zeros -> h', shaped as hx."""
         if self.nonlinearity not in tuple(MODES):
             raise RuntimeError(f"nonlinearity is {self.nonlinearity!r}; expected 'tanh' or 'relu'")
-        # By name: a parametrization puts other tensors there. Asking the module's dict first is the quick way.
+        # By name, as a parametrization puts other tensors there; the module's own dict is the quick way.
         own = self._parameters
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
-        weights = [own[n] if n in own else getattr(self, n) for n in names]
+        weights: list[Any] = [own[n] if n in own else getattr(self, n) for n in names]
         return elman_step(input, hx, *weights, nonlinearity=self.nonlinearity, backend=self.backend)
 
     def __prepare_scriptable__(self) -> Any:

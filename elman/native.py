@@ -1,12 +1,13 @@
 """The backend native: a layer on a CPU by kernels/native.c, with eager's arguments and results.
 
 The scans are C, and so are short products; long ones are torch's, see products.py. Nothing here sets torch's
-number of threads: a scan has threads of its own, at most as many as torch has, and one where that is quickest.
+number of threads: a scan has threads of its own, at most as many as torch has, and one where that is best.
 """
 
 from __future__ import annotations
 
-import os
+import ctypes
+import functools
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,10 +23,14 @@ _SCAN, _CONSTANT, _POINTERS = struct.Struct("35q"), struct.Struct("11q"), struct
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"tanh": 0, "relu": 1, "none": 2}
 _BACKWARD = struct.Struct("24q")
-#: Multiply-adds of one call into C: some tenths of a second, after which Ctrl-C is heard.
-PER_CALL = 2**32
-#: Multiply-adds up to which a product is C's, on one core: torch's threads would meet for less than they cost.
+#: Nanoseconds of one call into C, after which Ctrl-C is heard.
+PER_CALL = 4e8
+#: Multiply-adds up to which a product is C's, on one core: torch's threads would cost more than they bring.
 SHORT = 2**20
+
+
+#: Multiply-adds up to which a product of C's stays on one core, and up to which torch's libraries aren't asked.
+ALONE, LONG = 2**22, 2**27
 
 
 class Plan(NamedTuple):
@@ -36,12 +41,64 @@ class Plan(NamedTuple):
     groups: int
 
 
+# The model of a scan's time, in nanoseconds, measured on an AMD EPYC (family 25, model 17, AVX2). It decides
+# on threads and on nothing else, and no bit of a result depends on it.
+MULTIPLY_ADD = 0.034  # of several rows, a multiply-add
+READ = 0.0125, 0.017  # of W_hh, a byte, from a core's own caches and from beyond them
+CACHE = 2**20  # bytes of a core's own caches
+ELEMENT = 0.5  # a tanh, and what goes with it
+STEP = 80.0  # where a step's rows lie
+MEETING = 400.0  # where each thread has columns of its own, a step
+THREAD = 25_000.0  # to have a thread made, and to wait for it
+
+
 def plan(B: int, H: int, T: int, D: int, itemsize: int = 4) -> Plan:
-    """The quickest by the model below."""
-    forced = os.environ.get("NATIVE_PLAN")
-    if forced:
-        return Plan(*map(int, forced.split(",")))
-    return Plan(1, min(B, 32), 1)
+    """The quickest by the model, of at most as many threads as torch has."""
+    return _plan(B, H, T, D, itemsize, torch.get_num_threads())
+
+
+@functools.lru_cache(1024)
+def _plan(*problem: int) -> Plan:
+    return min(estimates(*problem).items(), key=lambda pair: pair[1])[0]
+
+
+def estimates(B: int, H: int, T: int, D: int, itemsize: int, most: int) -> dict[Plan, float]:
+    """What a step of a scan takes in each way of sharing it out, in microseconds by the model."""
+
+    def step(rows: int, columns: int) -> float:
+        size = columns * H * itemsize
+        read = READ[size > CACHE] * size * -(-rows // LARGEST)
+        product = max(read, rows * columns * H * MULTIPLY_ADD * itemsize / 4)
+        return STEP + product + rows * columns * ELEMENT * itemsize / 4
+
+    alone = Plan(1, min(B, LARGEST), 1)
+    found = {alone: D * step(B, H)}
+    if T * found[alone] > 4 * THREAD and most > 1:  # else a thread has hardly begun
+        for n in sorted({min(2**i, most) for i in range(1, most.bit_length() + 1)}):
+            made = (n - 1) * THREAD / T
+            rows = -(-B // -(-n // D))  # a block of rows for each thread and direction
+            if n <= D * B:
+                found[Plan(n, min(rows, LARGEST), 1)] = -(-D * -(-B // rows) // n) * step(rows, H) + made
+            groups = min(n, -(-H // NARROWEST))
+            if groups > 1:
+                found[Plan(n, min(B, LARGEST), groups)] = D * step(B, -(-H // groups)) + MEETING + made
+    return {shared: time / 1000 for shared, time in found.items()}
+
+
+def explain(B: int, H: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], str]:
+    """How a forward scan is shared out, and why, in words."""
+    itemsize = 8 if dtype == torch.float64 else 4
+    found = estimates(B, H, T, D, itemsize, torch.get_num_threads())
+    chosen, one = plan(B, H, T, D, itemsize), next(iter(found))
+    text = f"by its model {found[one]:.2f} us a step on one core"
+    if chosen.threads > 1:
+        what = "columns" if chosen.groups > 1 else "rows or directions"
+        text += f", {found[chosen]:.2f} with the {what} over {chosen.threads}"
+    return chosen._asdict(), f"{text}, the input product not counted"
+
+
+LARGEST = 32  # ROWS of the C source
+NARROWEST = 64  # columns of a group: PANEL of the C source, at most
 
 
 def forward(
@@ -203,9 +260,8 @@ def _affine(
     function = compiled.library(out.dtype == torch.float64).affine
     for d in range(len(w_ih)):
         w = _readable(w_ih[d])
-        if h is None:
-            second = (0, 0, 0, 0, 0)
-        else:
+        second: tuple[int, ...] = (0, 0, 0, 0, 0)
+        if h is not None:
             w2 = _readable(w_hh[d])
             second = (H, h.data_ptr() + d * h.stride(0) * size, h.stride(1), w2.data_ptr(), w2.stride(0))
         biases = [None if some is None else _readable(some[d]) for some in (b_ih, b_hh)]
@@ -246,10 +302,7 @@ def _scan(
     w_hh = [w.resolve_neg() for w in w_hh]
     if D == 2 and w_hh[0].stride() != w_hh[1].stride():
         w_hh = [w.contiguous() for w in w_hh]
-    if start is None:
-        starts = 0, 0, 0
-    else:
-        starts = start.data_ptr(), *start.stride()[:2]
+    starts = (0, 0, 0) if start is None else (start.data_ptr(), *start.stride()[:2])
     weights = 0, w_hh[0].data_ptr(), w_hh[-1].data_ptr(), *w_hh[0].stride()
     shared = plan(B, H, T, D, out.element_size())
     tensors = (
@@ -258,7 +311,7 @@ def _scan(
         *starts,
         *weights,
     )
-    per_call = max(1, PER_CALL // (D * B * H * H))
+    per_call = _steps(B, H, D, out.element_size())
     function = compiled.library(out.dtype == torch.float64).scan
     for begin in range(0, T, per_call):
         end = min(begin + per_call, T)
@@ -267,6 +320,12 @@ def _scan(
             raise MemoryError(
                 f"no memory for a scan's copy of W_hh, {D} x {H} x {H}; free some, or use 'eager'"
             )
+
+
+def _steps(B: int, H: int, D: int, itemsize: int) -> int:
+    """As many as one thread of a slow CPU does in PER_CALL: each reads W from memory, multiplies and begins."""
+    ns = D * (H * H * itemsize / 4 * (0.5 + 0.1 * B) + B * H + 200)
+    return max(1, int(PER_CALL / ns))
 
 
 def _readable(t: Tensor) -> Tensor:
@@ -284,22 +343,54 @@ def _rows(t: Tensor | None, sizes: Tensor | None) -> tuple[int, ...]:
     return (t.data_ptr(), 0, strides[0]) if sizes is not None else (t.data_ptr(), *strides[:2])
 
 
-def product(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, shared: Plan) -> None:
-    """out (N, H) = a w^T + bias for a (N, K), w (H, K), of any strides but a's last and out's."""
+def product(
+    a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, added_to: Tensor | None = None
+) -> Tensor:
+    """out (N, H) = a w^T + bias, or + added_to, which may be out itself: a (N, K), w (H, K) of any strides."""
     (N, K), H = a.shape, w.shape[0]
     a, w, bias = _readable(a), w.resolve_neg(), None if bias is None else _readable(bias)
-    numbers = (False, _ACTS["none"], 0, 1, 1, N, H, K, 0, 1, *shared, *(0,) * 11)
-    tensors = (
-        out.data_ptr(),
-        0,
-        out.stride(0),
-        a.data_ptr(),
-        0,
-        a.stride(0),
-        0 if bias is None else bias.data_ptr(),
-    )
-    function = compiled.library(out.dtype == torch.float64).scan
-    if function(_SCAN.pack(*numbers, *tensors, w.data_ptr(), w.data_ptr(), *w.stride())):
-        raise MemoryError(
-            f"no memory for a product's copy of the weights, {H} x {K}; free some, or use 'eager'"
-        )
+    most = torch.get_num_threads() if N * K * H > ALONE else 1
+    blocks = -(-N // LARGEST)
+    shared = (most, LARGEST, 1) if blocks >= most else (most, min(N, LARGEST), min(most, -(-H // NARROWEST)))
+    numbers = (False, _ACTS["none"], 0, 1, 1, N, H, K, 0, 1, *shared, 0, 0, 0, 0, 0)
+    given = (0, 0, 0) if added_to is None else (added_to.data_ptr(), 0, added_to.stride(0))
+    places = (*given, 0, 0, 0, out.data_ptr(), 0, out.stride(0), a.data_ptr(), 0, a.stride(0))
+    weights = (0 if bias is None else bias.data_ptr(), w.data_ptr(), w.data_ptr(), *w.stride())
+    if compiled.library(out.dtype == torch.float64).scan(_SCAN.pack(*numbers, *places, *weights)):
+        raise MemoryError(f"no memory for a product's copy of {H} x {K} weights; free some, or use 'eager'")
+    return out
+
+
+def gradients(
+    dz: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """As `ops._layer_products` where all rows have T steps: the gradients of x, h0, w_ih, w_hh and bias."""
+    (D, H, I), (T, B, _) = w_ih.shape, dz.shape
+    N, transpose = T * B, compiled.library(dz.dtype == torch.float64).transpose
+    flat, rows, states = dz.reshape(N, D * H), x.reshape(N, I), output.reshape(N, D * H)
+    results = [dz.new_empty(t.shape) if n else None for t, n in zip((x, h0, w_ih, w_hh), needs, strict=False)]
+    dx, dh0, dw_ih, dw_hh = results
+    db = dz.new_empty(D, H) if needs[4] else None
+    if dx is not None:
+        product(flat, w_ih.flatten(0, 1).t(), dx.view(N, I))
+    by_column = dz.new_empty(H, N)
+    for d in range(D):
+        columns = slice(d * H, (d + 1) * H)
+        g = flat[:, columns]
+        # The rows that begin with h0, those that another row follows, and those that follow one.
+        begin, before, after = slice(B), slice(N - B), slice(B, N)
+        if d == 1:
+            begin, before, after = slice(N - B, N), after, before
+        if dh0 is not None:
+            product(g[begin], w_hh[d].t(), dh0[d])
+        if dw_ih is None and dw_hh is None and db is None:
+            continue
+        sums = 0 if db is None else db[d].data_ptr()
+        transpose(*map(ctypes.c_int64, (g.data_ptr(), D * H, N, H, by_column.data_ptr(), sums)))
+        if dw_ih is not None:
+            product(by_column, rows.t(), dw_ih[d])
+        if dw_hh is not None:
+            product(by_column[:, begin], _readable(h0)[d].t(), dw_hh[d])
+            if T > 1:
+                product(by_column[:, after], states[before, columns].t(), dw_hh[d], added_to=dw_hh[d])
+    return dx, dh0, dw_ih, dw_hh, db

@@ -14,10 +14,11 @@ sequence, the vendor's library's work; they are an operator in graphs alone, whi
 for each T. Saved are the input, h0, the weights, the output, and counts and resets if there are any: act'
 follows from the output.
 
-`kernel` is one of LOOPS: "eager", "native", or "cpu", native where it can run when the time comes, else eager;
-or the name of a module of elman.kernels ("resident", "cooperative", "step"), "triton": the quickest of these
-for each pass, or "cell": the step kernel with the input product in the same launch, for T = 1 and D = 1, where
-"triton" and "step" take it too. The config is chosen when a kernel runs: an operator's schema holds none.
+`kernel` is one of LOOPS: "eager", "native", or "cpu", native where it can run when the time comes, else
+eager; or the name of a module of elman.kernels ("resident", "cooperative", "step"), "triton": the quickest of
+these for each pass, or "cell": the step kernel with the input product in the same launch, for T = 1 and
+D = 1, where "triton" and "step" take it too. The config is chosen when a kernel runs: an operator's schema
+holds none.
 """
 
 from __future__ import annotations
@@ -150,8 +151,10 @@ class _RecordedStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_hn: Tensor | None = None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        if g is None or g_hn is not None:
-            g = g_hn if g is None else g + g_hn
+        if g is None:
+            g = g_hn
+        elif g_hn is not None:
+            g = g + g_hn
         if g is None:
             return (None,) * len(needs)
         x, h, w_ih, w_hh, new = ctx.saved_tensors

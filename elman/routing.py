@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .kernels.configs import Problem
 
 BACKENDS = ("triton", "cudnn", "native", "eager")
-#: The kernels of ops.py that are loops over time on a CPU: they take packed rows, and make dz in COMPUTE's dtype.
+#: The kernels of ops.py that are loops over time: they take packed rows, and make dz in COMPUTE's dtype.
 LOOPS = ("eager", "native", "cpu")
 KERNELS = ("resident", "cooperative", "step")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -122,8 +122,8 @@ class Route:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, layers that were built with backend="auto" use `name`.
 
-    name: "auto", "triton", "cudnn", "native", "eager", or "triton:resident" (":cooperative", ":step") for one kernel.
-    It holds for all threads of the process. The environment variable ELMAN_BACKEND does the same for
+    name: "auto", "triton", "cudnn", "native", "eager", or "triton:resident" (":cooperative", ":step") for one
+    kernel. It holds for all threads of the process. The environment variable ELMAN_BACKEND does the same for
     a whole run. Raises ValueError for another name; whether the backend can run is found out by the
     call that needs it.
     """
@@ -250,7 +250,7 @@ def asked_for(requested: str | None) -> str:
     return name
 
 
-_VARIABLE = os.environ.encodekey("ELMAN_BACKEND")  # type: ignore[attr-defined]
+_VARIABLE = os.environ.encodekey("ELMAN_BACKEND")
 
 
 def left_out() -> tuple[str, ...]:
@@ -379,7 +379,7 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype, resets: 
         return None
     if backend == "native":
         if device.type != "cpu":
-            return f"the tensors are on {device.type!r}; native is for tensors on a CPU, so use 'auto' or 'eager'"
+            return f"the tensors are on {device.type!r}; native is for a CPU's, so use 'auto' or 'eager'"
         return compiled.unavailable(dtype == torch.float64)
     if backend == "cudnn":
         if resets:
@@ -507,6 +507,11 @@ def explain(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device, D = torch.device(device), 2 if bidirectional else 1
     found = route(backend, device, dtype, hidden, batch, D, ragged=lengths, resets=resets)
+    if found.backend == "native":
+        from . import native  # which imports what computes, and that imports this file
+
+        shared, estimate = native.explain(batch, hidden, seq, D, dtype)
+        return replace(found, reason=f"{found.reason}; {estimate}", config=shared)
     if found.backend != "triton":
         return found
     passes = _passes(device, dtype, (hidden, batch, D, lengths or resets))

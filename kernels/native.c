@@ -105,19 +105,20 @@ INLINE vec tanh_of(vec x) {
 enum { KEEP, BFLOAT16, FLOAT16 };
 INLINE vec round_to(vec x, int64_t rounding) {
 #ifndef DOUBLE
-    mask bits = (mask)x;
+    typedef uint32_t bits __attribute__((vector_size(BYTES))); /* unsigned: a NaN's may wrap around */
+    bits given = (bits)x;
     if (rounding == BFLOAT16) {
-        mask up = bits + (0x7fff + ((bits >> 16) & 1));
-        return pick(x == x, (vec)(up & ~0xffff), x);
+        bits up = given + (0x7fff + ((given >> 16) & 1));
+        return pick(x == x, (vec)(up & ~0xffffu), x);
     }
     if (rounding == FLOAT16) {
-        mask sign = bits & (mask)all(-0.0f);
-        vec a = (vec)(bits ^ sign);
+        bits sign = given & (bits)all(-0.0f), size = given ^ sign;
+        vec a = (vec)size;
         vec small = (a + 0.75f) - 0.75f; /* below 2^-14 they are 2^-24 apart, as floats are at 0.75 */
-        mask up = ((bits ^ sign) + (0xfff + ((bits >> 13) & 1))) & ~0x1fff;
+        bits up = (size + (0xfff + ((size >> 13) & 1))) & ~0x1fffu;
         vec large = pick((vec)up > 65504.0f, all(__builtin_inff()), (vec)up);
         vec rounded = pick(a < 0x1p-14f, small, large);
-        return pick(x == x, (vec)((mask)rounded | sign), x);
+        return pick(x == x, (vec)((bits)rounded | sign), x);
     }
 #endif
     (void)rounding;
@@ -312,6 +313,22 @@ static void combine(int64_t M, int64_t J, int64_t K, const real *c, int64_t c_j,
         }
 }
 
+/* out (columns, rows) = in (rows, columns)^T, and the sums of in's columns; in's rows lie `pitch` apart. */
+void transpose(const real *in, int64_t pitch, int64_t rows, int64_t columns, real *out, real *sums) {
+    for (int64_t c0 = 0; c0 < columns; c0 += 16)
+        for (int64_t r0 = 0; r0 < rows; r0 += 16)
+            for (int64_t c = c0; c < c0 + 16 && c < columns; c++)
+                for (int64_t r = r0; r < r0 + 16 && r < rows; r++) out[c * rows + r] = in[r * pitch + c];
+    for (int64_t c = 0; sums && c < columns; c++) {
+        sums[c] = 0;
+        for (int64_t r0 = 0; r0 < rows; r0 += STRETCH) { /* short sums, as of a product */
+            vec total = {0};
+            for (int64_t r = r0; r < r0 + STRETCH && r < rows; r += LANES) total += get_some(out + c * rows + r, rows - r);
+            sums[c] += sum_of(total);
+        }
+    }
+}
+
 struct affine_backward { /* of one step, out = act(...): gradients, each where there is a place for it */
     int64_t act, N, H;
     int64_t K[2], a_r[2], w_c[2], g_r, out_r;
@@ -369,6 +386,7 @@ enum { FREE, CLAIMED, WRITING };
 struct job {
     struct scan s;
     int64_t items, blocks, panels, wide; /* of rows, of columns, of a group's columns */
+    int redone;                          /* whether an item is one step's, which two threads may do at once */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
     int64_t patience;                    /* ns that a thread waits for another before it does that one's work */
     size_t scratch_size;
@@ -390,86 +408,97 @@ INLINE int is_reset(const struct scan *s, int64_t t, int64_t b) {
     return s->resets[place(s, t, b, s->resets_t, s->resets_b)];
 }
 
-/* Where step t's row b comes from, and whether it comes from another step at all. */
-static const real *origin(const struct job *j, int64_t d, int64_t t, int64_t source, int64_t b) {
+/* The rows of one work item at one step: where each of them lies. */
+struct rows {
+    int count, alone, product; /* alone: the step has no other row; product: some row comes from another step */
+    int64_t first, last;       /* columns, of one direction */
+    const real *from[ROWS], *in[ROWS], *more[ROWS], *h[ROWS];
+    real *out[ROWS];
+    const real *w;
+};
+
+static void locate(const struct job *j, int64_t i, int64_t step, struct rows *x) {
     const struct scan *s = &j->s;
-    int cut = is_reset(s, t > source ? t : source, b);
-    if (cut) return j->zeros;
-    if (b < rows_at(s, source)) return s->out + place(s, source, b, s->out_t, s->out_b) + d * s->H;
-    return s->backward ? j->zeros : s->start + d * s->start_d + b * s->start_b;
+    int64_t group = i / (s->D * j->blocks), d = i / j->blocks % s->D, b0 = i % j->blocks * s->rows;
+    int towards = (d == 0) == !s->backward ? 1 : -1; /* in which direction of time the scan goes */
+    int64_t t = towards > 0 ? step : s->T - 1 - step, source = t - towards, left = rows_at(s, t) - b0;
+    x->count = left < 0 ? 0 : left < s->rows ? (int)left : (int)s->rows;
+    x->alone = rows_at(s, t) == 1;
+    x->product = 0;
+    x->first = group * j->wide, x->last = x->first + j->wide < s->H ? x->first + j->wide : s->H;
+    x->w = j->w + d * j->panels * PANEL * s->K;
+    for (int r = 0; r < x->count; r++) {
+        int64_t b = b0 + r, column = d * s->H;
+        const real *start = s->start ? s->start + d * s->start_d + b * s->start_b : 0;
+        int begins = b >= rows_at(s, source); /* no step before this one, in the order of the scan */
+        x->out[r] = s->out + place(s, t, b, s->out_t, s->out_b) + column;
+        x->in[r] = s->in ? s->in + place(s, t, b, s->in_t, s->in_b) + column : s->bias;
+        x->h[r] = s->backward ? s->h + place(s, t, b, s->h_t, s->h_b) + column : 0;
+        x->more[r] = s->backward && begins ? start : 0;
+        if (is_reset(s, t > source ? t : source, b) || (s->backward && begins))
+            x->from[r] = j->zeros;
+        else
+            x->from[r] = begins ? start : s->out + place(s, source, b, s->out_t, s->out_b) + column;
+        x->product |= !s->backward || x->from[r] != j->zeros;
+    }
 }
 
-/* Step t of item i into scratch (rows, wide): nothing that another thread might read is written. */
-static void compute(const struct job *j, int64_t i, int64_t step, real *scratch) {
-    const struct scan *s = &j->s;
-    int64_t group = i / (s->D * j->blocks), d = i / j->blocks % s->D, block = i % j->blocks;
-    int towards = (d == 0) == !s->backward ? 1 : -1; /* in which direction of time the scan goes */
-    int64_t t = towards > 0 ? step : s->T - 1 - step, source = t - towards;
-    int64_t b0 = block * s->rows, left = rows_at(s, t) - b0;
-    int rows = left < s->rows ? (int)left : (int)s->rows;
-    int alone = rows_at(s, t) == 1;
-    if (rows <= 0) return;
-    const real *from[ROWS];
-    int any = 0;
-    for (int r = 0; r < rows; r++) {
-        from[r] = origin(j, d, t, source, b0 + r);
-        any |= !s->backward || from[r] != j->zeros;
+/* What a row of the product is added to. */
+INLINE void lay(real *total, const real *in, const real *more, int64_t width) {
+    UNROLL for (int e = 0; e < PANEL; e += LANES) {
+        vec v = {0};
+        if (in && e < width) v = get_some(in + e, width - e);
+        if (more && e < width) v += get_some(more + e, width - e);
+        put(total + e, v);
     }
-    int64_t first = group * j->wide, last = first + j->wide < s->H ? first + j->wide : s->H;
-    for (int64_t n = first; n < last; n += PANEL, scratch += s->rows * PANEL) {
-        int64_t column = d * s->H + n;
-        size_t width = (last - n < PANEL ? last - n : PANEL) * sizeof(real);
-        const real *panel = j->w + (d * j->panels * PANEL + n) * s->K;
-        for (int pass = 0; pass < 2; pass++) { /* the second for rows that a reset makes begin with g alone */
-            for (int r = 0; r < rows; r++) {
-                if (pass && from[r] != j->zeros) continue;
-                real *total = scratch + r * PANEL;
-                if (width < sizeof(real) * PANEL) memset(total, 0, PANEL * sizeof(real));
-                if (s->in)
-                    memcpy(total, s->in + place(s, t, b0 + r, s->in_t, s->in_b) + column, width);
-                else if (s->bias)
-                    memcpy(total, s->bias + n, width);
-                else
-                    memset(total, 0, width);
-                if (s->backward && s->start && b0 + r >= rows_at(s, source)) {
-                    const real *more = s->start + d * s->start_d + (b0 + r) * s->start_b + n;
-                    for (size_t e = 0; e < width / sizeof(real); e++) total[e] += more[e];
-                }
-            }
-            if (pass || !any) break;
-            product(from, rows, alone, panel, s->K, scratch);
-            if (!s->backward) break; /* zeros times infinite weights are NaN there, as the reference has it */
+}
+
+INLINE void end(const struct scan *s, real *total, const real *h, int64_t width) {
+    UNROLL for (int e = 0; e < PANEL; e += LANES) {
+        if (e >= width) break;
+        vec v = get(total + e);
+        if (!s->backward)
+            v = round_to(s->act == RELU ? pick(v < 0, all(0), v) : tanh_of(v), s->rounding);
+        else {
+            vec state = get_some(h + e, width - e);
+            v = s->act == RELU ? pick(state <= 0, all(0), v) : v * (1 - state * state);
         }
-        for (int r = 0; r < rows && s->act != NOTHING; r++) {
-            real *total = scratch + r * PANEL;
-            real h[PANEL];
-            if (width < sizeof h) memset(h, 0, sizeof h);
-            if (s->backward) memcpy(h, s->h + place(s, t, b0 + r, s->h_t, s->h_b) + column, width);
-            for (int e = 0; e < PANEL && e * sizeof(real) < width; e += LANES) {
-                vec v = get(total + e);
-                if (!s->backward) {
-                    v = round_to(s->act == RELU ? pick(v < 0, all(0), v) : tanh_of(v), s->rounding);
-                } else if (s->act == RELU)
-                    v = pick(get(h + e) <= 0, all(0), v);
-                else
-                    v *= 1 - get(h + e) * get(h + e);
-                put(total + e, v);
-            }
+        put(total + e, v);
+    }
+}
+
+INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* A step of a work item into scratch [panel][rows][PANEL]: nothing that another thread might read is written. */
+static void compute(const struct job *j, const struct rows *x, real *scratch) {
+    const struct scan *s = &j->s;
+    int64_t size = s->rows * PANEL; /* of a panel's totals; several small ones are ended together */
+    int64_t together = PANEL * (size < 1024 ? 1024 / size : 1);
+    for (int64_t n0 = x->first; n0 < x->last; n0 += together) {
+        int64_t n1 = at_most(n0 + together, x->last);
+        for (int64_t n = n0; n < n1; n += PANEL) {
+            real *totals = scratch + (n - x->first) * s->rows;
+            for (int r = 0; r < x->count; r++)
+                lay(totals + r * PANEL, x->in[r] ? x->in[r] + n : 0, x->more[r] ? x->more[r] + n : 0, n1 - n);
+            if (!x->product) continue;
+            product(x->from, x->count, x->alone, x->w + n * s->K, s->K, totals);
+            for (int r = 0; r < x->count && s->backward; r++) /* zeros times infinite weights are not zero */
+                if (x->from[r] == j->zeros)
+                    lay(totals + r * PANEL, x->in[r] ? x->in[r] + n : 0, x->more[r] ? x->more[r] + n : 0, n1 - n);
         }
+        if (s->act == NOTHING) continue;
+        for (int64_t n = n0; n < n1; n += PANEL)
+            for (int r = 0; r < x->count; r++)
+                end(s, scratch + (n - x->first) * s->rows + r * PANEL, x->h[r] + n, n1 - n);
     }
 }
 
 /* What compute() made, into its place. */
-static void commit(const struct job *j, int64_t i, int64_t step, const real *scratch) {
-    const struct scan *s = &j->s;
-    int64_t group = i / (s->D * j->blocks), d = i / j->blocks % s->D, block = i % j->blocks;
-    int64_t t = (d == 0) == !s->backward ? step : s->T - 1 - step;
-    int64_t b0 = block * s->rows, left = rows_at(s, t) - b0, rows = left < s->rows ? left : s->rows;
-    int64_t first = group * j->wide, last = first + j->wide < s->H ? first + j->wide : s->H;
-    for (int64_t n = first; n < last; n += PANEL, scratch += s->rows * PANEL)
-        for (int64_t r = 0; r < rows; r++)
-            memcpy(s->out + place(s, t, b0 + r, s->out_t, s->out_b) + d * s->H + n, scratch + r * PANEL,
-                   (last - n < PANEL ? last - n : PANEL) * sizeof(real));
+static void commit(const struct job *j, const struct rows *x, const real *scratch) {
+    for (int64_t n = x->first; n < x->last; n += PANEL, scratch += j->s.rows * PANEL)
+        for (int r = 0; r < x->count; r++)
+            for (int64_t e = 0; e < PANEL && e < x->last - n; e += LANES)
+                put_some(x->out[r] + n + e, get(scratch + r * PANEL + e), x->last - n - e);
 }
 
 /* ---- Threads: each claims items that are ready, its own ones first ---- */
@@ -495,10 +524,12 @@ INLINE int is_ready(struct job *j, int64_t i, int64_t steps) {
 
 /* Step `steps` of item i, which is in phase CLAIMED; whoever comes first writes it, all others' work is lost. */
 static void finish(struct job *j, int64_t i, int64_t steps, real *scratch) {
-    compute(j, i, j->s.begin + steps, scratch);
+    struct rows x;
+    locate(j, i, j->s.begin + steps, &x);
+    compute(j, &x, scratch);
     int64_t expected = 4 * steps + CLAIMED;
     if (!atomic_compare_exchange_strong(&j->item[i].state, &expected, 4 * steps + WRITING)) return;
-    commit(j, i, j->s.begin + steps, scratch);
+    commit(j, &x, scratch);
     atomic_store_explicit(&j->item[i].state, 4 * (steps + 1), memory_order_release);
     atomic_fetch_add_explicit(&j->done[i % (j->items / j->s.groups)].state, 1, memory_order_release);
 }
@@ -507,14 +538,16 @@ static int claim(struct job *j, int64_t i, int64_t all_steps, real *scratch) {
     int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire), steps = state / 4;
     if (steps >= all_steps || state % 4 != FREE || !is_ready(j, i, steps)) return 0;
     if (!atomic_compare_exchange_strong(&j->item[i].state, &state, state + CLAIMED)) return 0;
-    if (j->s.groups > 1) {
+    if (j->redone) {
         finish(j, i, steps, scratch);
         return 1;
     }
     int64_t end = steps + j->chunk < all_steps ? steps + j->chunk : all_steps;
     for (; steps < end; steps++) {
-        compute(j, i, j->s.begin + steps, scratch);
-        commit(j, i, j->s.begin + steps, scratch);
+        struct rows x;
+        locate(j, i, j->s.begin + steps, &x);
+        compute(j, &x, scratch);
+        commit(j, &x, scratch);
     }
     atomic_store_explicit(&j->item[i].state, 4 * end, memory_order_release);
     return 1;
@@ -552,11 +585,12 @@ static void work(struct job *j, int self) {
         int64_t time = now();
         if (!since) since = time;
         if (time - since < j->patience) continue;
-        /* The other thread may have lost its core. Self is 0: that one can't return before it is done. */
-        if (self || j->s.groups == 1) {
+        /* The other thread has lost its core, it seems. Who may not return before all is done does its work. */
+        if (self || !j->redone) {
             sched_yield();
             continue;
         }
+        atomic_store(&busy_until, time + WHILE);
         for (int64_t i = 0; i < j->items; i++) {
             int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire);
             if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch);
@@ -564,6 +598,10 @@ static void work(struct job *j, int self) {
         since = 0;
     }
 }
+
+/* When a thread last missed its core, plus a while: until then the others would mostly wait for it. */
+static _Atomic int64_t busy_until;
+enum { WHILE = 50000000 };
 
 static void leave(struct job *j) {
     if (atomic_fetch_sub(&j->references, 1) == 1) free(j);
@@ -602,9 +640,11 @@ int scan(const struct scan *s) {
         pack(s->w[d], by_k, by_n, s->K, s->H, j->w + d * panels * PANEL * s->K);
     }
     int64_t work_of_item = s->rows * wide * s->K;
+    j->redone = s->groups > 1 || s->end - s->begin == 1;
     j->chunk = 1 + 3000000 / work_of_item;         /* some 0.1 ms */
     j->patience = 20000 + work_of_item / 8;        /* several times what an item takes */
     int helpers = (int)(s->threads < items ? s->threads : items) - 1;
+    if (helpers && now() < atomic_load(&busy_until)) helpers = 0;
     atomic_init(&j->references, 1 + helpers);
     atomic_init(&j->named, 1);
     sigset_t every, before;
@@ -622,8 +662,10 @@ int scan(const struct scan *s) {
     }
     work(j, 0);
     atomic_store(&j->closed, 1);
+    int64_t since = helpers ? now() : 0;
     for (int n = 1; n <= helpers; n++)
         while (atomic_load(&j->busy[n].state)) sched_yield();
+    if (helpers && now() - since > j->patience) atomic_store(&busy_until, now() + WHILE);
     leave(j);
     return 0;
 }

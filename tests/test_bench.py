@@ -563,7 +563,11 @@ def test_shapes_that_are_none(text):
             "sideways",
             "--passes has 'sideways'; expected one or several of forward, backward, training",
         ),
-        ("contenders", "cuda", "--backends has 'cuda'; expected one or several of nn.RNN, auto, native, eager"),
+        (
+            "contenders",
+            "cuda",
+            "--backends has 'cuda'; expected one or several of nn.RNN, auto, native, eager",
+        ),
         ("shapes", ";", r"--shapes is empty; expected B,T,I,H"),
         ("device", "cuda:1", "--device is 'cuda:1'; expected cpu or cuda"),
     ],

@@ -47,7 +47,9 @@ def test_wheel_holds_elman_alone(built):
     expected = [f"elman/{name}" for name in modules("elman")]
     expected += [f"elman/kernels/{name}" for name in modules("kernels")]
     expected += [f"elman/tuned/{table.name}" for table in ROOT.glob("elman/tuned/*.json")]
-    assert sorted(names) == sorted([*expected, "elman/py.typed"])
+    # The C source, and nothing that is compiled of it.
+    assert sorted(names) == sorted([*expected, "elman/py.typed", "elman/kernels/native.c"])
+    assert built[0].name.endswith("-py3-none-any.whl")
 
 
 def test_wheel_states_licence_and_dependencies(built):
@@ -67,7 +69,7 @@ def test_sdist_builds_without_the_checkout(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.split("/", 1)[-1] for name in sdist.getnames()}
     assert {f"kernels/{name}" for name in modules("kernels")} <= names
-    assert {"pyproject.toml", "README.md", "LICENSE", "elman/py.typed"} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "elman/py.typed", "kernels/native.c"} <= names
 
 
 def test_installed_copy_works_elsewhere(built, tmp_path):
@@ -82,6 +84,21 @@ with elman.use_backend("triton"):
 """
     said = printed(["-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"), TRITON_INTERPRET="1")
     assert said.strip() == "torch.Size([2, 1, 4])"
+
+
+@pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="needs a C compiler")
+def test_an_installed_copy_compiles_its_own_source(built, tmp_path):
+    zipfile.ZipFile(built[0]).extractall(tmp_path / "site")
+    code = """
+import torch, elman
+from elman import compiled
+print(compiled.SOURCE)
+print(elman.Elman(3, 4, backend="native")(torch.ones(2, 1, 3))[0].shape)
+"""
+    site, cache = tmp_path / "site", tmp_path / "cache"
+    said = printed(["-c", code], tmp_path, PYTHONPATH=str(site), ELMAN_CACHE_DIR=str(cache))
+    assert said.splitlines() == [str(site / "elman" / "kernels" / "native.c"), "torch.Size([2, 1, 4])"]
+    assert len(list((cache / "native").iterdir())) == 1
 
 
 def test_a_checkout_without_symlinks_runs_eager(tmp_path):

@@ -1,0 +1,246 @@
+/* Scans of kernels/native.c in memory of exactly their size, for the compiler's sanitizers: tests/test_native.py
+compiles and runs it. Each result is compared with a plain loop, and with the bits of the other plans. An argument:
+how many of SHAPES. */
+#include "../kernels/native.c"
+
+#include <dirent.h>
+#include <math.h>
+#include <stdio.h>
+
+struct shape {
+    int64_t T, B, H, D;
+};
+static const struct shape SHAPES[] = {
+    {1, 1, 1, 1}, {2, 1, 63, 2}, {3, 2, 17, 2}, {2, 33, 64, 1}, {2, 14, 130, 1}, {7, 5, 3, 2},
+};
+static const struct {
+    int64_t threads, rows, groups;
+} PLANS[] = {{1, 32, 1}, {1, 1, 1}, {2, 8, 1}, {3, 5, 2}, {4, 32, 3}, {2, 7, 40}};
+#define COUNT(array) ((int)(sizeof array / sizeof *array))
+enum { PACKED = 1, RESETS = 2, WITH_RELU = 4, BACKWARD = 8, EXPANDED = 16, NO_START = 32, VARIANTS = 64 };
+
+static int failures;
+
+static void *get_memory(int64_t bytes) {
+    void *memory = malloc(bytes);
+    if (!memory) abort();
+    return memory;
+}
+
+static real number(void) { /* from -1 to 1 */
+    static uint64_t state = 88172645463325252u;
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (real)(state >> 11) * (real)0x1p-52 - 1;
+}
+
+static real *numbers(int64_t count, double scale) {
+    real *p = get_memory(count * sizeof(real));
+    for (int64_t i = 0; i < count; i++) p[i] = number() * (real)scale;
+    return p;
+}
+
+/* The element that step t's row b of direction d has in column n, from the states that the scan itself made. */
+static double expected(const struct scan *s, const real *in, int64_t d, int64_t t, int64_t b, int64_t n) {
+    int64_t source = t - ((d == 0) == !s->backward ? 1 : -1);
+    double total = in ? in[place(s, t, b, s->in_t, s->in_b) + d * s->H + n] : 0;
+    const real *from = 0;
+    int reset = is_reset(s, t > source ? t : source, b);
+    if (b < rows_at(s, source)) {
+        if (!reset) from = s->out + place(s, source, b, s->out_t, s->out_b) + d * s->H;
+    } else if (!s->backward) {
+        if (!reset) from = s->start + d * s->start_d + b * s->start_b;
+    } else if (s->start)
+        total += s->start[d * s->start_d + b * s->start_b + n];
+    const real *w = s->w[d] + n * (s->backward ? s->w_k : s->w_n);
+    for (int64_t k = 0; from && k < s->H; k++) total += (double)w[k * (s->backward ? s->w_n : s->w_k)] * from[k];
+    double h = s->backward ? s->h[place(s, t, b, s->h_t, s->h_b) + d * s->H + n] : 0;
+    if (s->act == RELU) return s->backward ? (h > 0 ? total : 0) : (total > 0 ? total : 0);
+    return s->backward ? total * (1 - h * h) : tanh(total);
+}
+
+static void test(struct shape z, int variant) {
+    int64_t rows = z.T * z.B, width = z.D * z.H, gap = 3;
+    int64_t *sizes = get_memory(z.T * sizeof *sizes), *offsets = get_memory(z.T * sizeof *offsets);
+    if (variant & PACKED) {
+        rows = 0;
+        for (int64_t t = 0; t < z.T; t++) {
+            sizes[t] = t ? (sizes[t - 1] + 2) / 3 : z.B;
+            offsets[t] = rows;
+            rows += sizes[t];
+        }
+    }
+    uint8_t *resets = get_memory(rows);
+    for (int64_t i = 0; i < rows; i++) resets[i] = number() > 0.3;
+    int backward = !!(variant & BACKWARD), expanded = backward && variant & EXPANDED;
+    int in_rows = !(variant & EXPANDED), by_b = width + gap;
+    real *in = numbers(in_rows ? (rows - 1) * by_b + width : width, 1);
+    real *h = numbers(rows * width, 1), *start = numbers(z.D * z.B * z.H, 1);
+    real *w = numbers(z.D * z.H * z.H, 1 / sqrt(z.H)), *first = 0;
+    for (int p = 0; p < COUNT(PLANS); p++) {
+        real *out = get_memory(rows * width * sizeof(real));
+        memset(out, 0xff, rows * width * sizeof(real)); /* NaN */
+        struct scan s = {
+            .backward = backward, .act = variant & WITH_RELU ? RELU : TANH, .D = z.D, .T = z.T, .B = z.B, .H = z.H, .K = z.H,
+            .end = z.T,
+            .threads = PLANS[p].threads, .rows = PLANS[p].rows, .groups = PLANS[p].groups,
+            .sizes = variant & PACKED ? sizes : 0, .offsets = variant & PACKED ? offsets : 0,
+            .resets = variant & RESETS ? resets : 0, .resets_t = z.B, .resets_b = 1,
+            .in = in, .in_t = in_rows ? z.B * by_b : 0, .in_b = in_rows ? by_b : 0,
+            .h = backward ? h : 0, .h_t = z.B * width, .h_b = width,
+            .out = out, .out_t = z.B * width, .out_b = width,
+            .start = start, .start_d = z.B * z.H, .start_b = z.H,
+            .w = {w, w + (z.D - 1) * z.H * z.H}, .w_n = z.H, .w_k = 1,
+        };
+        if (backward && variant & NO_START) s.start = 0, s.in = expanded ? 0 : s.in;
+        if (!backward && variant & NO_START) s.w_n = 1, s.w_k = z.H; /* a transposed W instead */
+        if (!backward && !(variant & EXPANDED)) { /* in place, as the layer does it */
+            for (int64_t r = 0; r < rows; r++) memcpy(out + r * width, in + r * by_b, width * sizeof(real));
+            s.in = out, s.in_t = s.out_t, s.in_b = s.out_b;
+        }
+        struct scan part = s;
+        for (part.begin = 0; part.begin < z.T; part.begin = part.end) { /* in two calls */
+            part.end = part.begin ? z.T : (z.T + 1) / 2;
+            if (scan(&part)) abort();
+        }
+        if (first && memcmp(first, out, rows * width * sizeof(real))) {
+            printf("T=%d B=%d H=%d D=%d variant %d: plan %d has other bits\n", (int)z.T, (int)z.B, (int)z.H, (int)z.D,
+                   variant, p);
+            failures++;
+        }
+        if (first) {
+            free(out);
+            continue;
+        }
+        first = out;
+        const real *known = s.in;
+        if (known) known = in, s.in_t = in_rows ? z.B * by_b : 0, s.in_b = in_rows ? by_b : 0;
+        double worst = 0;
+        for (int64_t t = 0; t < z.T; t++)
+            for (int64_t b = 0; b < rows_at(&s, t); b++)
+                for (int64_t d = 0; d < z.D; d++)
+                    for (int64_t n = 0; n < z.H; n++) {
+                        double want = expected(&s, known, d, t, b, n);
+                        double off = fabs(out[place(&s, t, b, s.out_t, s.out_b) + d * z.H + n] - want);
+                        if (!(off <= worst)) worst = off; /* NaN too */
+                    }
+        if (!(worst < (sizeof(real) == 4 ? 1e-5 : 1e-14))) {
+            printf("T=%d B=%d H=%d D=%d variant %d: off by %g\n", (int)z.T, (int)z.B, (int)z.H, (int)z.D, variant, worst);
+            failures++;
+        }
+    }
+    free(first), free(in), free(h), free(start), free(w), free(resets), free(sizes), free(offsets);
+}
+
+#ifndef DOUBLE
+/* Every sort of float through both roundings: only whether a sanitizer objects counts here. */
+static void test_roundings(void) {
+    uint32_t special[] = {0, 1, 0x7fffff, 0x800000, 0x33000001, 0x387fffff, 0x477fefff, 0x477ff000, 0x7f7fffff,
+                          0x7f800000, 0x7f800001, 0x7fc00000, 0x7fffffff, 0xff800000, 0xffffffff, 0x80000000};
+    int64_t H = COUNT(special);
+    for (int rounding = BFLOAT16; rounding <= FLOAT16; rounding++)
+        for (int relu = 0; relu < 2; relu++) {
+            real *out = get_memory(sizeof special), *start = numbers(H, 0), *w = numbers(H * H, 0);
+            memcpy(out, special, sizeof special);
+            struct scan s = {.act = relu ? RELU : TANH, .rounding = rounding, .D = 1, .T = 1, .B = 1, .H = H, .K = H,
+                             .end = 1, .threads = 1, .rows = 1, .groups = 1, .in = out, .in_t = H, .in_b = H,
+                             .out = out, .out_t = H, .out_b = H, .start = start, .start_d = H, .start_b = H,
+                             .w = {w, w}, .w_n = H, .w_k = 1};
+            if (scan(&s)) abort();
+            free(out), free(start), free(w);
+        }
+}
+#endif
+
+static void expect(const char *what, struct shape z, const real *got, double want) {
+    if (fabs(*got - want) <= (sizeof(real) == 4 ? 1e-4 : 1e-13)) return;
+    printf("%s of N=%d I=%d H=%d variant %d: %g for %g\n", what, (int)z.B, (int)z.T, (int)z.H, (int)z.D, *got, want);
+    failures++;
+}
+
+/* One step without a scan and its gradients, and a product as a scan of one step; T is I, D a variant. */
+static void test_affine(struct shape z) {
+    int64_t N = z.B, K[2] = {z.T, z.D & 1 ? z.H : 0}, H = z.H, gap = 2, act = z.D & 2 ? RELU : z.D & 4 ? NOTHING : TANH;
+    real *a[2], *w[2], *bias[2], *da[2], *dw[2], *db[2];
+    for (int i = 0; i < 2; i++) {
+        int64_t k = K[i] ? K[i] : 1;
+        a[i] = numbers((N - 1) * (k + gap) + k, 1), w[i] = numbers((H - 1) * (k + gap) + k, 1 / sqrt(k));
+        bias[i] = numbers(H, 1), db[i] = numbers(H, 1), da[i] = numbers(N * k, 1), dw[i] = numbers(H * k, 1);
+    }
+    real *out = numbers((N - 1) * (H + gap) + H, 1), *g = numbers((N - 1) * (H + gap) + H, 1), *dz = numbers(N * H, 1);
+    struct affine s = {.act = act, .N = N, .H = H, .K = {K[0], K[1]}, .a_r = {K[0] + gap, K[1] + gap},
+                       .w_c = {K[0] + gap, K[1] + gap}, .out_r = H + gap, .a = {a[0], a[1]}, .w = {w[0], w[1]},
+                       .bias = {z.D & 8 ? bias[0] : 0, bias[1]}, .out = out};
+    affine(&s);
+    for (int64_t r = 0; r < N; r++)
+        for (int64_t c = 0; c < H; c++) {
+            double total = bias[1][c] + (z.D & 8 ? bias[0][c] : 0);
+            for (int i = 0; i < 2; i++)
+                for (int64_t k = 0; k < K[i]; k++) total += (double)a[i][r * s.a_r[i] + k] * w[i][c * s.w_c[i] + k];
+            if (act != NOTHING) total = act == RELU ? (total > 0 ? total : 0) : tanh(total);
+            expect("affine", z, out + r * s.out_r + c, total);
+        }
+    if (act != NOTHING) {
+        int every = !(z.D & 8); /* of the gradients, or one of each pair */
+        struct affine_backward b = {.act = act, .N = N, .H = H, .K = {K[0], K[1]}, .a_r = {s.a_r[0], s.a_r[1]},
+                                    .w_c = {s.w_c[0], s.w_c[1]}, .g_r = H + gap, .out_r = H + gap, .a = {a[0], a[1]},
+                                    .w = {w[0], w[1]}, .g = g, .out = out, .da = {da[0], K[1] && every ? da[1] : 0},
+                                    .dw = {every ? dw[0] : 0, K[1] ? dw[1] : 0}, .db = {db[0], every ? db[1] : 0},
+                                    .dz = dz};
+        affine_backward(&b);
+        for (int i = 0; i < 2; i++) {
+            for (int64_t r = 0; b.da[i] && r < N; r++)
+                for (int64_t k = 0; k < K[i]; k++) {
+                    double want = 0;
+                    for (int64_t c = 0; c < H; c++) want += (double)dz[r * H + c] * w[i][c * s.w_c[i] + k];
+                    expect("da", z, da[i] + r * K[i] + k, want);
+                }
+            for (int64_t c = 0; c < H; c++) {
+                double of_bias = 0;
+                for (int64_t r = 0; r < N; r++) {
+                    double h = out[r * s.out_r + c], x = g[r * b.g_r + c];
+                    expect("dz", z, dz + r * H + c, act == RELU ? (h > 0 ? x : 0) : x * (1 - h * h));
+                    of_bias += dz[r * H + c];
+                }
+                if (b.db[i]) expect("db", z, db[i] + c, of_bias);
+                for (int64_t k = 0; b.dw[i] && k < K[i]; k++) {
+                    double want = 0;
+                    for (int64_t r = 0; r < N; r++) want += (double)dz[r * H + c] * a[i][r * s.a_r[i] + k];
+                    expect("dw", z, dw[i] + c * K[i] + k, want);
+                }
+            }
+        }
+    }
+    struct scan p = {.act = NOTHING, .D = 1, .T = 1, .B = N, .H = H, .K = K[0], .end = 1, .threads = 2, .rows = 4,
+                     .groups = 2, .out = out, .out_b = H + gap, .start = a[0], .start_b = K[0] + gap, .bias = bias[0],
+                     .w = {w[0], w[0]}, .w_n = K[0] + gap, .w_k = 1};
+    if (scan(&p)) abort();
+    for (int64_t r = 0; r < N; r++)
+        for (int64_t c = 0; c < H; c++) {
+            double want = bias[0][c];
+            for (int64_t k = 0; k < K[0]; k++) want += (double)a[0][r * p.start_b + k] * w[0][c * p.w_n + k];
+            expect("product", z, out + r * p.out_b + c, want);
+        }
+    for (int i = 0; i < 2; i++) free(a[i]), free(w[i]), free(bias[i]), free(da[i]), free(dw[i]), free(db[i]);
+    free(out), free(g), free(dz);
+}
+
+int main(int argc, char **argv) {
+    int scans = 0, shapes = argc > 1 ? atoi(argv[1]) : COUNT(SHAPES);
+    for (int i = 0; i < shapes; i++)
+        for (int variant = 0; variant < VARIANTS; variant++, scans++) test(SHAPES[i], variant);
+    static const struct shape steps[] = {{1, 1, 1, 0}, {3, 5, 4, 0}, {40, 1, 17, 0}, {17, 3, 70, 0}, {1100, 4, 6, 0}};
+    for (int i = 0; i < COUNT(steps); i++)
+        for (struct shape z = steps[i]; z.D < 16; z.D++, scans++) test_affine(z);
+#ifndef DOUBLE
+    test_roundings();
+#endif
+    for (int tries = 0, threads = 2; threads > 1 && tries < 5000; tries++) { /* helpers that are yet to leave */
+        DIR *tasks = opendir("/proc/self/task");
+        if (!tasks) break;
+        for (threads = -2; readdir(tasks);) threads++;
+        closedir(tasks);
+        nanosleep(&(struct timespec){0, 1000000}, 0);
+    }
+    printf("%d scans, %d wrong\n", scans, failures);
+    return failures != 0;
+}
