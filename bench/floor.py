@@ -27,7 +27,7 @@ from bench import loops
 from bench.contenders import arithmetic, storage
 from bench.measure import cuda_seconds, wall_seconds
 from bench.workloads import PASSES, Workload
-from elman import eager, timing
+from elman import products, timing
 
 KIB, MIB = 1 << 10, 1 << 20
 #: Working sets in bytes, each twice the one before.
@@ -73,8 +73,8 @@ def of(workload: Workload, pass_name: str, floor: dict[str, Any]) -> Floor:
         backward = [part == "backward" for part in _parts(pass_name)]
         loop, matrix = floor["step"]["loop"], rates[workload.dtype]
         found = [loops.pass_seconds(workload, b, loop, matrix) for b in backward]
-        total, products = (sum(each) for each in zip(*found, strict=True))
-        limits["matrix" if products > total / 2 else "step"] = total
+        total, others = (sum(each) for each in zip(*found, strict=True))
+        limits["matrix" if others > total / 2 else "step"] = total
     else:
         limits["matrix"] = flops(workload, pass_name) / rates[workload.dtype]
         limits["step"] = _steps_seconds(workload, pass_name, floor["step"])
@@ -234,8 +234,8 @@ def _flops_a_second(device: torch.device, dtype: str, sides: Sequence[int], seco
             break
         a, b, out = torch.rand(3, side, side, device=device).to(storage(dtype))
         ways: list[Callable[[], object]] = [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]  # type: ignore[misc]
-        if device.type == "cpu" and dtype == "float32" and eager.HAS_ONEDNN:
-            ways.append(lambda a=a, b=b: eager.LINEAR(a, b, None, "none", [], ""))  # type: ignore[misc]
+        if device.type == "cpu" and dtype == "float32" and products.HAS_ONEDNN:
+            ways.append(lambda a=a, b=b: products.LINEAR(a, b, None, "none", [], ""))  # type: ignore[misc]
         with arithmetic(dtype):
             taken = min(_shortest(way, device, seconds) for way in ways)
         best = max(best, 2 * side**3 / taken)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compiled, eager
+from . import compiled, products
 from .reference import COMPUTE, join
 
 #: `struct scan` and `struct affine` of the C source, all fields of 8 bytes.
@@ -151,10 +151,17 @@ def _forward(
         b_ih, b_hh = (None if some is None else [b.to(compute) for b in some] for some in (b_ih, b_hh))
     one_step = sizes is None and resets is None and len(x) == 1
     rows = x.shape[0] if sizes is not None else x.shape[0] * x.shape[1]
-    if rows * D * H * (I + H if one_step else I) > SHORT:
+    work = rows * D * H * (I + H if one_step else I)
+    if work > SHORT:
         if b_ih is not None and b_hh is not None:
             b_ih = [b + b_too for b, b_too in zip(b_ih, b_hh, strict=True)]
-        output = eager.project(x, join(w_ih), None if b_ih is None else join(b_ih))
+        if work > LONG:
+            output = products.project(x, join(w_ih), None if b_ih is None else join(b_ih))
+        else:
+            output = x.new_empty(*x.shape[:-1], D * H)
+            flat, out = x.reshape(rows, I), output.view(rows, D * H)
+            for d in range(D):
+                product(flat, w_ih[d], out[:, d * H : (d + 1) * H], None if b_ih is None else b_ih[d])
     else:
         output = x.new_empty(*x.shape[:-1], D * H)
         h = _readable(h0) if one_step else None
@@ -361,11 +368,17 @@ def product(
     return out
 
 
+def takes_gradients(dz: Tensor, x: Tensor) -> bool:
+    """Whether the whole sequence's products are so short that torch's threads would cost more than they bring."""
+    return x.dtype == dz.dtype and dz.numel() * (x.shape[-1] + 2 * dz.shape[-1]) <= 4 * LONG
+
+
 def gradients(
     dz: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """As `ops._layer_products` where all rows have T steps: the gradients of x, h0, w_ih, w_hh and bias."""
     (D, H, I), (T, B, _) = w_ih.shape, dz.shape
+    w_ih, w_hh, h0 = w_ih.resolve_neg(), w_hh.resolve_neg(), _readable(h0)
     N, transpose = T * B, compiled.library(dz.dtype == torch.float64).transpose
     flat, rows, states = dz.reshape(N, D * H), x.reshape(N, I), output.reshape(N, D * H)
     results = [dz.new_empty(t.shape) if n else None for t, n in zip((x, h0, w_ih, w_hh), needs, strict=False)]
@@ -390,7 +403,7 @@ def gradients(
         if dw_ih is not None:
             product(by_column, rows.t(), dw_ih[d])
         if dw_hh is not None:
-            product(by_column[:, begin], _readable(h0)[d].t(), dw_hh[d])
+            product(by_column[:, begin], h0[d].t(), dw_hh[d])
             if T > 1:
                 product(by_column[:, after], states[before, columns].t(), dw_hh[d], added_to=dw_hh[d])
     return dx, dh0, dw_ih, dw_hh, db

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import batching, eager, native, packing, reference, routing
+from . import batching, eager, native, packing, products, reference, routing
 from .routing import LOOPS
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def _scan(
     module = _module(f"kernels.{name}")
     if problem.inputs:
         return module.scan_fused(x, w_ih, bias, h0, w_hh, lengths, nonlinearity, precision, config, resets)
-    z = eager.project(x, w_ih, bias)
+    z = products.project(x, w_ih, bias)
     return module.scan(z, h0, w_hh, lengths, nonlinearity, precision, config, resets)
 
 
@@ -423,9 +423,13 @@ def _gradients(
             # What watches each operation sees ours as one, which it can do whatever is written into what.
             operator = _is_watched() or opaque or torch.is_grad_enabled()
             dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
+        whole = counts is None and resets is None and not (opaque or in_transform or torch.is_grad_enabled())
+        if whole and kernel in LOOPS and _loop(kernel, x) is native and not _is_watched():
+            if native.takes_gradients(dz, x) and forward_ad._current_level < 0:
+                return native.gradients(dz, x, h0, w_ih, w_hh, output, needs)
         # torch's own have derivatives and batching rules, but make a graph's code depend on T.
-        products = torch.ops.elman.layer_products if opaque else _layer_products
-        found = products(dz, x, h0, w_ih, w_hh, output, counts, resets, needs)
+        rest = torch.ops.elman.layer_products if opaque else _layer_products
+        found = rest(dz, x, h0, w_ih, w_hh, output, counts, resets, needs)
     return tuple(t if needed else None for t, needed in zip(found, needs, strict=True))
 
 
@@ -563,7 +567,7 @@ def _layer_products(
         h0 = torch.cat([h0[:1].masked_fill(anew, 0), h0[1:]])
     dx = dh0 = dw_ih = dw_hh = db = None
     if needs_x:
-        dx = eager.product(flat, w_ih.flatten(0, 1).t()).view(x.shape).to(dtype)
+        dx = products.product(flat, w_ih.flatten(0, 1).t()).view(x.shape).to(dtype)
     if needs_h0:
         dh0 = _stack([f @ w for f, w in zip(first, w_hh, strict=True)])
         if resets is not None:  # not of the factor alone: zeros times infinite weights are none
@@ -573,7 +577,7 @@ def _layer_products(
     # is one product, for speed and for float16, which rounds every partial sum.
     together = needs_w_ih and dz.device.type == "cpu" and dtype == torch.float32
     if needs_w_ih and not together:
-        dw_ih = eager.sums_of_products(dz, [x], T)[0].view(D, H, I).to(dtype)
+        dw_ih = products.sums_of_products(dz, [x], T)[0].view(D, H, I).to(dtype)
     if needs_w_hh or together:
         sums = []
         for d, (following, before, rest) in enumerate(_neighbours(B, counts, dz, starts)):
@@ -590,7 +594,7 @@ def _layer_products(
                 if resets is not None:
                     h = h.masked_fill(resets[_later(B, dz)][..., None], 0)
                 others.append(h)
-            found = eager.sums_of_products(g[following], others, T)
+            found = products.sums_of_products(g[following], others, T)
             sums.append([torch.addmm(f, a.t(), b) for f, (a, b) in zip(found, begins, strict=True)])
         if together:
             dw_ih = _stack([found[0] for found in sums])
@@ -607,8 +611,8 @@ def _sums_well(dz: Tensor) -> bool:
         return True  # the vendor's library does, whatever the length
     if torch._C._are_functorch_transforms_active() or type(dz) is not Tensor:
         return False  # a graph that is traced must not depend on T
-    # Longer sums are cut into parts, and larger ones go to oneDNN where it is quicker: both by eager.
-    return dz.shape[0] * dz.shape[1] <= eager.SHORTEST_SUM and dz.numel() * dz.shape[2] < 2**24
+    # Longer sums are cut into parts, and larger ones go to oneDNN where it is quicker: both by products.py.
+    return dz.shape[0] * dz.shape[1] <= products.SHORTEST_SUM and dz.numel() * dz.shape[2] < 2**24
 
 
 def whole_products(

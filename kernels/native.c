@@ -503,6 +503,10 @@ static void commit(const struct job *j, const struct rows *x, const real *scratc
 
 /* ---- Threads: each claims items that are ready, its own ones first ---- */
 
+/* When a thread last missed its core, plus a while: until then the others would mostly wait for it. */
+static _Atomic int64_t busy_until;
+enum { WHILE = 50000000 };
+
 static int64_t now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -598,10 +602,6 @@ static void work(struct job *j, int self) {
         since = 0;
     }
 }
-
-/* When a thread last missed its core, plus a while: until then the others would mostly wait for it. */
-static _Atomic int64_t busy_until;
-enum { WHILE = 50000000 };
 
 static void leave(struct job *j) {
     if (atomic_fetch_sub(&j->references, 1) == 1) free(j);

@@ -327,50 +327,36 @@ def unchanged(layer: nn.Module, *inputs: Tensor) -> Iterator[None]:
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two, which small steps set to one meanwhile, whatever Python threads earlier tests have left."""
-    monkeypatch.setattr(eager.threading, "active_count", lambda: 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def inputs_of(layer: Elman, T: int = 5) -> tuple[Tensor, Tensor]:
     x = torch.randn(T, 2, layer.input_size, requires_grad=True)
     return x, torch.randn(1, 2, layer.hidden_size, requires_grad=True)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the eager loop on the CPU")
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("during", ["forward", "backward"])
 @pytest.mark.parametrize(
     "fault", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
 )
 def test_a_step_that_fails_changes_nothing(during, fault, monkeypatch):
     """Memory that ends, or Ctrl-C that comes, in the middle of the loop over time."""
-    layer = Elman(3, 4)
+    layer = Elman(3, 4, backend="eager")
     x, hx = inputs_of(layer)
-    real, seen = eager._adder, []
+    real, seen = Tensor.addmm_, []
 
-    def failing(*args):
-        def add(z: Tensor, h: Tensor) -> Tensor:
-            seen.append(torch.get_num_threads())
-            if len(seen) == 3:
-                raise fault
-            return real(*args)(z, h)
-
-        return add
+    def failing(z: Tensor, *args: Tensor) -> Tensor:
+        seen.append(z)
+        if len(seen) == 3:
+            raise fault
+        return real(z, *args)
 
     with unchanged(layer, x, hx):
         if during == "backward":
             output, _ = layer(x, hx)
-        monkeypatch.setattr(eager, "_adder", failing)
-        with pytest.raises(type(fault)):
-            layer(x, hx) if during == "forward" else output.sum().backward()
-        assert seen == [1, 1, 1], "in the middle of small steps"
-        monkeypatch.setattr(eager, "_adder", real)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "addmm_", failing)
+            with pytest.raises(type(fault)):
+                layer(x, hx) if during == "forward" else output.sum().backward()
+        assert len(seen) == 3, "in the middle of the steps"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="CPU tensors")
@@ -488,11 +474,10 @@ def test_ctrl_c_ends_a_process(during):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 @pytest.mark.skipif(DEVICE == "cuda", reason="the eager loop on the CPU")
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("during", ["forward", "backward"])
 def test_a_process_that_was_interrupted_goes_on(during, monkeypatch):
     """As in a notebook: the signal arrives in the loop, and the next cell runs."""
-    layer = Elman(3, 4)
+    layer = Elman(3, 4, backend="eager")
     x, hx = inputs_of(layer, T=200_000)
 
     class Timed:
@@ -505,34 +490,18 @@ def test_a_process_that_was_interrupted_goes_on(during, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    real, before = eager._adder, signal.signal(signal.SIGALRM, interrupt)
+    real, before = eager._columns, signal.signal(signal.SIGALRM, interrupt)
     try:
         with unchanged(layer, x, hx):
             if during == "backward":
                 output, _ = layer(x, hx)
-            monkeypatch.setattr(eager, "_adder", Timed())
+            monkeypatch.setattr(eager, "_columns", Timed())
             with pytest.raises(KeyboardInterrupt):
                 layer(x, hx) if during == "forward" else output.sum().backward()
-            monkeypatch.setattr(eager, "_adder", real)
+            monkeypatch.setattr(eager, "_columns", real)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the eager loop on the CPU")
-@pytest.mark.usefixtures("two_threads")
-def test_ctrl_c_as_the_number_of_threads_is_set(monkeypatch):
-    layer, real = Elman(3, 4), torch.set_num_threads
-
-    def interrupted(number: int) -> None:
-        real(number)
-        monkeypatch.setattr(torch, "set_num_threads", real)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "set_num_threads", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        layer(*inputs_of(layer))
-    assert torch.get_num_threads() == 2
 
 
 # The tuning cache

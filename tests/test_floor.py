@@ -17,7 +17,7 @@ import torch
 from bench import floor, loops, machine
 from bench.contenders import Problem, build
 from bench.workloads import PASSES, SWEEPS, Workload
-from elman import compiled, eager
+from elman import compiled, products
 from tests.helpers import DEVICE, error
 from tests.machines import simulate_gpu
 from tests.tolerances import tolerance
@@ -423,7 +423,7 @@ def test_products_are_of_their_own_arithmetic(before, monkeypatch):
     ]
 
 
-@pytest.mark.skipif(not eager.HAS_ONEDNN, reason="this torch has no oneDNN operators")
+@pytest.mark.skipif(not products.HAS_ONEDNN, reason="this torch has no oneDNN operators")
 @pytest.mark.parametrize("seconds", [(2.0, 1.0), (1.0, 2.0)])
 def test_a_cpus_rate_is_that_of_the_quicker_library(seconds, monkeypatch):
     taken = list(seconds)
