@@ -115,7 +115,8 @@ def doctor() -> str:
         lines.append(f"  {variable} is {os.environ.get(variable, 'not set')}")
     cache = os.environ.get("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
     lines += ["", "Caches", f"  compiled Triton kernels: {cache}"]
-    lines += [f"  the compiled C loop of native: {compiled.cache_folder()}", *_tables()]
+    folder = compiled.cache_folder() or "nowhere, as this user has no home"
+    lines += [f"  the compiled C loop of native: {folder}", *_tables()]
     return "\n".join(lines)
 
 

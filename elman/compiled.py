@@ -36,20 +36,17 @@ class CompileError(RuntimeError):
     """The C source could not be compiled or loaded; the message is a sentence that says why."""
 
 
-def cache_folder() -> Path:
+def cache_folder() -> Path | None:
     """native/ in $ELMAN_CACHE_DIR, else in elman/ of $XDG_CACHE_HOME or ~/.cache.
 
-    Raises CompileError for a user without a home: among temporary files anybody could put a library first.
+    None for a user without a home: among temporary files anybody could put a library first.
     """
     named, cache = os.environ.get("ELMAN_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
     if named:
         return Path(os.path.expanduser(named), "native")
     home = os.path.expanduser("~")
     if not cache and home == "~":
-        raise CompileError(
-            "this user has no home to keep its library in; set the environment variable ELMAN_CACHE_DIR to a "
-            "folder, or use 'eager'"
-        )
+        return None
     return Path(cache or os.path.join(home, ".cache"), "elman", "native")
 
 
@@ -154,6 +151,11 @@ def _load(double: bool, source: Path) -> ctypes.CDLL:
     made_from = (*_texts(source), _version(cc), " ".join(flags), _cpu())
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
     folder, stem = cache_folder(), f"{'float64' if double else 'float32'}-{key}"
+    if folder is None:
+        raise CompileError(
+            "this user has no home to keep its library in; set the environment variable ELMAN_CACHE_DIR to a "
+            "folder, or use 'eager'"
+        )
     try:
         kept = folder.glob(f"{stem}-*.so")
         path = next((path for path in kept if path.stem == f"{stem}-{_digest(path)}"), None)

@@ -7,98 +7,27 @@ number of threads: a scan has threads of its own, at most as many as torch has, 
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import compiled, products
+from .cores import LARGEST, NARROWEST, Plan, plan
 from .reference import COMPUTE, join
 
-#: `struct scan` and `struct affine` of the C source, all fields of 8 bytes.
-_SCAN, _CONSTANT, _POINTERS = struct.Struct("35q"), struct.Struct("11q"), struct.Struct("7q")
+# The structs of the C source, all fields of 8 bytes: scan, affine in two parts, affine_backward.
+_SCAN, _BACKWARD = struct.Struct("35q"), struct.Struct("24q")
+_CONSTANT, _POINTERS = struct.Struct("11q"), struct.Struct("7q")
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"tanh": 0, "relu": 1, "none": 2}
-_BACKWARD = struct.Struct("24q")
 #: Nanoseconds of one call into C, after which Ctrl-C is heard.
 PER_CALL = 4e8
 #: Multiply-adds up to which a product is C's, on one core: torch's threads would cost more than they bring.
 SHORT = 2**20
-
-
-#: Multiply-adds up to which a product of C's stays on one core, and up to which torch's libraries aren't asked.
+#: Up to how many a longer one stays on one core, and up to how many it is C's at all.
 ALONE, LONG = 2**22, 2**27
-
-
-class Plan(NamedTuple):
-    """How a scan is shared out: threads, rows of a work item, and groups that the columns are cut into."""
-
-    threads: int
-    rows: int
-    groups: int
-
-
-# The model of a scan's time, in nanoseconds, measured on an AMD EPYC (family 25, model 17, AVX2). It decides
-# on threads and on nothing else, and no bit of a result depends on it.
-MULTIPLY_ADD = 0.034  # of several rows, a multiply-add
-READ = 0.0125, 0.017  # of W_hh, a byte, from a core's own caches and from beyond them
-CACHE = 2**20  # bytes of a core's own caches
-ELEMENT = 0.5  # a tanh, and what goes with it
-STEP = 80.0  # where a step's rows lie
-MEETING = 400.0  # where each thread has columns of its own, a step
-THREAD = 25_000.0  # to have a thread made, and to wait for it
-
-
-def plan(B: int, H: int, T: int, D: int, itemsize: int = 4) -> Plan:
-    """The quickest by the model, of at most as many threads as torch has."""
-    return _plan(B, H, T, D, itemsize, torch.get_num_threads())
-
-
-@functools.lru_cache(1024)
-def _plan(*problem: int) -> Plan:
-    return min(estimates(*problem).items(), key=lambda pair: pair[1])[0]
-
-
-def estimates(B: int, H: int, T: int, D: int, itemsize: int, most: int) -> dict[Plan, float]:
-    """What a step of a scan takes in each way of sharing it out, in microseconds by the model."""
-
-    def step(rows: int, columns: int) -> float:
-        size = columns * H * itemsize
-        read = READ[size > CACHE] * size * -(-rows // LARGEST)
-        product = max(read, rows * columns * H * MULTIPLY_ADD * itemsize / 4)
-        return STEP + product + rows * columns * ELEMENT * itemsize / 4
-
-    alone = Plan(1, min(B, LARGEST), 1)
-    found = {alone: D * step(B, H)}
-    if T * found[alone] > 4 * THREAD and most > 1:  # else a thread has hardly begun
-        for n in sorted({min(2**i, most) for i in range(1, most.bit_length() + 1)}):
-            made = (n - 1) * THREAD / T
-            rows = -(-B // -(-n // D))  # a block of rows for each thread and direction
-            if n <= D * B:
-                found[Plan(n, min(rows, LARGEST), 1)] = -(-D * -(-B // rows) // n) * step(rows, H) + made
-            groups = min(n, -(-H // NARROWEST))
-            if groups > 1:
-                found[Plan(n, min(B, LARGEST), groups)] = D * step(B, -(-H // groups)) + MEETING + made
-    return {shared: time / 1000 for shared, time in found.items()}
-
-
-def explain(B: int, H: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], str]:
-    """How a forward scan is shared out, and why, in words."""
-    itemsize = 8 if dtype == torch.float64 else 4
-    found = estimates(B, H, T, D, itemsize, torch.get_num_threads())
-    chosen, one = plan(B, H, T, D, itemsize), next(iter(found))
-    text = f"by its model {found[one]:.2f} us a step on one core"
-    if chosen.threads > 1:
-        what = "columns" if chosen.groups > 1 else "rows or directions"
-        text += f", {found[chosen]:.2f} with the {what} over {chosen.threads}"
-    return chosen._asdict(), f"{text}, the input product not counted"
-
-
-LARGEST = 32  # ROWS of the C source
-NARROWEST = 64  # columns of a group: PANEL of the C source, at most
 
 
 def forward(
@@ -273,8 +202,7 @@ def _affine(
             second = (H, h.data_ptr() + d * h.stride(0) * size, h.stride(1), w2.data_ptr(), w2.stride(0))
         biases = [None if some is None else _readable(some[d]) for some in (b_ih, b_hh)]
         constant = (_ACTS[act], rounding, N, H, I, second[0], x.stride(0), second[2], w.stride(0), second[4])
-        pointers = (x.data_ptr(), second[1], w.data_ptr(), second[3])
-        pointers += tuple(0 if b is None else b.data_ptr() for b in biases)
+        pointers = [x.data_ptr(), second[1], w.data_ptr(), second[3], *_pointers(*biases)]
         function(
             _CONSTANT.pack(*constant, len(w_ih) * H)
             + _POINTERS.pack(*pointers, out.data_ptr() + d * H * size)
@@ -330,7 +258,7 @@ def _scan(
 
 
 def _steps(B: int, H: int, D: int, itemsize: int) -> int:
-    """As many as one thread of a slow CPU does in PER_CALL: each reads W from memory, multiplies and begins."""
+    """As many as one thread of a slow CPU does in PER_CALL: each reads W, multiplies and begins."""
     ns = D * (H * H * itemsize / 4 * (0.5 + 0.1 * B) + B * H + 200)
     return max(1, int(PER_CALL / ns))
 
@@ -353,12 +281,15 @@ def _rows(t: Tensor | None, sizes: Tensor | None) -> tuple[int, ...]:
 def product(
     a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, added_to: Tensor | None = None
 ) -> Tensor:
-    """out (N, H) = a w^T + bias, or + added_to, which may be out itself: a (N, K), w (H, K) of any strides."""
+    """out (N, H) = a w^T + bias or + added_to, which may be out; a (N, K), w (H, K) of any strides."""
     (N, K), H = a.shape, w.shape[0]
     a, w, bias = _readable(a), w.resolve_neg(), None if bias is None else _readable(bias)
+    if not (N and H):
+        return out
     most = torch.get_num_threads() if N * K * H > ALONE else 1
     blocks = -(-N // LARGEST)
-    shared = (most, LARGEST, 1) if blocks >= most else (most, min(N, LARGEST), min(most, -(-H // NARROWEST)))
+    groups = 1 if blocks >= most else min(most, -(-H // NARROWEST))
+    shared = Plan(most, min(N, LARGEST), groups)
     numbers = (False, _ACTS["none"], 0, 1, 1, N, H, K, 0, 1, *shared, 0, 0, 0, 0, 0)
     given = (0, 0, 0) if added_to is None else (added_to.data_ptr(), 0, added_to.stride(0))
     places = (*given, 0, 0, 0, out.data_ptr(), 0, out.stride(0), a.data_ptr(), 0, a.stride(0))
@@ -369,7 +300,7 @@ def product(
 
 
 def takes_gradients(dz: Tensor, x: Tensor) -> bool:
-    """Whether the whole sequence's products are so short that torch's threads would cost more than they bring."""
+    """Whether `gradients` is for these: the products are no longer than C's are to be."""
     return x.dtype == dz.dtype and dz.numel() * (x.shape[-1] + 2 * dz.shape[-1]) <= 4 * LONG
 
 

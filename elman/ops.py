@@ -423,10 +423,10 @@ def _gradients(
             # What watches each operation sees ours as one, which it can do whatever is written into what.
             operator = _is_watched() or opaque or torch.is_grad_enabled()
             dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
-        whole = counts is None and resets is None and not (opaque or in_transform or torch.is_grad_enabled())
-        if whole and kernel in LOOPS and _loop(kernel, x) is native and not _is_watched():
-            if native.takes_gradients(dz, x) and forward_ad._current_level < 0:
-                return native.gradients(dz, x, h0, w_ih, w_hh, output, needs)
+        whole = counts is None and resets is None and native.takes_gradients(dz, x)
+        seen = opaque or in_transform or torch.is_grad_enabled() or forward_ad._current_level >= 0
+        if whole and kernel in LOOPS and not seen and not _is_watched() and _loop(kernel, x) is native:
+            return native.gradients(dz, x, h0, w_ih, w_hh, output, needs)
         # torch's own have derivatives and batching rules, but make a graph's code depend on T.
         rest = torch.ops.elman.layer_products if opaque else _layer_products
         found = rest(dz, x, h0, w_ih, w_hh, output, counts, resets, needs)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
-from . import compiled
+from . import compiled, cores
 
 if TYPE_CHECKING:
     from .kernels.configs import Problem
@@ -508,9 +508,7 @@ def explain(
     device, D = torch.device(device), 2 if bidirectional else 1
     found = route(backend, device, dtype, hidden, batch, D, ragged=lengths, resets=resets)
     if found.backend == "native":
-        from . import native  # which imports what computes, and that imports this file
-
-        shared, estimate = native.explain(batch, hidden, seq, D, dtype)
+        shared, estimate = cores.explain(batch, hidden, seq, D, dtype)
         return replace(found, reason=f"{found.reason}; {estimate}", config=shared)
     if found.backend != "triton":
         return found

@@ -489,7 +489,7 @@ static void compute(const struct job *j, const struct rows *x, real *scratch) {
         if (s->act == NOTHING) continue;
         for (int64_t n = n0; n < n1; n += PANEL)
             for (int r = 0; r < x->count; r++)
-                end(s, scratch + (n - x->first) * s->rows + r * PANEL, x->h[r] + n, n1 - n);
+                end(s, scratch + (n - x->first) * s->rows + r * PANEL, s->backward ? x->h[r] + n : 0, n1 - n);
     }
 }
 
@@ -641,7 +641,7 @@ int scan(const struct scan *s) {
     }
     int64_t work_of_item = s->rows * wide * s->K;
     j->redone = s->groups > 1 || s->end - s->begin == 1;
-    j->chunk = 1 + 3000000 / work_of_item;         /* some 0.1 ms */
+    j->chunk = 1 + 3000000 / (1 + work_of_item);         /* some 0.1 ms */
     j->patience = 20000 + work_of_item / 8;        /* several times what an item takes */
     int helpers = (int)(s->threads < items ? s->threads : items) - 1;
     if (helpers && now() < atomic_load(&busy_until)) helpers = 0;

@@ -401,7 +401,7 @@ def test_sanitizers_find_nothing(tmp_path, options):
     ("right", "wrong", "found"),
     [
         ("*w = numbers(z.D * z.H * z.H,", "*w = numbers(z.D * z.H * z.H - 1,", "native.c"),
-        (": tanh(total)", ": tanh(total) + 1e-4", "off by 0.0001"),
+        ("(1 - h * h) : tanh(total)", "(1 - h * h) : tanh(total) + 1e-4", "off by 0.0001"),
     ],
     ids=["a weight too few", "another function"],
 )
