@@ -94,11 +94,16 @@ def _step(
     """
     itemsize, H = storage(w.dtype).itemsize, w.hidden_size
     more = 4 / itemsize
-    multiply_adds = max(more * rates["multiply_add"][threads][0], matrix / 2 if itemsize == 2 else 0)
+    multiply_adds = max(more * _fastest(rates["multiply_add"], threads), matrix / 2 if itemsize == 2 else 0)
     weights = matrices * H * H * itemsize
     product = max(weights / read_rate(weights, rates["read"][threads]), rows * H * H / multiply_adds)
     free = backward or w.nonlinearity == "relu"
-    return product if free else product + rows * H / (more * rates["tanh"][threads][0])
+    return product if free else product + rows * H / (more * _fastest(rates["tanh"], threads))
+
+
+def _fastest(rates: dict[str, Rate], threads: str) -> float:
+    """What so many cores did at best, or their part of what more did: other programs slow one or the other."""
+    return max(int(threads) / int(n) * rate[0] for n, rate in rates.items() if int(n) >= int(threads))
 
 
 def read_rate(size: int, measured: Sequence[Sequence[float]]) -> float:

@@ -243,6 +243,12 @@ def test_a_loop_on_one_core_waits_for_no_other():
     assert floor.of(wide, "forward", rates).seconds == pytest.approx(21 / 2 + 32)
 
 
+def test_a_core_that_was_slowed_down_is_as_fast_as_each_of_several():
+    slowed = {**LOOP, "multiply_add": {"1": [1.0], "2": [200.0]}, "tanh": {"1": [4.0], "2": [80.0]}}
+    rates = {**LOOPS, "step": {"loop": slowed}}
+    assert floor.of(ROWS_40, "forward", rates) == floor.of(ROWS_40, "forward", LOOPS)
+
+
 def test_a_loop_does_the_steps_that_packed_rows_have():
     packed = replace(SMALL_LOOP, batch=8, packed=True)
     rates = {**LOOPS, "step": {"loop": {**LOOP, "read": {"1": [[1, 1e30]], "2": [[1, 1e30]]}}}}
