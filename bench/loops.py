@@ -96,14 +96,22 @@ def _step(
     more = 4 / itemsize
     multiply_adds = max(more * _fastest(rates["multiply_add"], threads), matrix / 2 if itemsize == 2 else 0)
     weights = matrices * H * H * itemsize
-    product = max(weights / read_rate(weights, rates["read"][threads]), rows * H * H / multiply_adds)
+    product = max(weights / _fastest(rates["read"], threads, weights), rows * H * H / multiply_adds)
     free = backward or w.nonlinearity == "relu"
     return product if free else product + rows * H / (more * _fastest(rates["tanh"], threads))
 
 
-def _fastest(rates: dict[str, Rate], threads: str) -> float:
-    """What so many cores did at best, or their part of what more did: other programs slow one or the other."""
-    return max(int(threads) / int(n) * rate[0] for n, rate in rates.items() if int(n) >= int(threads))
+def _fastest(rates: dict[str, Any], threads: str, size: int = 0) -> float:
+    """What so many cores did at best, or their part of what more did: other programs slow one or the other.
+
+    size: bytes that they read together, if the rates are those of reading.
+    """
+    found = []
+    for n, measured in rates.items():
+        cores = int(n) / int(threads)
+        if cores >= 1:
+            found.append((read_rate(round(cores * size), measured) if size else measured[0]) / cores)
+    return max(found)
 
 
 def read_rate(size: int, measured: Sequence[Sequence[float]]) -> float:

@@ -245,6 +245,7 @@ def test_a_loop_on_one_core_waits_for_no_other():
 
 def test_a_core_that_was_slowed_down_is_as_fast_as_each_of_several():
     slowed = {**LOOP, "multiply_add": {"1": [1.0], "2": [200.0]}, "tanh": {"1": [4.0], "2": [80.0]}}
+    slowed["read"] = {"1": [[64, 0.1], [256, 0.1]], "2": LOOP["read"]["2"]}
     rates = {**LOOPS, "step": {"loop": slowed}}
     assert floor.of(ROWS_40, "forward", rates) == floor.of(ROWS_40, "forward", LOOPS)
 
