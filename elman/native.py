@@ -19,13 +19,15 @@ from .reference import COMPUTE, join
 
 # The structs of the C source, all fields of 8 bytes: scan, affine in two parts, affine_backward.
 _SCAN, _BACKWARD = struct.Struct("35q"), struct.Struct("24q")
-_CONSTANT, _POINTERS = struct.Struct("11q"), struct.Struct("7q")
+_CONSTANT, _POINTERS = struct.Struct("11q"), struct.Struct("8q")
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"tanh": 0, "relu": 1, "none": 2}
 #: Nanoseconds of one call into C, after which Ctrl-C is heard.
 PER_CALL = 4e8
 #: Multiply-adds up to which a product is C's, on one core: torch's threads would cost more than they bring.
 SHORT = 2**20
+#: Rows that don't repay packing the weights.
+FEW = 8
 #: Up to how many a longer one stays on one core, and up to how many it is C's at all.
 ALONE, LONG = 2**22, 2**27
 
@@ -118,11 +120,13 @@ class Step:
         library = compiled.library(x.dtype == torch.float64)
         self.function, self.backward_function = library.affine, library.affine_backward
         self.sizes = B, I, H
+        self.is_short = B * H * (I + H) <= SHORT
 
     @staticmethod
     def fits(x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> bool:
-        """Whether C can do it at once, on one core and with the tensors as they lie."""
-        if x.dtype in COMPUTE or h.numel() * (x.shape[-1] + h.shape[-1]) > SHORT:
+        """Whether C can do it at once: the tensors as they lie, the weights not packed for so few rows."""
+        B, work = h.shape[-2], h.numel() * (x.shape[-1] + h.shape[-1])
+        if x.dtype in COMPUTE or (B > FEW and work > SHORT):
             return False
         return all(t.stride(-1) == 1 for t in (x, h, *weights))
 
@@ -133,12 +137,10 @@ class Step:
             biases = b_ih.data_ptr(), b_hh.data_ptr()
         else:
             (w_ih, w_hh), biases = weights, (0, 0)
-        self.function(
-            self.constant
-            + _POINTERS.pack(
-                x.data_ptr(), h.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *biases, out.data_ptr()
-            )
-        )
+        threads = 1 if self.is_short else torch.get_num_threads()
+        tensors = x.data_ptr(), h.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *biases, out.data_ptr()
+        if self.function(self.constant + _POINTERS.pack(*tensors, threads)):
+            raise MemoryError(f"no memory for the threads of a step of {self.sizes}; free some, or use 'eager'")
         return out
 
     def backward(
@@ -205,7 +207,7 @@ def _affine(
         pointers = [x.data_ptr(), second[1], w.data_ptr(), second[3], *_pointers(*biases)]
         function(
             _CONSTANT.pack(*constant, len(w_ih) * H)
-            + _POINTERS.pack(*pointers, out.data_ptr() + d * H * size)
+            + _POINTERS.pack(*pointers, out.data_ptr() + d * H * size, 1)
         )
 
 

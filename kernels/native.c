@@ -63,6 +63,7 @@ INLINE vec get(const real *p) {
 INLINE void put(real *p, vec v) { memcpy(p, &v, sizeof v); }
 INLINE vec pick(mask where, vec a, vec b) { return (vec)((where & (mask)a) | (~where & (mask)b)); }
 INLINE vec all(real x) { return x - (vec){0}; }
+INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* tanh x = m / (m + 2) with m = e^2x - 1, of |x|, as 2^n (e^r - 1) + (2^n - 1): right to 2 ulp everywhere. */
 #ifdef DOUBLE
@@ -187,8 +188,15 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
             for (int64_t k = 0; k < K; k++) memcpy(panels + k * PANEL, from + k * by_k, width * sizeof(real));
         else
             for (int64_t k0 = 0; k0 < K; k0 += 16) {
-                int64_t end = k0 + 16 < K ? k0 + 16 : K;
-                for (int j = 0; j < width; j++)
+                int64_t end = at_most(k0 + 16, K);
+                int j = 0;
+                for (; j + LANES <= width; j += LANES)
+                    for (int64_t k = k0; k < end; k++) {
+                        vec v;
+                        UNROLL for (int l = 0; l < LANES; l++) v[l] = from[(j + l) * by_n + k * by_k];
+                        put(panels + k * PANEL + j, v);
+                    }
+                for (; j < width; j++)
                     for (int64_t k = k0; k < end; k++) panels[k * PANEL + j] = from[j * by_n + k * by_k];
             }
     }
@@ -254,9 +262,22 @@ struct affine {
     int64_t K[2], a_r[2], w_c[2], out_r;
     const real *a[2], *w[2], *bias[2]; /* (N, K), (H, K), (H,) or NULL */
     real *out;
+    int64_t threads;
 };
 
-void affine(const struct affine *s) {
+/* Of s the columns from c on, at most `wide` of them, into a result of their own. */
+static struct affine columns_of(const struct affine *s, int64_t c, int64_t wide, real *out) {
+    struct affine part = *s;
+    part.H = part.out_r = s->H - c < wide ? s->H - c : wide;
+    part.out = out;
+    for (int i = 0; i < 2; i++) {
+        if (s->K[i]) part.w[i] += c * s->w_c[i];
+        if (s->bias[i]) part.bias[i] += c;
+    }
+    return part;
+}
+
+static void all_columns(const struct affine *s) {
     for (int64_t c = 0; c < s->H;) {
         int C = c + TILE_COLUMNS <= s->H ? TILE_COLUMNS : 1;
         for (int64_t r = 0; r < s->N;) {
@@ -385,12 +406,14 @@ enum { FREE, CLAIMED, WRITING };
 
 struct job {
     struct scan s;
-    int64_t items, blocks, panels, wide; /* of rows, of columns, of a group's columns */
+    struct affine step; /* where it has columns, the job is this and no scan */
+    int64_t items, groups, threads, steps;
+    int64_t blocks, panels, wide;        /* of rows, of columns, of a group's columns */
     int redone;                          /* whether an item is one step's, which two threads may do at once */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
     int64_t patience;                    /* ns that a thread waits for another before it does that one's work */
     size_t scratch_size;
-    real *w, *zeros, *scratch;
+    real *room, *w, *zeros, *scratch;
     _Atomic int references, closed, named;
     struct item *item;
     struct item *done; /* for each direction and block of rows: items that are done, all steps added up */
@@ -467,8 +490,6 @@ INLINE void end(const struct scan *s, real *total, const real *h, int64_t width)
     }
 }
 
-INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* A step of a work item into scratch [panel][rows][PANEL]: nothing that another thread might read is written. */
 static void compute(const struct job *j, const struct rows *x, real *scratch) {
     const struct scan *s = &j->s;
@@ -521,32 +542,42 @@ INLINE void rest(void) {
 }
 
 INLINE int is_ready(struct job *j, int64_t i, int64_t steps) {
-    if (j->s.groups == 1) return 1;
-    int64_t done = atomic_load_explicit(&j->done[i % (j->items / j->s.groups)].state, memory_order_acquire);
-    return done >= steps * j->s.groups;
+    if (j->groups == 1) return 1;
+    int64_t done = atomic_load_explicit(&j->done[i % (j->items / j->groups)].state, memory_order_acquire);
+    return done >= steps * j->groups;
 }
 
 /* Step `steps` of item i, which is in phase CLAIMED; whoever comes first writes it, all others' work is lost. */
 static void finish(struct job *j, int64_t i, int64_t steps, real *scratch) {
     struct rows x;
-    locate(j, i, j->s.begin + steps, &x);
-    compute(j, &x, scratch);
+    struct affine part;
+    if (j->step.H) {
+        part = columns_of(&j->step, i * j->wide, j->wide, scratch);
+        all_columns(&part);
+    } else {
+        locate(j, i, j->s.begin + steps, &x);
+        compute(j, &x, scratch);
+    }
     int64_t expected = 4 * steps + CLAIMED;
     if (!atomic_compare_exchange_strong(&j->item[i].state, &expected, 4 * steps + WRITING)) return;
-    commit(j, &x, scratch);
+    if (j->step.H)
+        for (int64_t r = 0; r < part.N; r++)
+            memcpy(j->step.out + r * j->step.out_r + i * j->wide, scratch + r * part.H, part.H * sizeof(real));
+    else
+        commit(j, &x, scratch);
     atomic_store_explicit(&j->item[i].state, 4 * (steps + 1), memory_order_release);
-    atomic_fetch_add_explicit(&j->done[i % (j->items / j->s.groups)].state, 1, memory_order_release);
+    atomic_fetch_add_explicit(&j->done[i % (j->items / j->groups)].state, 1, memory_order_release);
 }
 
-static int claim(struct job *j, int64_t i, int64_t all_steps, real *scratch) {
+static int claim(struct job *j, int64_t i, real *scratch) {
     int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire), steps = state / 4;
-    if (steps >= all_steps || state % 4 != FREE || !is_ready(j, i, steps)) return 0;
+    if (steps >= j->steps || state % 4 != FREE || !is_ready(j, i, steps)) return 0;
     if (!atomic_compare_exchange_strong(&j->item[i].state, &state, state + CLAIMED)) return 0;
     if (j->redone) {
         finish(j, i, steps, scratch);
         return 1;
     }
-    int64_t end = steps + j->chunk < all_steps ? steps + j->chunk : all_steps;
+    int64_t end = at_most(steps + j->chunk, j->steps);
     for (; steps < end; steps++) {
         struct rows x;
         locate(j, i, j->s.begin + steps, &x);
@@ -559,14 +590,14 @@ static int claim(struct job *j, int64_t i, int64_t all_steps, real *scratch) {
 
 /* Works until no step is left; a thread that isn't the caller's leaves when the job is closed. */
 static void work(struct job *j, int self) {
-    int64_t all_steps = j->s.end - j->s.begin, since = 0, per_thread = (j->items + j->s.threads - 1) / j->s.threads;
+    int64_t since = 0, per_thread = (j->items + j->threads - 1) / j->threads;
     real *scratch = (real *)((char *)j->scratch + self * j->scratch_size);
     for (unsigned turn = 0;; turn++) {
         int worked = 0, left = 0;
         for (int64_t n = 0; n < j->items; n++) {
             /* Its own columns first, of all rows: their part of W is in its cache. */
             int64_t i = (n + self * per_thread) % j->items;
-            if (atomic_load_explicit(&j->item[i].state, memory_order_acquire) >= 4 * all_steps) continue;
+            if (atomic_load_explicit(&j->item[i].state, memory_order_acquire) >= 4 * j->steps) continue;
             left = 1;
             if (self) {
                 atomic_store(&j->busy[self].state, 1);
@@ -575,7 +606,7 @@ static void work(struct job *j, int self) {
                     return;
                 }
             }
-            worked |= claim(j, i, all_steps, scratch);
+            worked |= claim(j, i, scratch);
             if (self) atomic_store_explicit(&j->busy[self].state, 0, memory_order_release);
         }
         if (!left) return;
@@ -597,9 +628,9 @@ static void work(struct job *j, int self) {
         atomic_store(&busy_until, time + WHILE);
         for (int64_t i = 0; i < j->items; i++) {
             int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire);
-            if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch);
+            if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch), since = 0;
         }
-        since = 0;
+        if (since) sched_yield(); /* it is in the middle of writing: that is short, once it has a core */
     }
 }
 
@@ -616,45 +647,39 @@ static void *helper(void *argument) {
 
 static size_t rounded(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
-/* Steps begin to end of a scan; 0, or 1 where there is no memory for it. */
-int scan(const struct scan *s) {
-    int64_t panels = (s->H + PANEL - 1) / PANEL, wide = (panels + s->groups - 1) / s->groups * PANEL;
-    int64_t blocks = (s->B + s->rows - 1) / s->rows, items = s->D * blocks * s->groups;
-    size_t head = rounded(sizeof(struct job)), lines = (items + s->D * blocks + s->threads) * sizeof(struct item);
-    size_t w_size = rounded(s->D * panels * PANEL * s->K * sizeof(real)), zeros = rounded(s->K * sizeof(real));
-    size_t scratch_size = rounded(s->rows * wide * sizeof(real));
-    size_t size = head + lines + w_size + zeros + s->threads * scratch_size;
-    char *memory = aligned_alloc(LINE, size);
-    if (!memory) return 1;
-    struct job *j = (struct job *)memory;
+/* A job of so many items, with `room` bytes of memory and a scratch for each thread; NULL where there is none. */
+static struct job *new_job(int64_t items, int64_t groups, int64_t threads, size_t room, size_t scratch) {
+    size_t head = rounded(sizeof(struct job)), lines = (items + items / groups + threads) * sizeof(struct item);
+    room = rounded(room), scratch = rounded(scratch);
+    char *memory = aligned_alloc(LINE, head + lines + room + threads * scratch);
+    if (!memory) return 0;
     memset(memory, 0, head + lines);
+    struct job *j = (struct job *)memory;
     memory += head;
-    j->s = *s;
-    j->item = (struct item *)memory, j->done = j->item + items, j->busy = j->done + s->D * blocks;
-    j->w = (real *)(memory + lines), j->zeros = (real *)(memory + lines + w_size);
-    j->scratch = (real *)(memory + lines + w_size + zeros);
-    j->items = items, j->blocks = blocks, j->panels = panels, j->wide = wide, j->scratch_size = scratch_size;
-    memset(j->zeros, 0, zeros);
-    for (int64_t d = 0; d < s->D; d++) {
-        int64_t by_k = s->backward ? s->w_n : s->w_k, by_n = s->backward ? s->w_k : s->w_n;
-        pack(s->w[d], by_k, by_n, s->K, s->H, j->w + d * panels * PANEL * s->K);
-    }
-    int64_t work_of_item = s->rows * wide * s->K;
-    j->redone = s->groups > 1 || s->end - s->begin == 1;
-    j->chunk = 1 + 3000000 / (1 + work_of_item);         /* some 0.1 ms */
-    j->patience = 20000 + work_of_item / 8;        /* several times what an item takes */
-    int helpers = (int)(s->threads < items ? s->threads : items) - 1;
-    if (helpers && now() < atomic_load(&busy_until)) helpers = 0;
+    j->items = items, j->groups = groups, j->threads = threads;
+    j->item = (struct item *)memory, j->done = j->item + items, j->busy = j->done + items / groups;
+    j->room = (real *)(memory + lines);
+    j->scratch = (real *)(memory + lines + room), j->scratch_size = scratch;
+    return j;
+}
+
+/* All of a job, whose items take some `work` multiply-adds each, by threads that are made for it. */
+static void run(struct job *j, int64_t work_of_item) {
+    j->redone = j->groups > 1 || j->steps == 1;
+    j->chunk = 1 + 3000000 / (1 + work_of_item); /* some 0.1 ms */
+    j->patience = 20000 + work_of_item / 8;      /* several times what an item takes */
+    int helpers = (int)(j->threads < j->items ? j->threads : j->items) - 1;
+    if (helpers > 0 && now() < atomic_load(&busy_until)) helpers = 0;
     atomic_init(&j->references, 1 + helpers);
     atomic_init(&j->named, 1);
-    sigset_t every, before;
-    pthread_attr_t detached;
-    if (helpers) {
+    if (helpers > 0) {
+        sigset_t every, before;
+        pthread_attr_t detached;
+        pthread_t thread;
         sigfillset(&every); /* a signal is for the threads that were there before */
         pthread_sigmask(SIG_SETMASK, &every, &before);
         pthread_attr_init(&detached);
         pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-        pthread_t thread;
         for (int n = 0; n < helpers; n++)
             if (pthread_create(&thread, &detached, helper, j)) leave(j); /* what it would have done others do */
         pthread_attr_destroy(&detached);
@@ -662,10 +687,42 @@ int scan(const struct scan *s) {
     }
     work(j, 0);
     atomic_store(&j->closed, 1);
-    int64_t since = helpers ? now() : 0;
+    int64_t since = helpers > 0 ? now() : 0;
     for (int n = 1; n <= helpers; n++)
         while (atomic_load(&j->busy[n].state)) sched_yield();
-    if (helpers && now() - since > j->patience) atomic_store(&busy_until, now() + WHILE);
+    if (helpers > 0 && now() - since > j->patience) atomic_store(&busy_until, now() + WHILE);
     leave(j);
+}
+
+/* Steps begin to end of a scan; 0, or 1 where there is no memory for it. */
+int scan(const struct scan *s) {
+    int64_t panels = (s->H + PANEL - 1) / PANEL, wide = (panels + s->groups - 1) / s->groups * PANEL;
+    int64_t blocks = (s->B + s->rows - 1) / s->rows, packed = panels * PANEL * s->K;
+    struct job *j = new_job(s->D * blocks * s->groups, s->groups, s->threads, (s->D * packed + s->K) * sizeof(real),
+                            s->rows * wide * sizeof(real));
+    if (!j) return 1;
+    j->s = *s, j->steps = s->end - s->begin;
+    j->blocks = blocks, j->panels = panels, j->wide = wide;
+    j->w = j->room, j->zeros = j->w + s->D * packed;
+    memset(j->zeros, 0, s->K * sizeof(real));
+    for (int64_t d = 0; d < s->D; d++) {
+        int64_t by_k = s->backward ? s->w_n : s->w_k, by_n = s->backward ? s->w_k : s->w_n;
+        pack(s->w[d], by_k, by_n, s->K, s->H, j->w + d * packed);
+    }
+    run(j, s->rows * wide * s->K);
+    return 0;
+}
+
+/* As above, the columns shared out over threads; 0, or 1 where there is no memory for that. */
+int affine(const struct affine *s) {
+    if (s->threads <= 1) {
+        all_columns(s);
+        return 0;
+    }
+    int64_t wide = (s->H + 4 * s->threads * TILE_COLUMNS - 1) / (4 * s->threads * TILE_COLUMNS) * TILE_COLUMNS;
+    struct job *j = new_job((s->H + wide - 1) / wide, 1, s->threads, 0, s->N * wide * sizeof(real));
+    if (!j) return 1;
+    j->step = *s, j->wide = wide, j->steps = 1;
+    run(j, s->N * wide * (s->K[0] + s->K[1]));
     return 0;
 }
