@@ -25,7 +25,7 @@ class Plan(NamedTuple):
 
 # The model of a scan's time, in nanoseconds, measured on an AMD EPYC (family 25, model 17, AVX2). It decides
 # on threads and on nothing else, and no bit of a result depends on it.
-MULTIPLY_ADD = 0.034  # of several rows, a multiply-add
+MULTIPLY_ADD = 0.043, 0.028  # of up to eight rows, and of more
 READ = 0.0125, 0.017  # of W_hh, a byte, from a core's own caches and from beyond them
 CACHE = 2**20  # bytes of a core's own caches
 ELEMENT = 0.5  # a tanh, and what goes with it
@@ -50,7 +50,7 @@ def estimates(B: int, H: int, T: int, D: int, itemsize: int, most: int) -> dict[
     def step(rows: int, columns: int) -> float:
         size = columns * H * itemsize
         read = READ[size > CACHE] * size * -(-rows // LARGEST)
-        product = max(read, rows * columns * H * MULTIPLY_ADD * itemsize / 4)
+        product = max(read, rows * columns * H * MULTIPLY_ADD[rows > 8] * itemsize / 4)
         return STEP + product + rows * columns * ELEMENT * itemsize / 4
 
     alone = Plan(1, min(B, LARGEST), 1)

@@ -140,7 +140,9 @@ class Step:
         threads = 1 if self.is_short else torch.get_num_threads()
         tensors = x.data_ptr(), h.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *biases, out.data_ptr()
         if self.function(self.constant + _POINTERS.pack(*tensors, threads)):
-            raise MemoryError(f"no memory for the threads of a step of {self.sizes}; free some, or use 'eager'")
+            raise MemoryError(
+                f"no memory for the threads of a step of {self.sizes}; free some, or use 'eager'"
+            )
         return out
 
     def backward(

@@ -409,6 +409,7 @@ struct job {
     struct affine step; /* where it has columns, the job is this and no scan */
     int64_t items, groups, threads, steps;
     int64_t blocks, panels, wide;        /* of rows, of columns, of a group's columns */
+    int missed;                          /* whether a thread seemed to have lost its core */
     int redone;                          /* whether an item is one step's, which two threads may do at once */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
     int64_t patience;                    /* ns that a thread waits for another before it does that one's work */
@@ -524,9 +525,10 @@ static void commit(const struct job *j, const struct rows *x, const real *scratc
 
 /* ---- Threads: each claims items that are ready, its own ones first ---- */
 
-/* When a thread last missed its core, plus a while: until then the others would mostly wait for it. */
-static _Atomic int64_t busy_until;
-enum { WHILE = 50000000 };
+/* Where a thread misses its core, others would mostly wait for it: none is made for a while, in ns, which doubles
+ * each time that this happens again and is short once more after a job in which it didn't. */
+enum { SHORTEST = 1000000, LONGEST = 100000000 };
+static _Atomic int64_t busy_until, respite = SHORTEST;
 
 static int64_t now(void) {
     struct timespec t;
@@ -625,7 +627,7 @@ static void work(struct job *j, int self) {
             sched_yield();
             continue;
         }
-        atomic_store(&busy_until, time + WHILE);
+        j->missed = 1;
         for (int64_t i = 0; i < j->items; i++) {
             int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire);
             if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch), since = 0;
@@ -687,10 +689,17 @@ static void run(struct job *j, int64_t work_of_item) {
     }
     work(j, 0);
     atomic_store(&j->closed, 1);
-    int64_t since = helpers > 0 ? now() : 0;
-    for (int n = 1; n <= helpers; n++)
-        while (atomic_load(&j->busy[n].state)) sched_yield();
-    if (helpers > 0 && now() - since > j->patience) atomic_store(&busy_until, now() + WHILE);
+    if (helpers > 0) {
+        int64_t since = now();
+        for (int n = 1; n <= helpers; n++)
+            while (atomic_load(&j->busy[n].state)) sched_yield();
+        int64_t last = atomic_load(&respite), next = SHORTEST;
+        if (j->missed || now() - since > j->patience) {
+            atomic_store(&busy_until, now() + last);
+            next = at_most(2 * last, LONGEST);
+        }
+        if (next != last) atomic_store(&respite, next);
+    }
     leave(j);
 }
 
