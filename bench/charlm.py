@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--text", type=Path, help="a UTF-8 file; pydoc's help texts if left out")
     parser.add_argument(
-        "--backend", help=f"of the layer: auto, eager, cudnn, triton, triton:KERNEL, or {BASELINE} itself"
+        "--backend",
+        help=f"of the layer: auto, native, eager, cudnn, triton, triton:KERNEL, or {BASELINE} itself",
     )
     parser.add_argument("--device", help="cuda if there is one, else cpu")
     parser.add_argument("--minutes", type=float, help="of training in all, 5 unless --steps is given")

@@ -104,6 +104,8 @@ def contenders(device: torch.device, only: str | None) -> tuple[list[str], dict[
     for name, available in elman.available_backends().items():
         if available is not True:
             absent[name] = str(available)
+        elif name == "native" and device.type != "cpu":
+            absent[name] = "It is for tensors on a CPU."
         elif name == "triton" and device.type == "cpu":
             absent[name] = "On a CPU it runs in Triton's interpreter, which is for tests."
         else:

@@ -14,6 +14,7 @@ from bench import compare, machine, page
 from bench.rows import Row, Run
 from bench.session import PLAN, RESULTS, ROOT, Cell, Plan, Session
 from bench.workloads import PASSES, SWEEPS
+from elman import available_backends
 
 SESSION = pytest.StashKey[Session]()
 BASE = pytest.StashKey[tuple[Run, list[Row]]]()
@@ -84,10 +85,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     takes = plan.takes if budget is None else f"{plan.takes}; --budget ends it after {budget:g} min"
     folder = plan.destination(config.getoption("results"))
     unpublished = "" if folder == config.getoption("results") else f" ({plan.sweep} is never published)"
-    return [
+    lines = [
         f"elman bench: {plan.table}, {len(plan.workloads)} shapes on {plan.device.type}: {takes}",
         f"writes {folder}/<machine>/{unpublished}; after Ctrl-C the same command goes on",
     ]
+    native = available_backends()["native"]
+    if plan.device.type == "cpu" and native is not True:
+        lines.append(f"native can't run here, so that auto is eager: {native}")
+    return lines
 
 
 class Progress:

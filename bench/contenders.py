@@ -15,10 +15,10 @@ from bench.measure import Target
 from bench.peers import PEERS
 from bench.rows import BASELINE, LEFT_OUT, UNAVAILABLE
 from bench.workloads import COMPILED_MAX_STEPS, CPU_MAX_FLOPS, DTYPES, NAIVE_MAX_FLOPS, Workload
-from elman import Elman, ElmanCell, Route, available_backends, explain, reference
+from elman import Elman, ElmanCell, Route, available_backends, explain, reference, routing
 
 AUTO = "auto"
-BACKENDS = ("eager", "cudnn", "triton:resident", "triton:cooperative", "triton:step")
+BACKENDS = ("native", "eager", "cudnn", "triton:resident", "triton:cooperative", "triton:step")
 COMPILED = "compiled loop"
 NAIVE = "naive loop"
 OURS = (AUTO, *BACKENDS)
@@ -234,18 +234,33 @@ def absence(name: str, workload: Workload, device: torch.device) -> tuple[str, s
     if name == COMPILED and workload.steps > COMPILED_MAX_STEPS:
         return LEFT_OUT, f"torch.compile unrolls the loop: only up to {COMPILED_MAX_STEPS} steps are tried."
     if name == AUTO and device.type == "cpu":
-        return LEFT_OUT, "On a CPU auto is eager: the same code."
+        return LEFT_OUT, f"Here auto is {taken_by_auto(workload, device)}: the same code."
     if name in BACKENDS:
         available = available_backends()[name.partition(":")[0]]
         if available is not True:
             return UNAVAILABLE, str(available)
-        if name != "eager" and device.type != "cuda":
-            return UNAVAILABLE, f"{name} is timed on a CUDA device only, and this run is on {device.type}."
+        if name != "eager" and device.type != ("cpu" if name == "native" else "cuda"):
+            where = "a CPU" if name == "native" else "a CUDA device"
+            return UNAVAILABLE, f"{name} is timed on {where} only, and this run is on {device.type}."
     if name in PEERS_BY_NAME:
         reason = PEERS_BY_NAME[name].absence(workload, device)
         if reason:
             return UNAVAILABLE, reason
     return None
+
+
+def taken_by_auto(workload: Workload, device: torch.device) -> str:
+    """The backend that auto takes for a workload on a CPU: native, or eager."""
+    return routing.route(
+        AUTO,
+        device,
+        storage(workload.dtype),
+        workload.hidden_size,
+        workload.batch,
+        1 + workload.bidirectional,
+        one_step=workload.cell,
+        ragged=workload.packed,
+    ).backend
 
 
 def route(name: str, problem: Problem) -> str:

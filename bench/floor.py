@@ -4,8 +4,11 @@
     matrix   operations / rate of a matrix product
     step     steps / the rate of the shortest possible step
 
-A row's floor is the largest of the three. It depends on the problem alone, not on who solves it. What is
-measured is rounded in the floor's favour (the best of several), so a row above 100% of it is an error here.
+On a GPU a row's floor is the largest of the three. On a CPU the steps are those of a loop in C with its
+multiply-adds, see loops.py, and the other products come on top: the floor is that sum, named after its
+larger part, or memory's time where that is longer. A floor depends on the problem alone, not on who solves
+it. What is measured is rounded in the floor's favour (the best of several), so a row above 100% of it is an
+error here.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 
+from bench import loops
 from bench.contenders import arithmetic, storage
 from bench.measure import cuda_seconds, wall_seconds
 from bench.workloads import PASSES, Workload
@@ -63,12 +67,17 @@ def of(workload: Workload, pass_name: str, floor: dict[str, Any]) -> Floor:
     memory = 0.0
     for part in _parts(pass_name):
         moved = _bytes(workload, part, kept)
-        memory += moved / _bandwidth(moved, floor["bandwidth"])
-    limits = {
-        "memory": memory,
-        "matrix": flops(workload, pass_name) / rates[workload.dtype],
-        "step": _steps_seconds(workload, pass_name, floor["step"]),
-    }
+        memory += moved / loops.read_rate(moved, floor["bandwidth"])
+    limits = {"memory": memory}
+    if "loop" in floor["step"]:
+        backward = [part == "backward" for part in _parts(pass_name)]
+        loop, matrix = floor["step"]["loop"], rates[workload.dtype]
+        found = [loops.pass_seconds(workload, b, loop, matrix) for b in backward]
+        total, others = (sum(each) for each in zip(*found, strict=True))
+        limits["matrix" if others > total / 2 else "step"] = total
+    else:
+        limits["matrix"] = flops(workload, pass_name) / rates[workload.dtype]
+        limits["step"] = _steps_seconds(workload, pass_name, floor["step"])
     bound = max(limits, key=lambda name: limits[name])
     return Floor(limits[bound], bound)
 
@@ -124,17 +133,8 @@ def _itemsize(dtype: str) -> int:
     return storage(dtype).itemsize
 
 
-def _bandwidth(moved: int, measured: Sequence[Sequence[float]]) -> float:
-    """Bytes a second where so many move: the best of all working sets not smaller, and of the one below.
-
-    The one below, because between the two a cache may end; beyond the largest it is the largest's.
-    """
-    below = max((size for size, _ in measured if size <= moved), default=0)
-    return max(rate for size, rate in measured if size >= below)
-
-
 def _steps_seconds(workload: Workload, pass_name: str, step: dict[str, Any]) -> float:
-    """Seconds of the steps: on a CPU a call each, on a GPU the shortest one, at least a launch a pass."""
+    """Seconds of the steps: by torch a call each, on a GPU the shortest one, at least a launch a pass."""
     if "call" in step:
         return steps(workload, pass_name) * step["call"]
     launches = len(_parts(pass_name)) * step["launch"]
@@ -167,34 +167,40 @@ def measure(
     Returns, ready for JSON:
         bandwidth   [[bytes of the working set, bytes read and written a second], ...], smallest first
         matrix      {dtype: flop a second of square products}, for each of the dtypes
-        step        CPU: {"call": seconds of a torch call that does nothing}
+        step        CPU: {"loop": what loops.measure() returns}; without a C compiler {"call": seconds of a
+                    torch call that does nothing, "no_loop": why}
                     CUDA: {"launch": seconds from one launch to the next, "chain": of the shortest step on one
                     multiprocessor, "meeting": {programs: of the shortest one of several},
                     "on_chip": bytes that a multiprocessor keeps in registers and shared memory}
 
-    The CPU's step is that of whoever makes at least one torch call a step. On CUDA programs meet in L2, by
-    the quicker of the two ways of elman/kernels/cooperative.py, and launches follow one another in a CUDA
-    graph, which launches sooner than Python does.
+    A call is the shortest step of whoever makes at least one torch call a step, as eager does. On CUDA
+    programs meet in L2, by the quicker of the two ways of elman/kernels/cooperative.py, and launches follow
+    one another in a CUDA graph, which launches sooner than Python does.
     """
     cuda = device.type == "cuda"
     sizes = sizes or (CUDA_SIZES if cuda else CPU_SIZES)
     sides = sides or (CUDA_SIDES if cuda else CPU_SIDES)
     with torch.no_grad(), torch.cuda.device(device) if cuda else nullcontext():
+        step = _cuda_step(device, seconds) if cuda else _cpu_step(seconds)
         return {
-            "bandwidth": [[size, _bytes_a_second(size, device, seconds)] for size in sorted(sizes)],
+            "bandwidth": [[size, _bytes_a_second(size, device, seconds, step)] for size in sorted(sizes)],
             "matrix": _matrix(device, dtypes, sides, seconds),
-            "step": _cuda_step(device, seconds) if cuda else {"call": _empty_call(seconds)},
+            "step": step,
         }
 
 
-def _bytes_a_second(size: int, device: torch.device, seconds: float) -> float:
-    """The better of a copy and of mere reading, which are all that a small batch does with large weights."""
+def _bytes_a_second(size: int, device: torch.device, seconds: float, step: dict[str, Any]) -> float:
+    """The better of a copy and of mere reading, which are all that a small batch does with large weights.
+
+    On a CPU also of C's reading, where a torch call takes longer than the bytes.
+    """
     whole = torch.ones(size // 4, device=device)
     source, target = whole.chunk(2)
     total = torch.zeros(1, device=device)
     taken = _shortest(lambda: target.copy_(source), device, seconds)
     taken = min(taken, _shortest(lambda: torch.sum(whole, 0, keepdim=True, out=total), device, seconds))
-    return size / taken
+    read = step["loop"]["read"].values() if "loop" in step else ()
+    return max(size / taken, *(loops.read_rate(size, measured) for measured in read), 0.0)
 
 
 def _matrix(
@@ -234,6 +240,13 @@ def _flops_a_second(device: torch.device, dtype: str, sides: Sequence[int], seco
             taken = min(_shortest(way, device, seconds) for way in ways)
         best = max(best, 2 * side**3 / taken)
     return best
+
+
+def _cpu_step(seconds: float) -> dict[str, Any]:
+    reason = loops.unavailable()
+    if reason:
+        return {"call": _empty_call(seconds), "no_loop": reason}
+    return {"loop": loops.measure(torch.get_num_threads(), seconds=seconds / 5)}
 
 
 def _empty_call(seconds: float) -> float:

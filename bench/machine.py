@@ -219,7 +219,8 @@ def software(device: torch.device) -> dict[str, str]:
 def source() -> str:
     """A digest of the code that a number depends on: the packages, and how is measured."""
     measuring = [path for path in ROOT.glob("bench/*.py") if path.name not in AFTER_THE_FACT]
-    return digest([*ROOT.glob("elman/*.py"), *ROOT.glob("kernels/*.py"), *measuring])
+    kernels = [*ROOT.glob("kernels/*.py"), *ROOT.glob("kernels/*.c"), *ROOT.glob("bench/*.c")]
+    return digest([*ROOT.glob("elman/*.py"), *kernels, *measuring])
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -292,6 +292,13 @@ bandwidth ("memory"), the operations over the matrix rate ("matrix"), and T time
 ("step"). None of the contenders can beat it: on a CPU the shortest step is one torch call, on a GPU the
 smallest product on one multiprocessor, or a meeting of several in L2."""
 
+FLOOR_OF_A_LOOP = """\
+The floor is what a loop in C needs at least, by the rates above, which were measured in the same run. A
+step reads W_hh from the cache that holds it or does its multiply-adds, whichever takes longer; then it
+takes tanh. Threads share the rows, or the columns of W_hh; in the second case each step also waits for
+another core. The other products come on top, at the matrix rate. The floor is called "step" or "matrix"
+after its larger part, and "memory" where the bytes that have to move take longer than all of it."""
+
 REPAID = """\
 The first call builds the layer, and compiles and tunes what no earlier row of the same process has. It is
 repaid after so many calls as make up for it against nn.RNN; "-" where it cost no more than ten ordinary
@@ -315,7 +322,7 @@ def markdown(run: Run, rows: Sequence[Row], pictures: Sequence[str] = (), missin
         parts.append(f"**{run['missing']}**")
     parts += [pipes(("", ""), (False, False), _facts(table)), READING]
     if run["floor"]:
-        parts.append(FLOOR)
+        parts.append(FLOOR_OF_A_LOOP if "loop" in run["floor"]["step"] else FLOOR)
     parts += _means(table)
     parts += [f"![{alternative(picture, table)}]({picture})" for picture in pictures] or (
         [missing] if missing else []
@@ -444,14 +451,42 @@ def _measured_floor(table: Table) -> list[tuple[str, str]]:
     rates = [f"{dtype} {digits(rate * scale)}" for dtype, rate in floor["matrix"].items()]
     names = {"call": "empty call", "launch": "launch", "chain": "on one multiprocessor"}
     step = floor["step"]
+    lines = _measured_loop(step["loop"]) if "loop" in step else []
     steps = [f"{name} {digits(step[key] * 1e6)}" for key, name in names.items() if key in step]
     for programs, seconds in step.get("meeting", {}).items():
         steps.append(f"meeting of {programs} {digits(seconds * 1e6)}")
+    if steps:
+        lines = [("shortest step, us", ", ".join(steps))]
+    if "no_loop" in step:
+        lines.append(("loop in C", f"not measured, so the shortest step is a torch call: {step['no_loop']}"))
     return [
         ("measured bandwidth", f"{digits(bandwidth * 1e-9)} GB/s ({digits(size / 2**20)} MiB)"),
         (f"measured matrix rate, {unit}", ", ".join(rates)),
-        ("shortest step, us", ", ".join(steps)),
+        *lines,
     ]
+
+
+def _measured_loop(loop: dict[str, Any]) -> list[tuple[str, str]]:
+    """By cores, the best of each rate and its median: at sizes that lie in one cache and in the next."""
+
+    def of_cores(said: Callable[[str], str]) -> str:
+        return "; ".join(f"{n} core{'s' * (n != '1')}: {said(n)}" for n in loop["multiply_add"])
+
+    def read(n: str) -> str:
+        sizes = [row for row in loop["read"][n] if row[0] & (row[0] - 1) == 0][::2]
+        return ", ".join(f"{digits(size / 2**10)} KiB {best_and_median(rate)}" for size, *rate in sizes)
+
+    def best_and_median(rate: Sequence[float], scale: float = 1e-9) -> str:
+        return f"{digits(rate[0] * scale)} ({digits(rate[1] * scale)})"
+
+    found = [
+        ("read, GB/s: best (median)", of_cores(read)),
+        ("multiply-adds, 10^9/s", of_cores(lambda n: best_and_median(loop["multiply_add"][n]))),
+        ("tanh, 10^9/s", of_cores(lambda n: best_and_median(loop["tanh"][n]))),
+    ]
+    if loop["core_to_core"]:
+        found.append(("core to core, ns", best_and_median(loop["core_to_core"], 1e9)))
+    return found
 
 
 def _means(table: Table) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from bench import floor, machine, measure, report
 from bench import rows as records
 from bench.cell import Timing, absent_rows, describe, device_timing, measure_cell
-from bench.contenders import AUTO, CONTENDERS, Problem, absence
+from bench.contenders import AUTO, CONTENDERS, Problem, absence, taken_by_auto
 from bench.rows import BASELINE, FAILED, FAILURES, LEFT_OUT, SHED, TIMED, UNAVAILABLE, WRONG, Key, Row
 from bench.workloads import DTYPES, PASSES, SWEEPS, Sweep, Workload, by_hand
 
@@ -126,11 +126,12 @@ class Plan:
 
 
 def _contenders(sweep: Sweep, device: torch.device) -> tuple[str, ...]:
-    """The sweep's own; on a CPU, where auto is eager, that takes its place."""
+    """The sweep's own; on a CPU what auto takes stands in its place, unless it is among them anyway."""
     own = sweep.contenders or CONTENDERS
-    if device.type == "cpu" and "eager" not in own:
-        own = tuple("eager" if name == AUTO else name for name in own)
-    return own
+    if device.type != "cpu" or AUTO not in own or not sweep.contenders:
+        return own
+    taken = {taken_by_auto(workload, device) for workload in sweep.workloads}
+    return tuple(name for name in CONTENDERS if name in taken or (name in own and name != AUTO))
 
 
 def _words(option: str, text: str, default: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:

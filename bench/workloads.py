@@ -143,7 +143,7 @@ SWEEPS = {
         (Workload(1, 16, 32, 32), Workload(8, 32, 64, 64)),
         seconds=0.1,
         gpu_dtypes=("float32",),
-        contenders=("nn.RNN", "eager", "triton:resident", "cudnn", "naive loop"),
+        contenders=("nn.RNN", "native", "eager", "triton:resident", "cudnn", "naive loop"),
         published=False,
         takes="less than a minute",
     ),

@@ -1,10 +1,11 @@
 """kernels/native.c compiled for this very CPU, on first use, into the user's cache.
 
 The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again
-by a key of all that it was made from: the source, the compiler, its flags, and the CPU's model and
-instructions, so that a cache which several machines share holds one for each. It is written beside its place
-and then moved there: another process finds all of it or nothing. Its name ends in a digest of its bytes, and
-one that was cut short, by a full disk say, is made again: loaded, it would end the process with a bus error.
+by a key of all that it was made from: the source and what it includes, the compiler, its flags, and the CPU's
+model and instructions, so that a cache which several machines share holds one for each. It is written beside
+its place and then moved there: another process finds all of it or nothing. Its name ends in a digest of its
+bytes, and one that was cut short, by a full disk say, is made again: loaded, it would end the process with a
+bus error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -55,7 +57,7 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
-def hopeless() -> str | None:
+def hopeless(source: Path | None = None) -> str | None:
     """None if it is worth trying, else why not; nothing is compiled to find out."""
     if os.name != "posix":
         return "its C source is for Linux and macOS; use 'eager'"
@@ -64,8 +66,9 @@ def hopeless() -> str | None:
         return f"this CPU is {machine!r}; its C source is for x86-64 with AVX2 and 64-bit Arm, so use 'eager'"
     if machine == "x86_64" and _CPUINFO.exists() and " avx2 " not in _cpu() + " ":
         return "this CPU has no AVX2, without which there is little to gain; use 'eager'"
-    if not SOURCE.exists():
-        return f"{SOURCE} is not there; install the package again, or use 'eager'"
+    source = source or SOURCE
+    if not source.exists():
+        return f"{source} is not there; install the package again, or use 'eager'"
     return None
 
 
@@ -81,7 +84,7 @@ def _cpu() -> str:
 
 _lock = threading.Lock()
 #: Libraries, or why there is none: an exception that is raised again and again would keep each call's frames.
-_found: dict[bool, ctypes.CDLL | str] = {}
+_found: dict[tuple[bool, Path], ctypes.CDLL | str] = {}
 
 
 def _unlock() -> None:
@@ -93,21 +96,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock)  # a thread that is not in the child may have held it
 
 
-def library(double: bool = False) -> ctypes.CDLL:
+def library(double: bool = False, source: Path | None = None) -> ctypes.CDLL:
     """The library for float32, or float64; what was found out once holds for the process.
 
-    Raises CompileError.
+    source: another C source to compile in the same way. Raises CompileError.
     """
-    found = _found.get(double)
+    source = source or SOURCE
+    found = _found.get((double, source))
     if found is None:
         with _lock:
-            found = _found.get(double)
+            found = _found.get((double, source))
             if found is None:
                 try:
-                    found = _load(double)
+                    found = _load(double, source)
                 except CompileError as error:
                     found = str(error)
-                _found[double] = found
+                _found[double, source] = found
     if isinstance(found, str):
         raise CompileError(found)
     return found
@@ -134,8 +138,8 @@ def unavailable(double: bool = False) -> str | None:
     return None
 
 
-def _load(double: bool) -> ctypes.CDLL:
-    why_not = hopeless()
+def _load(double: bool, source: Path) -> ctypes.CDLL:
+    why_not = hopeless(source)
     if why_not:
         raise CompileError(why_not)
     cc = compiler()
@@ -144,7 +148,7 @@ def _load(double: bool) -> ctypes.CDLL:
         found = "there is no gcc and no clang" if named is None else f"CC is {named!r}, which is no program"
         raise CompileError(f"it needs a C compiler, and {found}; install gcc, or use 'eager'")
     flags = [*FLAGS, MACHINES[platform.machine()], *(["-DDOUBLE"] if double else [])]
-    made_from = (SOURCE.read_text(encoding="utf-8"), _version(cc), " ".join(flags), _cpu())
+    made_from = (*_texts(source), _version(cc), " ".join(flags), _cpu())
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
     folder, stem = cache_folder(), f"{'float64' if double else 'float32'}-{key}"
     if folder is None:
@@ -155,12 +159,19 @@ def _load(double: bool) -> ctypes.CDLL:
     try:
         kept = folder.glob(f"{stem}-*.so")
         path = next((path for path in kept if path.stem == f"{stem}-{_digest(path)}"), None)
-        return ctypes.CDLL(str(path or _compile([cc, *flags], folder, stem)))
+        return ctypes.CDLL(str(path or _compile([cc, *flags], source, folder, stem)))
     except OSError as error:
         raise CompileError(
             f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to "
             "a folder that can be written into and whose programs may run, or use 'eager'"
         ) from error
+
+
+def _texts(source: Path) -> list[str]:
+    """The source, and what it includes by a name in quotes."""
+    text = source.read_text(encoding="utf-8")
+    included = re.findall(r'^#include "([^"]+)"', text, re.M)
+    return [text, *(more for name in included for more in _texts(source.parent / name))]
 
 
 def _digest(path: Path) -> str:
@@ -183,13 +194,13 @@ def _version(cc: str) -> str:
     return cc + told.stdout
 
 
-def _compile(command: list[str], folder: Path, stem: str) -> Path:
+def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".so")
     os.close(handle)
     try:
         made = subprocess.run(
-            [*command, "-o", name, "-x", "c", str(SOURCE)],
+            [*command, "-o", name, "-x", "c", str(source)],
             capture_output=True,
             text=True,
             errors="replace",
@@ -200,7 +211,7 @@ def _compile(command: list[str], folder: Path, stem: str) -> Path:
                 (line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200]
             )
             raise CompileError(
-                f"the C compiler failed: {' '.join(command)} on {SOURCE.name} says {first!r}; set CC to "
+                f"the C compiler failed: {' '.join(command)} on {source.name} says {first!r}; set CC to "
                 "another, or use 'eager'"
             )
         path = folder / f"{stem}-{_digest(Path(name))}.so"

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import elman
 from bench import agreement, contenders, extras, machine, measure, session
 from bench import cell as bench_cell
 from bench import rows as records
@@ -28,12 +29,15 @@ from bench.contenders import AUTO, COMPILED, NAIVE, Contender, Problem
 from bench.rows import BASELINE, FAILED, LEFT_OUT, SHED, TIMED, UNAVAILABLE, WRONG, Row
 from bench.session import Plan, Session
 from bench.workloads import CPU_MAX_FLOPS, SWEEPS, Workload, by_hand
-from elman import BackendUnavailableError
+from elman import BackendUnavailableError, compiled
 from elman.commit import commit
 from tests.machines import simulate_gpu
 
 ROOT = Path(__file__).parents[1]
 TINY = Workload(2, 5, 3, 4)
+CPU = torch.device("cpu")
+#: Of our backends those that run on this machine's CPU, what auto takes first.
+LOOPS = ("eager",) if compiled.unavailable() else ("native", "eager")
 
 
 def pytest_bench(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,8 +51,14 @@ def pytest_bench(*options: str, **environment: str) -> subprocess.CompletedProce
         "no:cacheprovider",
         *options,
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env = {**one_thread(), **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def one_thread() -> dict[str, str]:
+    """The environment of a run of the suite; pytest-benchmark measures nothing in a worker of xdist."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return {**own, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -244,14 +254,62 @@ def test_a_right_contender_is_timed_beside_nn_rnn(pass_name):
     ids=lambda workload: workload.id,
 )
 def test_every_form_agrees(workload, pass_name):
-    rows = cell(pass_name, "eager", NAIVE, AUTO, "triton:step", workload=workload)
-    for name in (BASELINE, "eager"):
+    rows = cell(pass_name, "native", "eager", NAIVE, AUTO, "triton:step", workload=workload)
+    for name in (BASELINE, *LOOPS):
         assert rows[name].status == TIMED, (name, rows[name].reason)
     assert rows[NAIVE].status in (TIMED, LEFT_OUT), rows[NAIVE].reason  # too wrong, in 16 bits
     assert (rows[AUTO].status, rows["triton:step"].status) == (LEFT_OUT, UNAVAILABLE)
     results = 1 if workload.cell else 2
     parameters = 4 * workload.layers * (1 + workload.bidirectional)
-    assert len(rows["eager"].errors) == results + (0 if pass_name == "forward" else 2 + parameters)
+    for name in LOOPS:
+        assert len(rows[name].errors) == results + (0 if pass_name == "forward" else 2 + parameters)
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["as it is", "without a compiler"])
+def test_on_a_cpu_auto_is_the_row_of_what_it_takes(without, monkeypatch):
+    if without:
+        monkeypatch.setenv("CC", "no-such-compiler")
+    compiled.forget()
+    try:
+        found = {name: contenders.absence(name, TINY, CPU) for name in (AUTO, "native", "eager")}
+        own = elman.explain(batch=2, seq=5, input=3, hidden=4, device="cpu").backend
+        layer = Plan.make("layer", device="cpu")
+        quick = Plan.make("quick", device="cpu")
+    finally:
+        compiled.forget()
+    assert own == ("eager" if without or LOOPS == ("eager",) else "native")
+    assert found[AUTO] == (LEFT_OUT, f"Here auto is {own}: the same code.")
+    assert found["eager"] is None
+    if own == "native":
+        assert found["native"] is None
+    else:
+        status, reason = found["native"]
+        assert status == UNAVAILABLE
+        assert not without or "CC is 'no-such-compiler', which is no program" in reason
+    assert layer.contenders == (BASELINE, own)
+    assert {AUTO, "native", "eager"} < set(quick.contenders)
+
+
+def test_native_is_for_a_cpu():
+    status, reason = contenders.absence("native", TINY, torch.device("cuda"))
+    assert status == UNAVAILABLE
+    if LOOPS != ("eager",):
+        assert reason == "native is timed on a CPU only, and this run is on cuda."
+
+
+def test_a_run_without_a_compiler_says_so_and_goes_on_with_eager(tmp_path):
+    options = ["--shapes", "1,4,2,2", "--passes", "forward", "--backends", "native,eager"]
+    done = pytest_bench(*options, "--results", str(tmp_path), CC="no-such-compiler")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "native can't run here, so that auto is eager: it needs a C compiler, and CC is" in done.stdout
+    (path,) = tmp_path.glob("*/rows.jsonl")
+    ((run, rows),) = records.read(path).values()
+    assert {row.contender: row.status for row in rows} == {
+        BASELINE: TIMED,
+        "native": UNAVAILABLE,
+        "eager": TIMED,
+    }
+    assert "call" in run["floor"]["step"]
 
 
 def test_packed_rows_are_spread_as_paragraphs_are():
@@ -505,7 +563,11 @@ def test_shapes_that_are_none(text):
             "sideways",
             "--passes has 'sideways'; expected one or several of forward, backward, training",
         ),
-        ("contenders", "cuda", "--backends has 'cuda'; expected one or several of nn.RNN, auto, eager"),
+        (
+            "contenders",
+            "cuda",
+            "--backends has 'cuda'; expected one or several of nn.RNN, auto, native, eager",
+        ),
         ("shapes", ";", r"--shapes is empty; expected B,T,I,H"),
         ("device", "cuda:1", "--device is 'cuda:1'; expected cpu or cuda"),
     ],
@@ -542,7 +604,7 @@ def test_the_sweep_of_the_kernels_runs_no_loop_but_on_a_cpu():
     for sweep in ("kernels", "layer"):
         plan = Plan.make(sweep, device="cpu")
         assert plan.table == sweep, "these are its own"
-        assert "eager" in plan.contenders
+        assert LOOPS[0] in plan.contenders
         assert AUTO not in plan.contenders
 
 
@@ -1069,7 +1131,7 @@ def test_the_smallest_sweep_ends_with_a_table_and_files(published):
     assert any(name.endswith(".png") for name in names)
     assert not any("partial" in name for name in names)
     assert (folder.parent / "README.md").exists()
-    assert "[1/4] B=1 T=16 I=32 H=32 forward ... 0:00 elapsed" in printed
+    assert re.search(r"\[1/4\] B=1 T=16 I=32 H=32 forward \.\.\. 0:0\d elapsed", printed)
     assert "us a step" in printed
     ((table, (run, rows)),) = records.read(folder / "rows.jsonl").items()
     assert (table, run["partial"]) == ("smallest", "")
@@ -1177,7 +1239,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-p", "no:cacheprovider", *options],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=one_thread(),
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 100
@@ -1377,7 +1439,7 @@ def test_a_partial_or_wrong_run_fails_and_leaves_the_published_table_alone(publi
     done = pytest_bench(*options, "-p", "spoiler", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "eager: wrong. The error of output against the float64 reference" in done.stdout
-    assert "no published table was touched: 2 of 20 rows were run." in done.stdout
+    assert "no published table was touched: 2 of 24 rows were run." in done.stdout
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"smallest.partial.jsonl", "smallest.partial.md"}

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import floor, machine
+from bench import floor, loops, machine
+from bench.contenders import Problem, build
 from bench.workloads import PASSES, SWEEPS, Workload
-from elman import products
+from elman import compiled, products
 from tests.helpers import DEVICE, error
 from tests.machines import simulate_gpu
 from tests.tolerances import tolerance
@@ -36,6 +37,18 @@ SLOW = {
     "bandwidth": [[1000, 4000.0], [2000, 2000.0], [4000, 1000.0], [8000, 1000.0]],
     "matrix": {"float32": 1000.0, "bfloat16": 4000.0},
     "step": {"call": 0.25},
+}
+#: Of two cores that move anything at once. W_hh of 4 x 4 float32 is 64 bytes.
+LOOP = {
+    "read": {"1": [[64, 32.0], [256, 16.0]], "2": [[64, 64.0], [256, 16.0]]},
+    "multiply_add": {"1": [100.0], "2": [200.0]},
+    "tanh": {"1": [40.0], "2": [80.0]},
+    "core_to_core": [0.5],
+}
+LOOPS = {
+    "bandwidth": [[1, 1e30]],
+    "matrix": {"float32": 1000.0, "bfloat16": 1000.0, "float64": 500.0},
+    "step": {"loop": LOOP},
 }
 GPU = {
     "bandwidth": [[1 << 20, 1e12], [1 << 30, 3e12]],
@@ -131,7 +144,7 @@ def test_the_largest_is_the_bound(change, seconds, bound):
 )
 def test_bandwidth_is_the_best_that_the_bytes_may_get(moved, rate):
     """A size that is measured as slower than a larger one gets what that got; between two, the smaller's."""
-    assert floor._bandwidth(moved, [[1000, 5.0], [2000, 1.0], [4000, 3.0], [8000, 2.0]]) == rate
+    assert loops.read_rate(moved, [[1000, 5.0], [2000, 1.0], [4000, 3.0], [8000, 2.0]]) == rate
 
 
 def test_training_is_both_passes_each_with_its_own_bandwidth():
@@ -182,7 +195,74 @@ def test_without_meetings_a_step_of_several_is_a_launch():
     )
 
 
-@pytest.mark.parametrize("rates", [SLOW, GPU], ids=["cpu", "gpu"])
+# The loop in C, of T = 10 steps with I = H = 4: all by hand
+
+SMALL_LOOP = Workload(1, 10, 4, 4)
+ROWS_40 = replace(SMALL_LOOP, batch=40)
+
+
+@pytest.mark.parametrize(
+    ("workload", "pass_name", "seconds", "bound"),
+    [
+        # One core: 64 bytes at 32 a second, 16 multiply-adds at 100 in less, tanh of 4 at 40: 2.1 s a step,
+        # 21 in all. Both: 64 bytes at 64 a second, 4 at 80 and half a second from core to core: 1.55 s. The
+        # input's products are 320 operations, 0.32 s.
+        (SMALL_LOOP, "forward", 15.5 + 0.32, "step"),
+        # 1.5 s, and 2 * 640 - 320 operations.
+        (SMALL_LOOP, "backward", 15.0 + 0.96, "step"),
+        (SMALL_LOOP, "training", 15.5 + 0.32 + 15.0 + 0.96, "step"),
+        (replace(SMALL_LOOP, nonlinearity="relu"), "forward", 15.0 + 0.32, "step"),
+        # A core has 20 rows: 320 multiply-adds in 3.2 s, tanh of 80 in 2 s: 5.2 s a step without waiting for
+        # the other one. The products: 12,800 operations.
+        (ROWS_40, "forward", 52 + 12.8, "step"),
+        # 3.2 s a step, and 38,400 operations.
+        (ROWS_40, "backward", 32 + 38.4, "matrix"),
+        (replace(ROWS_40, nonlinearity="relu"), "forward", 32 + 12.8, "step"),
+        # Two directions: a core each, 2.1 s a step, and then twice the products.
+        (replace(SMALL_LOOP, bidirectional=True), "forward", 21 + 0.64, "step"),
+        # Half the numbers in a vector, tanh at 40. W_hh of 128 bytes is read at 64, as one of 64 bytes.
+        (replace(SMALL_LOOP, dtype="float64"), "forward", 10 * (2 + 4 / 40 + 0.5) + 320 / 500, "step"),
+        # One core: 32 bytes at 32 a second, tanh at 80. The other one has time for the products.
+        (replace(SMALL_LOOP, dtype="bfloat16"), "forward", 10 * (1 + 4 / 80), "step"),
+    ],
+)
+def test_a_loop_on_a_cpu(workload, pass_name, seconds, bound):
+    assert floor.of(workload, pass_name, LOOPS) == floor.Floor(pytest.approx(seconds), bound)
+
+
+def test_a_loop_on_one_core_waits_for_no_other():
+    one = {key: value and {"1": value["1"]} for key, value in {**LOOP, "core_to_core": None}.items()}
+    rates = {**LOOPS, "step": {"loop": one}}
+    # One core does the products too.
+    assert floor.of(SMALL_LOOP, "forward", rates).seconds == pytest.approx(21 + 0.32)
+    # Of two that can't be compared, one has the row, and the other the products meanwhile.
+    rates = {**LOOPS, "step": {"loop": {**LOOP, "core_to_core": None}}}
+    assert floor.of(SMALL_LOOP, "forward", rates).seconds == pytest.approx(21)
+    # Products that take longer than that are done by both: 21 s of one core, half a second of both.
+    wide = replace(SMALL_LOOP, input_size=400)
+    assert floor.of(wide, "forward", rates).seconds == pytest.approx(21 / 2 + 32)
+
+
+def test_a_core_that_was_slowed_down_is_as_fast_as_each_of_several():
+    slowed = {**LOOP, "multiply_add": {"1": [1.0], "2": [200.0]}, "tanh": {"1": [4.0], "2": [80.0]}}
+    slowed["read"] = {"1": [[64, 0.1], [256, 0.1]], "2": LOOP["read"]["2"]}
+    rates = {**LOOPS, "step": {"loop": slowed}}
+    assert floor.of(ROWS_40, "forward", rates) == floor.of(ROWS_40, "forward", LOOPS)
+
+
+def test_a_loop_does_the_steps_that_packed_rows_have():
+    packed = replace(SMALL_LOOP, batch=8, packed=True)
+    rates = {**LOOPS, "step": {"loop": {**LOOP, "read": {"1": [[1, 1e30]], "2": [[1, 1e30]]}}}}
+    assert packed.lengths == (10, 4, 3, 2, 1, 1, 1, 1)
+    # Rows of each step: 8, 4, 3, 2 and six times 1. Each core has half of them, or one more: 4 + 2 + 2 + 1
+    # + 6 are 15 of 0.16 + 0.1 s. That is longer than both cores' 23 / 2 of these and 23 * 32 operations.
+    assert floor.of(packed, "forward", rates).seconds == pytest.approx(15 * 0.26)
+    # With 128 operations more a row it is not: 23 * 160.
+    wide = replace(packed, input_size=20)
+    assert floor.of(wide, "forward", rates).seconds == pytest.approx(11.5 * 0.26 + 23 * 0.16)
+
+
+@pytest.mark.parametrize("rates", [SLOW, LOOPS, GPU], ids=["calls", "loop", "gpu"])
 @pytest.mark.parametrize("pass_name", PASSES)
 @pytest.mark.parametrize("size", ["batch", "steps", "input_size", "hidden_size", "layers"])
 def test_more_work_has_no_lower_floor(rates, pass_name, size):
@@ -225,9 +305,100 @@ def test_a_cpu_is_measured():
     assert all(1e7 < rate < 1e13 for _, rate in found["bandwidth"])
     assert list(found["matrix"]) == ["float32", "bfloat16"]
     assert all(1e6 < rate < 1e14 for rate in found["matrix"].values())
-    assert list(found["step"]) == ["call"]
-    assert 1e-8 < found["step"]["call"] < 1e-3
+    assert list(found["step"]) == ["loop"]
     assert floor.of(PLAIN, "training", found).seconds > 0
+
+
+NEEDS_C = pytest.mark.skipif(compiled.unavailable() is not None, reason="needs a C compiler")
+
+
+@NEEDS_C
+def test_the_rates_of_a_loop_are_measured():
+    sizes = (1 << 14, 1 << 16)
+    found = loops.measure(2, seconds=0.005, sizes=sizes[::-1])
+    assert json.loads(json.dumps(found)) == found
+    assert [[size for size, *_ in rows] for rows in found["read"].values()] == [list(sizes)] * 2
+    rates = [rate for rows in found["read"].values() for _, *rate in rows]
+    rates += [*found["multiply_add"].values(), *found["tanh"].values()]
+    assert all(1e8 < best < 1e13 for best, *_ in rates)
+    assert all(best >= high >= median >= low for best, median, low, high in rates)
+    for name in ("read", "multiply_add", "tanh"):
+        assert list(found[name]) == ["1", "2"]
+    # A CPU reads about as many vectors as it multiplies and adds; tanh takes ten times as long.
+    one = {name: found[name]["1"][0] for name in ("multiply_add", "tanh")}
+    numbers = found["read"]["1"][0][1] / 4
+    assert one["multiply_add"] / 3 < numbers < one["multiply_add"] * 5
+    assert one["tanh"] < one["multiply_add"] / 3
+    if found["core_to_core"]:
+        best, median, low, high = found["core_to_core"]
+        assert 5e-9 < best <= low <= median <= high
+
+
+@NEEDS_C
+def test_a_loop_alone_is_measured_without_another_core():
+    found = loops.measure(1, seconds=0.001, sizes=(1 << 14,))
+    assert list(found["read"]) == list(found["tanh"]) == ["1"]
+    assert found["core_to_core"] is None
+
+
+@NEEDS_C
+def test_no_product_is_faster_than_multiply_adds():
+    """Rates that count too little would make floors that something can beat."""
+    found = loops.measure(torch.get_num_threads(), seconds=0.01, sizes=(1 << 14,))
+    matrix = floor._matrix(CPU, ["float32"], (256, 512), 0.05)["float32"]
+    threads = torch.get_num_threads()
+    most = max(found["multiply_add"][str(threads)][0], threads * found["multiply_add"]["1"][0])
+    assert matrix < 1.1 * 2 * most
+
+
+@NEEDS_C
+def test_a_thread_whose_partner_does_not_come_gives_up():
+    start = time.perf_counter()
+    with loops.ThreadPoolExecutor(1) as pool:  # one after the other
+        assert loops._core_to_core(pool, 0.0) is None
+        both = loops.Loop(loops.READ, torch.rand(1 << 14), 1 << 12, 2, pool)
+        assert both(10) > 0
+    assert 0.1 < time.perf_counter() - start < 20
+
+
+@NEEDS_C
+def test_native_does_not_beat_the_floor():
+    workload = Workload(1, 128, 128, 128)
+    contender = build("native", Problem(workload, CPU))
+    contender.forward()
+    for _ in range(3):  # other programs may have slowed the probes, and then not the layer
+        best = min(floor.wall_seconds(contender.forward) for _ in range(20))
+        if floor.of(workload, "forward", floor.measure(CPU, ["float32"], sizes=(1 << 16,))).seconds < best:
+            return
+    pytest.fail("native is faster than its floor")
+
+
+def test_without_a_compiler_a_step_is_a_torch_call(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    compiled.forget()
+    try:
+        found = floor.measure(CPU, ["float32"], seconds=0.001, sizes=(1 << 16,), sides=(32,))
+    finally:
+        compiled.forget()
+    assert list(found["step"]) == ["call", "no_loop"]
+    assert 1e-8 < found["step"]["call"] < 1e-3
+    assert "CC is 'no-such-compiler', which is no program" in found["step"]["no_loop"]
+    assert floor.of(PLAIN, "training", found).seconds > 0
+
+
+@NEEDS_C
+def test_a_library_is_made_anew_when_what_its_source_includes_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELMAN_CACHE_DIR", str(tmp_path))
+    source, included = tmp_path / "one.c", tmp_path / "other.c"
+    source.write_text('#include "other.c"\nint own(void) { return number; }\n')
+    try:
+        for number in (1, 2, 1):
+            included.write_text(f"enum {{ number = {number} }};\n")
+            compiled.forget()
+            assert compiled.library(source=source).own() == number
+    finally:
+        compiled.forget()
+    assert len(list((tmp_path / "native").glob("*.so"))) == 2
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -424,7 +595,7 @@ def test_a_meeting_says_so_at_every_step(flag, count):
     assert status.tolist() == [0, 0]
 
 
-def compiled(target: str) -> list[dict]:
+def compiled_for(target: str) -> list[dict]:
     """What the probes take when compiled for a GPU that is not here; not under the interpreter."""
     from unittest import mock
 
@@ -467,8 +638,8 @@ def test_the_probes_compile_for_gpus(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     code = (
-        "import json; from tests.test_floor import compiled; "
-        "print(json.dumps([compiled(target) for target in ('sm_80', 'sm_90')]))"
+        "import json; from tests.test_floor import compiled_for; "
+        "print(json.dumps([compiled_for(target) for target in ('sm_80', 'sm_90')]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240

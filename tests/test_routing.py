@@ -14,7 +14,18 @@ import pytest
 import torch
 
 import elman
-from elman import BackendUnavailableError, Elman, ElmanCell, ElmanNetwork, choice, cli, ops, routing, tuning
+from elman import (
+    BackendUnavailableError,
+    Elman,
+    ElmanCell,
+    ElmanNetwork,
+    choice,
+    cli,
+    compiled,
+    ops,
+    routing,
+    tuning,
+)
 from elman.kernels import configs, resident, step
 from elman.kernels.common import chip
 from tests.machines import simulate_gpu
@@ -23,6 +34,9 @@ ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SHAPE = {"batch": 16, "seq": 64, "input": 32, "hidden": 64}
 NO_GCC = "Triton's first launch needs a C compiler, and there is none; install gcc"
+#: Whether native can run on this machine, and what auto takes for tensors on a CPU.
+NATIVE = compiled.unavailable() or True
+ON_CPU = "native" if NATIVE is True else "eager"
 X = torch.ones(3, 2, 5)
 
 
@@ -187,18 +201,29 @@ def test_the_error_stands_in_no_context():
 def test_triton_on_the_cpu_under_its_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert elman.explain(**SHAPE, device="cpu", backend="triton").backend == "triton"
-    assert elman.explain(**SHAPE, device="cpu").backend == "eager", "the interpreter is no choice of auto's"
+    assert elman.explain(**SHAPE, device="cpu").backend == ON_CPU, "the interpreter is no choice of auto's"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendUnavailableError):
         elman.explain(**SHAPE, device="cpu", backend="triton")
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta", "xpu"])
+@pytest.mark.parametrize("device", ["meta", "xpu"])
 def test_auto_without_cuda_is_eager(device):
     route = elman.explain(**SHAPE, device=device)
     assert route.backend == "eager"
     assert route.reason.startswith("auto: ")
     assert repr(device) in route.reason
+
+
+def test_auto_on_a_cpu_is_native_where_that_can_run(monkeypatch):
+    assert elman.explain(**SHAPE, device="cpu").backend == ON_CPU
+    monkeypatch.setattr(compiled, "unavailable", lambda double=False: "there is no gcc")
+    route = elman.explain(**SHAPE, device="cpu")
+    assert (route.backend, route.reason) == ("eager", "auto: not native, because there is no gcc")
+    with pytest.raises(
+        BackendUnavailableError, match="'native' was asked for and can't run: there is no gcc"
+    ):
+        elman.explain(**SHAPE, device="cpu", backend="native")
 
 
 # Simulated machines
@@ -245,7 +270,7 @@ def test_without_a_compiler_auto_takes_cudnn(machine):
     machine(no_compiler=NO_GCC)
     route = elman.explain(**SHAPE, device="cuda")
     assert (route.backend, route.reason) == ("cudnn", f"auto: not triton, because {NO_GCC}")
-    assert elman.available_backends() == {"triton": NO_GCC, "cudnn": True, "eager": True}
+    assert elman.available_backends() == {"triton": NO_GCC, "cudnn": True, "native": NATIVE, "eager": True}
     machine(no_compiler=NO_GCC, cudnn=None)
     assert elman.explain(**SHAPE, device="cuda").backend == "eager"
 
@@ -672,12 +697,12 @@ def test_a_kernel_that_is_none_is_a_sentence(allow, monkeypatch):
         ValueError, match="ELMAN_KERNELS has 'residnet'; expected one or several of resident, "
     ):
         elman.explain(**SHAPE, device="cpu", backend="triton")
-    assert elman.explain(**SHAPE, device="cpu").backend == "eager", "where it decides nothing it isn't read"
+    assert elman.explain(**SHAPE, device="cpu").backend == ON_CPU, "where it decides nothing it isn't read"
 
 
 def test_an_empty_variable_is_none(monkeypatch):
     monkeypatch.setenv("ELMAN_BACKEND", "")
-    assert elman.explain(**SHAPE, device="cpu").backend == "eager"
+    assert elman.explain(**SHAPE, device="cpu").backend == ON_CPU
 
 
 def test_one_step_is_torch_s_own_operator(machine):
@@ -692,12 +717,12 @@ def test_one_step_is_torch_s_own_operator(machine):
 def test_available_backends_on(machine):
     machine(cudnn=None, capability=(7, 5))
     available = elman.available_backends()
-    assert list(available) == ["triton", "cudnn", "eager"]
+    assert list(available) == ["triton", "cudnn", "native", "eager"]
     assert available["eager"] is True
     assert "7.5" in available["triton"]
     assert "cuDNN" in available["cudnn"]
     machine()
-    assert elman.available_backends() == {"triton": True, "cudnn": True, "eager": True}
+    assert elman.available_backends() == {"triton": True, "cudnn": True, "native": NATIVE, "eager": True}
 
 
 def test_available_backends_without_cuda(monkeypatch):
@@ -808,6 +833,7 @@ def test_doctor():
         "Devices",
         "cpu:",
         "Backends",
+        f"native: {'runs' if NATIVE is True else NATIVE}",
         "eager: runs",
         "ELMAN_BACKEND is not set",
         "TRITON_INTERPRET is not set",
@@ -820,7 +846,7 @@ def test_doctor():
 def test_explain_as_a_command():
     done = python("-m", "elman", *EXPLAIN)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("eager")
+    assert done.stdout.startswith(ON_CPU)
     assert done.stdout.count("\n") == 1
     done = python("-m", "elman", *EXPLAIN, ELMAN_BACKEND="cudnn")
     assert done.returncode == 1
@@ -830,7 +856,7 @@ def test_explain_as_a_command():
 
 # arguments added to EXPLAIN (the last of a kind counts) -> exit status, words
 COMMANDS = [
-    ((), 0, "eager"),
+    ((), 0, ON_CPU),
     (("--backend", "eager"), 0, "asked for by name"),
     (("--backend", "cudnn"), 1, "cuDNN needs a CUDA GPU"),
     (("--backend", "triton"), 1, "TRITON_INTERPRET=1"),
