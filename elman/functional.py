@@ -65,7 +65,7 @@ def elman(
     options = cudnn.Options(bias, num_layers, nonlinearity, dropout, training, bidirectional)
     key = None
     if lengths is None and resets is None:
-        key = _key(input, hx, weights, backend, nonlinearity, options, batch_first)
+        key = _key(input, hx, weights, backend, options, batch_first)
         call = None if key is None else _checked.get(key)
         if call is not None:
             return call(input, hx, weights)
@@ -115,8 +115,7 @@ def elman(
     if key is not None:
         B = x.shape[0 if batch_first else 1] if batched else 1
         route = routing.route(backend, x.device, x.dtype, weights[1].shape[0], B, D)
-        call = _remember(key, _call(x, hx, weights, route, options, batch_first))
-        return call(x, hx, weights)
+        return _remember(key, _call(x, hx, weights, route, options, batch_first))(x, hx, weights)
     if not batched:
         x, hx = x.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
     elif batch_first and packed is None:
@@ -157,21 +156,23 @@ _checked: dict[tuple, Callable[..., Any]] = {}
 compiled.dependents.append(_checked.clear)
 
 
-def _key(
-    input: Any, hx: Any, weights: Any, backend: str | None, nonlinearity: str, *options: Any
-) -> tuple | None:
+#: The types of the options that a key may hold. Others are equal to these and mean something else: 1.0 to 1.
+_OPTIONS = {(bool, int, str, kind, bool, bool, bool) for kind in (int, float)} | {(str,)}
+
+
+def _key(input: Any, hx: Any, weights: Any, backend: str | None, options: tuple, *more: bool) -> tuple | None:
     """A call's key in `_checked`, or None where its answer follows from more than can be said here."""
-    if type(weights) is not list or type(nonlinearity) is not str:
+    if type(weights) is not list or tuple(map(type, (*options, *more))) not in _OPTIONS:
         return None
     tensors = [input, *weights] if hx is None else [input, hx, *weights]
     if not ops.is_unobserved(tensors) or torch._C._is_any_autocast_enabled():
         return None
     seen: list[Any] = []
     for t in tensors:
-        if not t.is_cpu or t.layout is not torch.strided or t.is_neg():
+        if t is None or not t.is_cpu or t.layout is not torch.strided or t.is_neg():
             return None
         seen += (t.shape, t.stride(), t.dtype)
-    return hx is None, routing.asked_for(backend), nonlinearity, *options, *seen
+    return hx is None, routing.asked_for(backend), options, *more, *seen
 
 
 def _remember(key: tuple, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,13 +193,10 @@ def _call(
     """What makes output and h_n of such tensors."""
     if route.backend == "native" and options.num_layers == 1 and not options.bidirectional and x.dim() == 3:
         x = x.transpose(0, 1) if batch_first else x
-        zeros = None
-        if hx is None:
-            with torch.inference_mode(False):  # a call that records may come
-                hx = zeros = torch.zeros(1, x.shape[1], weights[1].shape[0], dtype=x.dtype)
-        if len(x) == 1 and native.Step.fits(x, hx, weights):
-            step = native.Step(x, hx, weights, options.nonlinearity)
-            return partial(_run_one, step=step, zeros=zeros, batch_first=batch_first)
+        h = x.new_zeros(1, x.shape[1], weights[1].shape[0]) if hx is None else hx
+        if len(x) == 1 and native.Step.fits(x, h, weights):
+            step = native.Step(x, h, weights, options.nonlinearity)
+            return partial(_run_one, step=step, batch_first=batch_first)
     return partial(_run_whole, route=route, options=options, batch_first=batch_first, plain=True)
 
 
@@ -207,13 +205,12 @@ def _run_one(
     hx: Tensor | None,
     weights: list[Tensor],
     step: native.Step,
-    zeros: Tensor | None,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output and h_n of a sequence of one step; zeros: what stands for an hx of None."""
-    h = zeros if hx is None else hx
-    assert h is not None
-    output, h_n = ops.plain_step(step, x.transpose(0, 1) if batch_first else x, h, weights)
+    """The output and h_n of a sequence of one step."""
+    x = x.transpose(0, 1) if batch_first else x
+    h = x.new_zeros(1, x.shape[1], weights[1].shape[0]) if hx is None else hx
+    output, h_n = ops.plain_step(step, x, h, weights)
     return output.transpose(0, 1) if batch_first else output, h_n
 
 
@@ -347,7 +344,7 @@ def elman_step(
     """
     tensors = (input, hx, w_ih, w_hh, b_ih, b_hh)
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
-    key = None if (b_ih is None) != (b_hh is None) else _key(input, hx, weights, backend, nonlinearity)
+    key = None if (b_ih is None) != (b_hh is None) else _key(input, hx, weights, backend, (nonlinearity,))
     call = None if key is None else _checked.get(key)
     if call is not None:
         return call(input, hx, weights)
@@ -365,13 +362,28 @@ def elman_step(
     B = x.shape[0] if x.dim() == 2 else 1
     route = routing.route(backend, x.device, x.dtype, weights[1].shape[0], B, one_step=True)
     if key is not None:
-        if route.backend == "native" and hx is not None and x.dim() == 2 and native.Step.fits(x, hx, weights):
-            return _remember(key, partial(ops.plain_step, native.Step(x, hx, weights, nonlinearity)))(
-                x, hx, weights
-            )
-        _remember(key, partial(_run_step, nonlinearity=nonlinearity, route=route))
+        call = partial(_run_step, nonlinearity=nonlinearity, route=route)
+        if route.backend == "native":
+            rows = x if x.dim() == 2 else x[None]
+            state = x.new_zeros(B, weights[1].shape[0]) if h is None else h if h.dim() == 2 else h[None]
+            if native.Step.fits(rows, state, weights):
+                step = native.Step(rows, state, weights, nonlinearity)
+                whole = h is not None and x.dim() == 2
+                call = partial(ops.plain_step, step) if whole else partial(_run_cell, step=step)
+        return _remember(key, call)(x, h, weights)
     with plain:
         return _run_step(x, h, weights, nonlinearity, route)
+
+
+def _run_cell(x: Tensor, h: Tensor | None, weights: list[Tensor], step: native.Step) -> Tensor:
+    """The state after one step of checked tensors, x (B, I) or (I,), h None for zeros."""
+    batched = x.dim() == 2
+    if not batched:
+        x, h = x[None], None if h is None else h[None]
+    if h is None:
+        h = x.new_zeros(x.shape[0], weights[1].shape[0])
+    new = ops.plain_step(step, x, h, weights)
+    return new if batched else new.squeeze(0)
 
 
 def _run_step(
