@@ -54,6 +54,11 @@ typedef word mask __attribute__((vector_size(BYTES)));
 
 #define UNROLL _Pragma("GCC unroll 8") /* without it GCC keeps the sums on the stack */
 #define INLINE static inline __attribute__((always_inline))
+#if defined __aarch64__ && !defined __clang__ /* GCC would load all rows' scalars at once, and keep sums on the stack */
+#define IN_ORDER __attribute__((optimize("no-schedule-insns")))
+#else
+#define IN_ORDER
+#endif
 
 INLINE vec get(const real *p) {
     vec v;
@@ -144,7 +149,7 @@ INLINE vec round_to(vec x, int64_t rounding) {
             put(total, get(total) + sum[r][j]);                                                               \
         }                                                                                                     \
     }
-DEFINE_TILE(1) DEFINE_TILE(2) DEFINE_TILE(3) DEFINE_TILE(4) DEFINE_TILE(5) DEFINE_TILE(6)
+DEFINE_TILE(1) DEFINE_TILE(2) DEFINE_TILE(3) DEFINE_TILE(4) DEFINE_TILE(5) IN_ORDER DEFINE_TILE(6)
 
 typedef void tile(const real *const *, int64_t, const real *, int, real *);
 static tile *const TILES[] = {0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
