@@ -198,7 +198,8 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
                 for (; j + LANES <= width; j += LANES)
                     for (int64_t k = k0; k < end; k++) {
                         vec v;
-                        UNROLL for (int l = 0; l < LANES; l++) v[l] = from[(j + l) * by_n + k * by_k];
+                        _Pragma("GCC unroll 16") /* or GCC has v in memory, where there are 16 lanes */
+                        for (int l = 0; l < LANES; l++) v[l] = from[(j + l) * by_n + k * by_k];
                         put(panels + k * PANEL + j, v);
                     }
                 for (; j < width; j++)
