@@ -197,7 +197,7 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
                 int j = 0;
                 for (; j + LANES <= width; j += LANES)
                     for (int64_t k = k0; k < end; k++) {
-                        vec v;
+                        vec v = {0};
                         _Pragma("GCC unroll 16") /* or GCC has v in memory, where there are 16 lanes */
                         for (int l = 0; l < LANES; l++) v[l] = from[(j + l) * by_n + k * by_k];
                         put(panels + k * PANEL + j, v);
