@@ -54,6 +54,11 @@ typedef word mask __attribute__((vector_size(BYTES)));
 
 #define UNROLL _Pragma("GCC unroll 8") /* without it GCC keeps the sums on the stack */
 #define INLINE static inline __attribute__((always_inline))
+#if defined __aarch64__ && !defined __clang__ /* GCC would load all rows' scalars at once, and keep sums on the stack */
+#define IN_ORDER __attribute__((optimize("no-schedule-insns")))
+#else
+#define IN_ORDER
+#endif
 
 INLINE vec get(const real *p) {
     vec v;
@@ -144,7 +149,7 @@ INLINE vec round_to(vec x, int64_t rounding) {
             put(total, get(total) + sum[r][j]);                                                               \
         }                                                                                                     \
     }
-DEFINE_TILE(1) DEFINE_TILE(2) DEFINE_TILE(3) DEFINE_TILE(4) DEFINE_TILE(5) DEFINE_TILE(6)
+DEFINE_TILE(1) DEFINE_TILE(2) DEFINE_TILE(3) DEFINE_TILE(4) DEFINE_TILE(5) IN_ORDER DEFINE_TILE(6)
 
 typedef void tile(const real *const *, int64_t, const real *, int, real *);
 static tile *const TILES[] = {0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
@@ -192,8 +197,9 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
                 int j = 0;
                 for (; j + LANES <= width; j += LANES)
                     for (int64_t k = k0; k < end; k++) {
-                        vec v;
-                        UNROLL for (int l = 0; l < LANES; l++) v[l] = from[(j + l) * by_n + k * by_k];
+                        vec v = {0};
+                        _Pragma("GCC unroll 16") /* or GCC has v in memory, where there are 16 lanes */
+                        for (int l = 0; l < LANES; l++) v[l] = from[(j + l) * by_n + k * by_k];
                         put(panels + k * PANEL + j, v);
                     }
                 for (; j < width; j++)
