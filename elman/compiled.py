@@ -16,6 +16,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -50,11 +51,14 @@ def cache_folder() -> Path | None:
     return Path(cache or os.path.join(home, ".cache"), "elman", "native")
 
 
-def compiler() -> str | None:
-    """The C compiler's path, or None."""
+def compiler() -> list[str] | None:
+    """The C compiler's path and what CC has behind it, or None."""
     named = os.environ.get("CC")
-    candidates = ("gcc", "clang") if named is None else (named,)
-    return next(filter(None, map(shutil.which, candidates)), None)
+    for command in [shlex.split(named)] if named else [["gcc"], ["clang"]]:
+        path = shutil.which(command[0]) if command else None
+        if path:
+            return [path, *command[1:]]
+    return None
 
 
 def hopeless(source: Path | None = None) -> str | None:
@@ -145,26 +149,40 @@ def _load(double: bool, source: Path) -> ctypes.CDLL:
     cc = compiler()
     if cc is None:
         named = os.environ.get("CC")
-        found = "there is no gcc and no clang" if named is None else f"CC is {named!r}, which is no program"
+        found = f"CC is {named!r}, which is no program" if named else "there is no gcc and no clang"
         raise CompileError(f"it needs a C compiler, and {found}; install gcc, or use 'eager'")
     flags = [*FLAGS, MACHINES[platform.machine()], *(["-DDOUBLE"] if double else [])]
-    made_from = (*_texts(source), _version(cc), " ".join(flags), _cpu())
-    key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
-    folder, stem = cache_folder(), f"{'float64' if double else 'float32'}-{key}"
+    folder = cache_folder()
     if folder is None:
         raise CompileError(
             "this user has no home to keep its library in; set the environment variable ELMAN_CACHE_DIR to a "
             "folder, or use 'eager'"
         )
     try:
+        made_from = (*_texts(source), _version(*cc), " ".join(flags), _cpu())
+        key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
+        stem = f"{'float64' if double else 'float32'}-{key}"
+        _expect_own(folder)
         kept = folder.glob(f"{stem}-*.so")
         path = next((path for path in kept if path.stem == f"{stem}-{_digest(path)}"), None)
-        return ctypes.CDLL(str(path or _compile([cc, *flags], source, folder, stem)))
+        return ctypes.CDLL(str(path or _compile([*cc, *flags], source, folder, stem)))
     except OSError as error:
         raise CompileError(
             f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to "
             "a folder that can be written into and whose programs may run, or use 'eager'"
         ) from error
+
+
+def _expect_own(folder: Path) -> None:
+    """Raises CompileError where another user could put a library: what is loaded runs as this one."""
+    if not folder.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022:
+        raise CompileError(
+            f"{folder}, where its library would be kept, is another user's, or others may write into it; set "
+            "the environment variable ELMAN_CACHE_DIR to a folder of your own, or use 'eager'"
+        )
 
 
 def _texts(source: Path) -> list[str]:
@@ -182,20 +200,19 @@ def _digest(path: Path) -> str:
 
 
 @functools.cache
-def _version(cc: str) -> str:
+def _version(*cc: str) -> str:
     try:
         told = subprocess.run(
-            [cc, "--version"], capture_output=True, text=True, errors="replace", timeout=PATIENCE
+            [*cc, "--version"], capture_output=True, text=True, errors="replace", timeout=PATIENCE
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(
-            f"the C compiler {cc} does not run: {error}; set CC to another, or use 'eager'"
+            f"the C compiler {' '.join(cc)} does not run: {error}; set CC to another, or use 'eager'"
         ) from error
-    return cc + told.stdout
+    return " ".join(cc) + told.stdout
 
 
 def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".so")
     os.close(handle)
     try:
@@ -214,6 +231,7 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
                 f"the C compiler failed: {' '.join(command)} on {source.name} says {first!r}; set CC to "
                 "another, or use 'eager'"
             )
+        ctypes.CDLL(name)  # before it is kept: a compiler may succeed at nothing
         path = folder / f"{stem}-{_digest(Path(name))}.so"
         os.replace(name, path)
         return path

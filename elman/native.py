@@ -43,6 +43,7 @@ def forward(
     nonlinearity: str,
 ) -> Tensor:
     """As `eager.forward`."""
+    check(x, sizes, resets, h0=h0, w_ih=w_ih, w_hh=w_hh, bias=bias)
     b_ih = None if bias is None else bias.unbind(0)
     return _forward(x, h0, w_ih.unbind(0), w_hh.unbind(0), b_ih, None, sizes, resets, nonlinearity)
 
@@ -126,9 +127,16 @@ class Step:
     def fits(x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> bool:
         """Whether C can do it at once: the tensors as they lie, the weights not packed for so few rows."""
         B, work = h.shape[-2], h.numel() * (x.shape[-1] + h.shape[-1])
-        if x.dtype in COMPUTE or (B > FEW and work > SHORT):
+        if x.dtype in COMPUTE or work == 0 or (B > FEW and work > SHORT):
             return False
         return all(t.stride(-1) == 1 for t in (x, h, *weights))
+
+    def may_read(self, *tensors: Tensor) -> bool:
+        """Whether `backward` can: who keeps saved tensors elsewhere may bring others back."""
+        return all(
+            t.is_cpu and t.dtype == self.dtype and t.stride(-1) == 1 and not t.is_neg() and t.data_ptr()
+            for t in tensors
+        )
 
     def __call__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
         out = x.new_empty(self.shape)
@@ -139,6 +147,9 @@ class Step:
             (w_ih, w_hh), biases = weights, (0, 0)
         threads = 1 if self.is_short else torch.get_num_threads()
         tensors = x.data_ptr(), h.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *biases, out.data_ptr()
+        if 0 in tensors[: 6 if self.biased else 4]:  # one that has no memory: freed, or all zeros
+            x, h = x.reshape(1, *x.shape[-2:]), h.reshape(1, *h.shape[-2:])
+            return plain_forward(x, h, weights, 1, None, None, self.nonlinearity).reshape(self.shape)
         if self.function(self.constant + _POINTERS.pack(*tensors, threads)):
             raise MemoryError(
                 f"no memory for the threads of a step of {self.sizes}; free some, or use 'eager'"
@@ -155,7 +166,7 @@ class Step:
         shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, (H,), (H,)
         found = [g.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=False)]
         pointers = _pointers(x, h, w_ih, w_hh, g, new, *found)
-        strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), g.stride(-2), H
+        strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), g.stride(-2), new.stride(-2)
         numbers = (_ACTS[self.nonlinearity], B, H, I, H, *strides)
         pointers += [0] * (12 - len(pointers))
         self.backward_function(_BACKWARD.pack(*numbers, *pointers, dz.data_ptr()))
@@ -176,12 +187,50 @@ def backward(
     nonlinearity: str,
 ) -> Tensor:
     """As `eager.backward`."""
+    check(output, sizes, resets, g_out=g_out, g_hn=g_hn, w_hh=w_hh)
     compute = COMPUTE.get(output.dtype, output.dtype)
     output, w_hh = output.to(compute), w_hh.to(compute)
     g_out, g_hn = (None if g is None else g.to(compute) for g in (g_out, g_hn))
     dz = torch.empty_like(output, memory_format=torch.contiguous_format)
     _scan(True, nonlinearity, 0, g_out, output, dz, g_hn, w_hh.unbind(0), sizes, resets)
     return dz
+
+
+def check(sequence: Tensor, sizes: Tensor | None, resets: Tensor | None, **tensors: Tensor | None) -> None:
+    """Raises RuntimeError where C would read past an operator's arguments: none else checks a graph's.
+
+    sequence is x or the output, padded (T, B, ...) or, with sizes, packed (N, ...).
+    """
+    w_hh = tensors["w_hh"]
+    assert w_hh is not None
+    D, H, _ = w_hh.shape
+    rows = tuple(sequence.shape[:-1])
+    B = rows[1] if sizes is None else int(sizes[0]) if sizes.numel() else 0
+    expected = {
+        "h0": (D, B, H),
+        "g_hn": (D, B, H),
+        "w_ih": (D, H, sequence.shape[-1]),
+        "w_hh": (D, H, H),
+        "bias": (D, H),
+        "g_out": (*rows, D * H),
+    }
+    for name, t in tensors.items():
+        if t is not None and (t.shape != expected[name] or t.device.type != "cpu"):
+            raise RuntimeError(f"{name} is {t.device}, {tuple(t.shape)}; expected cpu, {expected[name]}")
+        if t is not None and t.dtype != sequence.dtype and not name.startswith("g_"):
+            raise RuntimeError(f"{name} is {t.dtype} beside {sequence.dtype}; expected one dtype")
+    if resets is not None and (resets.shape != rows or resets.dtype != torch.bool):
+        raise RuntimeError(
+            f"resets is {resets.dtype} of {tuple(resets.shape)}; expected torch.bool of {rows}"
+        )
+    if sizes is None:
+        return
+    right = sizes.dim() == 1 and sizes.dtype == torch.int64 and sizes.is_cpu and sizes.numel() > 0
+    if not right or sizes[-1] < 1 or int(sizes.sum()) != rows[0] or bool((sizes.diff() > 0).any()):
+        raise RuntimeError(
+            f"the packed rows' sizes are {sizes.dtype} of {tuple(sizes.shape)}; expected torch.int64 on the "
+            f"CPU, none above the one before, at least 1, and {rows[0]} together, as the input has rows"
+        )
 
 
 def _affine(
@@ -238,7 +287,7 @@ def _scan(
     if not (T and B and H):
         return
     given, h, start = (None if t is None else _readable(t) for t in (given, h, start))
-    w_hh = [w.resolve_neg() for w in w_hh]
+    w_hh = [_in_memory(w) for w in w_hh]
     if D == 2 and w_hh[0].stride() != w_hh[1].stride():
         w_hh = [w.contiguous() for w in w_hh]
     starts = (0, 0, 0) if start is None else (start.data_ptr(), *start.stride()[:2])
@@ -268,10 +317,23 @@ def _steps(B: int, H: int, D: int, itemsize: int) -> int:
 
 
 def _readable(t: Tensor) -> Tensor:
-    """With its numbers in memory as they are, and a row's columns side by side."""
+    """With a row's columns side by side, as `_in_memory`."""
+    t = _in_memory(t)
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _in_memory(t: Tensor) -> Tensor:
+    """With its numbers in memory, as they are."""
     if t.is_neg():
         t = t.resolve_neg()
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    if not t.data_ptr() and t.numel():
+        if not t._is_zerotensor():
+            raise RuntimeError(
+                f"a tensor of shape {tuple(t.shape)} has no memory; expected numbers: its storage was freed, "
+                "or it stands for another tensor"
+            )
+        t = torch.zeros(t.shape, dtype=t.dtype)
+    return t
 
 
 def _rows(t: Tensor | None, sizes: Tensor | None) -> tuple[int, ...]:
@@ -287,7 +349,7 @@ def product(
 ) -> Tensor:
     """out (N, H) = a w^T + bias or + added_to, which may be out; a (N, K), w (H, K) of any strides."""
     (N, K), H = a.shape, w.shape[0]
-    a, w, bias = _readable(a), w.resolve_neg(), None if bias is None else _readable(bias)
+    a, w, bias = _readable(a), _in_memory(w), None if bias is None else _readable(bias)
     if not (N and H):
         return out
     most = torch.get_num_threads() if N * K * H > ALONE else 1
@@ -303,9 +365,11 @@ def product(
     return out
 
 
-def takes_gradients(dz: Tensor, x: Tensor) -> bool:
-    """Whether `gradients` is for these: the products are no longer than C's are to be."""
-    return x.dtype == dz.dtype and dz.numel() * (x.shape[-1] + 2 * dz.shape[-1]) <= 4 * LONG
+def takes_gradients(dz: Tensor, *others: Tensor) -> bool:
+    """Whether `gradients` is for these, x first: the products are no longer than C's are to be."""
+    if dz.numel() * (others[0].shape[-1] + 2 * dz.shape[-1]) > 4 * LONG:
+        return False
+    return all(t.is_cpu and t.dtype == dz.dtype for t in others)
 
 
 def gradients(
@@ -313,7 +377,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """As `ops._layer_products` where all rows have T steps: the gradients of x, h0, w_ih, w_hh and bias."""
     (D, H, I), (T, B, _) = w_ih.shape, dz.shape
-    w_ih, w_hh, h0 = w_ih.resolve_neg(), w_hh.resolve_neg(), _readable(h0)
+    dz, output, h0 = _readable(dz), _readable(output), _readable(h0)
     N, transpose = T * B, compiled.library(dz.dtype == torch.float64).transpose
     flat, rows, states = dz.reshape(N, D * H), x.reshape(N, I), output.reshape(N, D * H)
     results = [dz.new_empty(t.shape) if n else None for t, n in zip((x, h0, w_ih, w_hh), needs, strict=False)]

@@ -127,9 +127,7 @@ def plain_layer(
     return _plain_layer(*arguments)
 
 
-def plain_step(
-    step: native.Step, x: Tensor, h: Tensor, weights: Sequence[Tensor]
-) -> Tensor | tuple[Tensor, Tensor]:
+def plain_step(step: native.Step, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Any:
     """The state (B, H) after a step, where `is_unobserved`; of a sequence of one step, output and h_n."""
     if torch.is_grad_enabled():
         return _RecordedStep.apply(step, x, h, *weights)
@@ -158,7 +156,8 @@ class _RecordedStep(torch.autograd.Function):
         if g is None:
             return (None,) * len(needs)
         x, h, w_ih, w_hh, new = ctx.saved_tensors
-        if not torch.is_grad_enabled() and is_unobserved((g,)) and not _stands_for_another(g):
+        plain = not torch.is_grad_enabled() and is_unobserved((g, *ctx.saved_tensors))
+        if plain and not _stands_for_another(g) and ctx.step.may_read(x, h, w_ih, w_hh, new):
             return None, *ctx.step.backward(g, new, x, h, (w_ih, w_hh), needs[1:])
         with _uncast(g.device):
             if ctx.step.nonlinearity == "relu":
@@ -423,7 +422,7 @@ def _gradients(
             # What watches each operation sees ours as one, which it can do whatever is written into what.
             operator = _is_watched() or opaque or torch.is_grad_enabled()
             dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
-        whole = counts is None and resets is None and native.takes_gradients(dz, x)
+        whole = counts is None and resets is None and native.takes_gradients(dz, x, h0, w_ih, w_hh, output)
         seen = opaque or in_transform or torch.is_grad_enabled() or forward_ad._current_level >= 0
         if whole and kernel in LOOPS and not seen and not _is_watched() and _loop(kernel, x) is native:
             return native.gradients(dz, x, h0, w_ih, w_hh, output, needs)

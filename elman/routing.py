@@ -243,8 +243,8 @@ def asked_for(requested: str | None) -> str:
     name = check_name("auto" if requested is None else requested)
     if name == "auto":
         name = _chosen
-    # Where it isn't set, os.environ.get raises and catches, which takes an eighth of a short call. What a test
-    # puts in the place of os.environ has no such dict.
+    # Where it isn't set, os.environ.get raises and catches, which takes an eighth of a short call. What a
+    # test puts in the place of os.environ has no such dict.
     if name == "auto" and _VARIABLE in getattr(os.environ, "_data", (_VARIABLE,)):
         named = os.environ.get("ELMAN_BACKEND") or "auto"
         name = check_name(named, "the environment variable ELMAN_BACKEND")

@@ -5,9 +5,11 @@ Where nn.RNN and nn.RNNCell raise, they are run on the same mistake and their ty
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -553,3 +555,16 @@ def test_explain_sizes(size, value, error):
 )
 def test_explain_options(kwargs, error, words):
     message_of(lambda: elman.explain(**SIZES, device="cpu", **kwargs), error, *words)
+
+
+def test_a_wrong_call_spoils_no_right_one():
+    """Calls are remembered by their arguments, and 1.0 is equal to 1."""
+    weights = [torch.randn(6, 4), torch.randn(6, 6), torch.randn(6), torch.randn(6)]
+    x = torch.randn(3, 2, 4)
+    for wrong in ({"num_layers": 1.0}, {"bidirectional": 0.0}, {"batch_first": 0.0}, {"dropout": False}):
+        with contextlib.suppress(TypeError):
+            elman.elman(x, None, weights, **wrong)
+        output, h_n = elman.elman(x, None, weights)
+        assert output.shape == (3, 2, 6)
+        assert h_n.shape == (1, 2, 6)
+    assert elman.elman(x, None, weights, batch_first=np.array(True))[0].shape == (3, 2, 6)

@@ -392,12 +392,12 @@ SANITIZE += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-
 
 def sanitized(folder: Path, source: Path, *options: str) -> Path:
     """The program; skips the test where the compiler comes without its sanitizers' libraries."""
-    cc = compiled.compiler()
+    cc = compiled.compiler() or []
     machine = next(f for m, f in compiled.MACHINES.items() if m == compiled.platform.machine())
     empty = folder / "empty.c"
     empty.write_text("int main(void) { return 0; }\n")
     program = folder / "program"
-    command = [cc, *SANITIZE, machine, *options, "-o", str(program)]
+    command = [*cc, *SANITIZE, machine, *options, "-o", str(program)]
     made = subprocess.run([*command, str(empty)], capture_output=True, text=True)
     if made.returncode or subprocess.run([program], capture_output=True).returncode:
         pytest.skip(f"{cc} can't make a program with its sanitizers: {made.stderr.strip()[-200:]}")
@@ -433,3 +433,81 @@ def test_sanitizers_find_what_is_wrong(tmp_path, right, wrong, found):
     done = subprocess.run([sanitized(tmp_path, driver), "2"], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert found in done.stdout + done.stderr
+
+
+# What is not in memory as C expects it
+
+
+def _freed(t):
+    t = t.clone()
+    t.untyped_storage().resize_(0)  # as FSDP does to parameters
+    return t
+
+
+@pytest.mark.parametrize("T", [1, 3], ids=["one step", "a sequence"])
+@pytest.mark.parametrize("which", range(6))
+def test_a_tensor_without_memory(T, which):
+    """An error, or the numbers that it stands for: C would read at address zero."""
+    p = make(T, 3, 4, 6)
+    tensors = [p.x, p.hx, *p.weights.values()]
+    expected, _ = elman.elman(*tensors[:2], tensors[2:], backend="native")
+    zeros = [*tensors[:which], torch.zeros_like(tensors[which]), *tensors[which + 1 :]]
+    stands = [*tensors[:which], torch._efficientzerotensor(tensors[which].shape), *tensors[which + 1 :]]
+    right, _ = elman.elman(*zeros[:2], zeros[2:], backend="native")
+    assert not torch.equal(right, expected)
+    assert torch.equal(elman.elman(*stands[:2], stands[2:], backend="native")[0], right)
+    freed = [*tensors[:which], _freed(tensors[which]), *tensors[which + 1 :]]
+    with pytest.raises(RuntimeError, match=r"no memory|storage"):
+        elman.elman(*freed[:2], freed[2:], backend="native")
+
+
+def _by_column(t):
+    return t.t().contiguous().t() if t.dim() == 2 else t
+
+
+@pytest.mark.parametrize("keep", [torch.clone, _by_column], ids=["a copy", "by column"])
+@pytest.mark.parametrize("T", [1, 3])
+def test_saved_tensors_that_were_kept_elsewhere(keep, T):
+    p = make(T, 3, 4, 6)
+    truth = run("reference", p.double())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        check(run("native", p), truth, tolerance(torch.float32))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"h0": (1, 1, 2)},
+        {"w_ih": (1, 6, 5)},
+        {"w_hh": (1, 5, 5)},
+        {"bias": (1, 5)},
+        {"sizes": [2000] * 3},
+        {"sizes": [2, 3, 4]},
+        {"sizes": [4, 3, 2, 0]},
+        {"resets": (5,)},
+    ],
+    ids=str,
+)
+def test_an_operator_s_arguments_are_checked(wrong):
+    """A graph's come from anywhere, and are checked nowhere else."""
+    right = {"x": (9, 4), "h0": (1, 4, 6), "w_ih": (1, 6, 4), "w_hh": (1, 6, 6), "bias": (1, 6)}
+
+    def call(sizes, resets, **shapes):
+        tensors = [torch.randn(shapes[name]) for name in right]
+        mask = torch.zeros(resets, dtype=torch.bool)
+        return torch.ops.elman.layer(*tensors, torch.tensor(sizes), mask, "tanh", "native", "ieee")
+
+    packed = {"sizes": [4, 3, 2], "resets": (9,), **right}
+    assert call(**packed)[0].shape == (9, 6)
+    with pytest.raises(RuntimeError, match="expected"):
+        call(**{**packed, **wrong})
+
+
+def test_an_operator_s_dtypes_are_checked():
+    p = make(3, 2, 4, 6)
+    w_ih, w_hh, *_ = (w[None] for w in p.weights.values())
+    for wrong in range(4):
+        tensors = [p.x, p.hx, w_ih, w_hh]
+        tensors[wrong] = tensors[wrong].double()
+        with pytest.raises(RuntimeError, match="one dtype"):
+            torch.ops.elman.layer(*tensors, None, None, None, "tanh", "native", "ieee")

@@ -277,10 +277,34 @@ def assert_sentence(*words: str) -> None:
     assert f"  native: no: {available}" == line
 
 
-@pytest.mark.parametrize("cc", ["/nowhere/cc", "", "no such program"])
+@pytest.mark.parametrize("cc", ["/nowhere/cc", "no such program"])
 def test_no_compiler_by_name(monkeypatch, cc):
     monkeypatch.setenv("CC", cc)
     assert_sentence("C compiler", f"CC is {cc!r}", "install gcc")
+
+
+@pytest.mark.parametrize("cc", ["", "gcc -pipe"])
+def test_a_compiler_with_options_and_one_that_is_not_named(monkeypatch, cache, cc):
+    monkeypatch.setenv("CC", cc)
+    assert elman.explain(**SHAPE).backend == "native"
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_compiler_that_succeeds_at_nothing(monkeypatch, cache):
+    monkeypatch.setenv("CC", "true")
+    assert_sentence("kept or loaded")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_folder_that_others_may_write_into(cache, mode):
+    """Another user's library would run as this one."""
+    cache.mkdir(parents=True)
+    cache.chmod(mode)
+    assert_sentence(str(cache), "others may write into it", "ELMAN_CACHE_DIR")
+    cache.chmod(0o700)
+    compiled.forget()
+    assert elman.explain(**SHAPE).backend == "native"
 
 
 def test_no_compiler(monkeypatch, tmp_path, cache):
