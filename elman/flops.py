@@ -44,7 +44,7 @@ def _layer_products(
     dz: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor, *rest: Any, **_: Any
 ) -> int:
     D, H, I = w_ih.shape
-    needs, steps = rest[-1], math.prod(x.shape[:-1])
+    needs, steps = rest[2], math.prod(x.shape[:-1])
     products = (steps * I, h0.shape[1] * H, steps * I, steps * H)  # of x, h0, w_ih, w_hh
     return 2 * D * H * sum(n for n, needed in zip(products, needs, strict=False) if needed)
 

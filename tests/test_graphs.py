@@ -145,7 +145,8 @@ def test_the_other_modules_graphs_take_any_size(strict):
     )
     for T, B in SIZES:
         args = torch.randn(B, I), torch.randn(B, H)
-        assert_equal(of_cell.module()(*args), cell(*args))
+        # A cell's graph is torch's own operator on every machine; by itself the cell may be native's.
+        torch.testing.assert_close(of_cell.module()(*args), cell(*args))
         x = torch.randn(T, B, I)
         assert_equal(of_network.module()(x), network(x))
         assert of_rows.module()(x[:, 0])[0].shape == (T, H)

@@ -339,12 +339,18 @@ def test_a_mode_that_overrides_sees_the_operators():
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    layer, cell, x = Elman(I, H), ElmanCell(I, H), sequence()
+    layer, cell, x = Elman(I, H), ElmanCell(I, H, backend="eager"), sequence()
     with Mode():
         found = layer(x), cell(x[0])
     assert_close(found, (layer(x), cell(x[0])))
     assert [name for name in seen if "layer" in name]
     assert [name for name in seen if "rnn_tanh_cell" in name]
+    seen.clear()
+    cell.backend = "auto"
+    with Mode():
+        found = cell(x[0])
+    assert_close(found, cell(x[0]))
+    assert [name for name in seen if "layer" in name or "rnn_tanh_cell" in name]
 
 
 # TorchScript
