@@ -23,6 +23,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).with_name("kernels") / "native.c"
 #: -ffast-math never: see the source. What the machine option is called depends on the processor's family.
@@ -94,6 +95,9 @@ _found: dict[tuple[bool, Path], ctypes.CDLL | str] = {}
 def _unlock() -> None:
     global _lock
     _lock = threading.Lock()
+    _children.add(os.getpid())
+    for use_team in _teams:
+        use_team(None, None)
 
 
 if hasattr(os, "register_at_fork"):
@@ -165,12 +169,38 @@ def _load(double: bool, source: Path) -> ctypes.CDLL:
         _expect_own(folder)
         kept = folder.glob(f"{stem}-*.so")
         path = next((path for path in kept if path.stem == f"{stem}-{_digest(path)}"), None)
-        return ctypes.CDLL(str(path or _compile([*cc, *flags], source, folder, stem)))
+        found = ctypes.CDLL(str(path or _compile([*cc, *flags], source, folder, stem)))
     except OSError as error:
         raise CompileError(
             f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to "
             "a folder that can be written into and whose programs may run, or use 'eager'"
         ) from error
+    if source == SOURCE:
+        _teams.append(found.use_team)
+        found.use_team(*_openmp())
+    return found
+
+
+#: Of each library that is loaded, what says whose threads it uses.
+_teams: list[Callable[..., Any]] = []
+
+
+def _openmp() -> tuple[ctypes.c_void_p | None, ctypes.c_void_p | None]:
+    """GOMP_parallel and omp_get_thread_num of the OpenMP library that torch has loaded, or None twice."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or os.getpid() in _children:
+        return None, None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines()}
+    loaded = sorted(path for path in paths if "libgomp" in os.path.basename(path))
+    if len(loaded) != 1:
+        return None, None
+    library = ctypes.CDLL(loaded[0])
+    parallel, number = library.GOMP_parallel, library.omp_get_thread_num
+    return ctypes.cast(parallel, ctypes.c_void_p), ctypes.cast(number, ctypes.c_void_p)
+
+
+#: Forked processes, whose OpenMP waits for threads that are not in them.
+_children: set[int] = set()
 
 
 def _expect_own(folder: Path) -> None:

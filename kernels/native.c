@@ -419,6 +419,7 @@ struct job {
     int missed;                          /* whether a thread seemed to have lost its core */
     int redone;                          /* whether an item is one step's, which two threads may do at once */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
+    int64_t ended;                       /* when the caller's thread had nothing left to do in a team */
     int64_t patience;                    /* ns that a thread waits for another before it does that one's work */
     size_t scratch_size;
     real *room, *w, *zeros, *scratch;
@@ -610,6 +611,22 @@ static void *helper(void *argument) {
     return 0;
 }
 
+/* Of the OpenMP library that torch uses, if there is one: its threads are there already, and spin on the other cores
+ * for a while after each of torch's products, where a new thread would have to share a core with them. */
+static void (*team)(void (*)(void *), void *, unsigned, unsigned);
+static int (*member)(void);
+
+void use_team(void *parallel, void *thread_num) {
+    *(void **)&team = parallel, *(void **)&member = thread_num;
+}
+
+static void work_in_team(void *argument) {
+    struct job *j = argument;
+    int self = member();
+    if (self < j->threads) work(j, self);
+    if (!self) j->ended = now();
+}
+
 /* Has threads made that work at the job too, if there is to be more than one and the machine isn't busy. */
 static void hire(struct job *j) {
     int helpers = (int)at_most(j->threads, j->items) - 1;
@@ -653,7 +670,7 @@ static void work(struct job *j, int self) {
         if (!left) return;
         if (worked) {
             since = 0;
-            if (!self && turn % 64 == 63) hire(j); /* the machine may have been busy when the job began */
+            if (!self && !team && turn % 64 == 63) hire(j); /* the machine may have been busy when the job began */
             continue;
         }
         if (j->closed) return;
@@ -701,11 +718,17 @@ static void run(struct job *j, int64_t work_of_item) {
     j->patience = 20000 + work_of_item / 8;      /* several times what an item takes */
     atomic_init(&j->references, 1);
     atomic_init(&j->named, 1);
-    hire(j);
-    work(j, 0);
+    j->threads = at_most(j->threads, j->items);
+    if (team && j->threads > 1 && now() >= atomic_load(&busy_until)) {
+        j->hired = (int)j->threads - 1;
+        team(work_in_team, j, (unsigned)j->threads, 0);
+    } else {
+        if (!team) hire(j);
+        work(j, 0);
+    }
+    int64_t since = j->ended ? j->ended : now();
     atomic_store(&j->closed, 1);
     if (j->hired) {
-        int64_t since = now();
         for (int n = 1; n <= j->hired; n++)
             while (atomic_load(&j->busy[n].state)) sched_yield();
         int64_t last = atomic_load(&respite), next = SHORTEST;
