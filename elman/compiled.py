@@ -169,16 +169,16 @@ def _load(double: bool, source: Path) -> ctypes.CDLL:
         _expect_own(folder)
         kept = folder.glob(f"{stem}-*.so")
         path = next((path for path in kept if path.stem == f"{stem}-{_digest(path)}"), None)
-        found = ctypes.CDLL(str(path or _compile([*cc, *flags], source, folder, stem)))
+        loaded = ctypes.CDLL(str(path or _compile([*cc, *flags], source, folder, stem)))
     except OSError as error:
         raise CompileError(
             f"its library can't be kept or loaded: {error}; set the environment variable ELMAN_CACHE_DIR to "
             "a folder that can be written into and whose programs may run, or use 'eager'"
         ) from error
     if source == SOURCE:
-        _teams.append(found.use_team)
-        found.use_team(*_openmp())
-    return found
+        _teams.append(loaded.use_team)
+        loaded.use_team(*_openmp())
+    return loaded
 
 
 #: Of each library that is loaded, what says whose threads it uses.

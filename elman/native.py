@@ -26,8 +26,10 @@ _ACTS = {"tanh": 0, "relu": 1, "none": 2}
 PER_CALL = 4e8
 #: Multiply-adds up to which a product is C's, on one core: torch's threads would cost more than they bring.
 SHORT = 2**20
-#: Rows that don't repay packing the weights.
-FEW = 8
+#: Up to how many a step is one core's: more are worth the moment that another one takes to begin.
+SHARED = 2**18
+#: Rows up to which a step's gradients are the memory's work, not the multiplier's.
+FEW = 4
 #: Up to how many a longer one stays on one core, and up to how many it is C's at all.
 ALONE, LONG = 2**22, 2**27
 
@@ -121,19 +123,19 @@ class Step:
         library = compiled.library(x.dtype == torch.float64)
         self.function, self.backward_function = library.affine, library.affine_backward
         self.sizes = B, I, H
-        self.is_short = B * H * (I + H) <= SHORT
+        self.is_short = B * H * (I + H) <= SHARED
+        self.has_backward = B <= FEW or B * H * (I + H) <= 2 * SHARED
 
     @staticmethod
     def fits(x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> bool:
-        """Whether C can do it at once: the tensors as they lie, the weights not packed for so few rows."""
-        B, work = h.shape[-2], h.numel() * (x.shape[-1] + h.shape[-1])
-        if x.dtype in COMPUTE or work == 0 or (B > FEW and work > SHORT):
+        """Whether C can do it at once: nothing of size 0, the tensors as they lie."""
+        if x.dtype in COMPUTE or h.numel() * x.shape[-1] == 0:
             return False
         return all(t.stride(-1) == 1 for t in (x, h, *weights))
 
     def may_read(self, *tensors: Tensor) -> bool:
-        """Whether `backward` can: who keeps saved tensors elsewhere may bring others back."""
-        return all(
+        """Whether `backward` is for these: who keeps saved tensors elsewhere may bring others back."""
+        return self.has_backward and all(
             t.is_cpu and t.dtype == self.dtype and t.stride(-1) == 1 and not t.is_neg() and t.data_ptr()
             for t in tensors
         )

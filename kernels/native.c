@@ -283,7 +283,50 @@ static struct affine columns_of(const struct affine *s, int64_t c, int64_t wide,
     return part;
 }
 
-static void all_columns(const struct affine *s) {
+enum { FEW = 6 }; /* rows that don't repay packing the weights */
+
+/* For more rows than a few: each panel of the weights is packed and then used by all of them. */
+static void by_panels(const struct affine *s, real *room) {
+    real *totals = room + (s->K[0] + s->K[1]) * PANEL;
+    for (int64_t n = 0; n < s->H; n += PANEL) {
+        int64_t width = at_most(PANEL, s->H - n);
+        pack(s->w[0] + n * s->w_c[0], 1, s->w_c[0], s->K[0], width, room);
+        if (s->K[1]) pack(s->w[1] + n * s->w_c[1], 1, s->w_c[1], s->K[1], width, room + s->K[0] * PANEL);
+        for (int64_t r0 = 0; r0 < s->N; r0 += ROWS) {
+            int rows = (int)at_most(ROWS, s->N - r0);
+            const real *from[2][ROWS];
+            for (int r = 0; r < rows; r++) {
+                for (int i = 0; i < 2; i++) from[i][r] = s->a[i] + (r0 + r) * s->a_r[i];
+                for (int64_t e = 0; e < PANEL; e++) {
+                    real b = 0;
+                    for (int i = 0; i < 2; i++)
+                        if (s->bias[i] && e < width) b += s->bias[i][n + e];
+                    totals[r * PANEL + e] = b;
+                }
+            }
+            product(from[0], rows, 0, room, s->K[0], totals);
+            if (s->K[1]) product(from[1], rows, 0, room + s->K[0] * PANEL, s->K[1], totals);
+            for (int r = 0; r < rows; r++)
+                for (int64_t e = 0; e < width; e += LANES) {
+                    vec v = get(totals + r * PANEL + e);
+                    if (s->act == RELU) v = pick(v < 0, all(0), v);
+                    if (s->act == TANH) v = tanh_of(v);
+                    put_some(s->out + (r0 + r) * s->out_r + n + e, round_to(v, s->rounding), width - e);
+                }
+        }
+    }
+}
+
+/* Room that all_columns needs, in reals. */
+static int64_t room_for(const struct affine *s) {
+    return s->N > FEW ? (s->K[0] + s->K[1] + ROWS) * PANEL : 0;
+}
+
+static void all_columns(const struct affine *s, real *room) {
+    if (s->N > FEW) {
+        by_panels(s, room);
+        return;
+    }
     for (int64_t c = 0; c < s->H;) {
         int C = c + TILE_COLUMNS <= s->H ? TILE_COLUMNS : 1;
         for (int64_t r = 0; r < s->N;) {
@@ -563,7 +606,7 @@ static void finish(struct job *j, int64_t i, int64_t steps, real *scratch) {
     struct affine part;
     if (j->step.H) {
         part = columns_of(&j->step, i * j->wide, j->wide, scratch);
-        all_columns(&part);
+        all_columns(&part, scratch + part.N * j->wide);
     } else {
         locate(j, i, j->s.begin + steps, &x);
         compute(j, &x, scratch);
@@ -762,12 +805,16 @@ int scan(const struct scan *s) {
 
 /* As above, the columns shared out over threads; 0, or 1 where there is no memory for that. */
 int affine(const struct affine *s) {
+    int64_t room = room_for(s);
     if (s->threads <= 1) {
-        all_columns(s);
+        real *packed = room ? aligned_alloc(LINE, rounded(room * sizeof(real))) : 0;
+        if (room && !packed) return 1;
+        all_columns(s, packed);
+        free(packed);
         return 0;
     }
-    int64_t wide = (s->H + 4 * s->threads * TILE_COLUMNS - 1) / (4 * s->threads * TILE_COLUMNS) * TILE_COLUMNS;
-    struct job *j = new_job((s->H + wide - 1) / wide, 1, s->threads, 0, s->N * wide * sizeof(real));
+    int64_t wide = (s->H + 2 * s->threads * PANEL - 1) / (2 * s->threads * PANEL) * PANEL;
+    struct job *j = new_job((s->H + wide - 1) / wide, 1, s->threads, 0, (s->N * wide + room) * sizeof(real));
     if (!j) return 1;
     j->step = *s, j->wide = wide, j->steps = 1;
     run(j, s->N * wide * (s->K[0] + s->K[1]));
