@@ -641,7 +641,7 @@ static int claim(struct job *j, int64_t i, real *scratch) {
     return 1;
 }
 
-static void work(struct job *, int);
+static int work(struct job *, int);
 
 static void leave(struct job *j) {
     if (atomic_fetch_sub(&j->references, 1) == 1) free(j);
@@ -689,8 +689,13 @@ static void hire(struct job *j) {
     pthread_sigmask(SIG_SETMASK, &before, 0);
 }
 
-/* Works until no step is left; a thread that isn't the caller's leaves when the job is closed. */
-static void work(struct job *j, int self) {
+static int may_team(struct job *j) {
+    return team && !j->hired && j->threads > 1 && now() >= atomic_load(&busy_until);
+}
+
+/* Works until no step is left; a thread that isn't the caller's leaves when the job is closed. 0: the caller's, which
+ * began alone on a busy machine, may have others now. */
+static int work(struct job *j, int self) {
     int64_t since = 0, per_thread = (j->items + j->threads - 1) / j->threads;
     real *scratch = (real *)((char *)j->scratch + self * j->scratch_size);
     for (unsigned turn = 0;; turn++) {
@@ -704,19 +709,22 @@ static void work(struct job *j, int self) {
                 atomic_store(&j->busy[self].state, 1);
                 if (atomic_load(&j->closed)) {
                     atomic_store(&j->busy[self].state, 0);
-                    return;
+                    return 1;
                 }
             }
             worked |= claim(j, i, scratch);
             if (self) atomic_store_explicit(&j->busy[self].state, 0, memory_order_release);
         }
-        if (!left) return;
+        if (!left) return 1;
         if (worked) {
             since = 0;
-            if (!self && !team && turn % 64 == 63) hire(j); /* the machine may have been busy when the job began */
+            if (!self && turn % 8 == 7) { /* the machine may have been busy when the job began */
+                if (may_team(j)) return 0;
+                if (!team) hire(j);
+            }
             continue;
         }
-        if (j->closed) return;
+        if (j->closed) return 1;
         rest();
         if (turn % 16) continue;
         int64_t time = now();
@@ -762,13 +770,14 @@ static void run(struct job *j, int64_t work_of_item) {
     atomic_init(&j->references, 1);
     atomic_init(&j->named, 1);
     j->threads = at_most(j->threads, j->items);
-    if (team && j->threads > 1 && now() >= atomic_load(&busy_until)) {
-        j->hired = (int)j->threads - 1;
-        team(work_in_team, j, (unsigned)j->threads, 0);
-    } else {
+    do {
+        if (may_team(j)) {
+            j->hired = (int)j->threads - 1;
+            team(work_in_team, j, (unsigned)j->threads, 0);
+            break;
+        }
         if (!team) hire(j);
-        work(j, 0);
-    }
+    } while (!work(j, 0));
     int64_t since = j->ended ? j->ended : now();
     atomic_store(&j->closed, 1);
     if (j->hired) {
