@@ -247,7 +247,7 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
     os.close(handle)
     try:
         made = subprocess.run(
-            [*command, "-o", name, "-x", "c", str(source)],
+            [*command, "-o", name, "-x", "c", str(source), "-lm"],
             capture_output=True,
             text=True,
             errors="replace",

@@ -155,8 +155,8 @@ class _RecordedStep(torch.autograd.Function):
             g = g + g_hn
         if g is None:
             return (None,) * len(needs)
-        x, h, w_ih, w_hh, new = ctx.saved_tensors
-        plain = not torch.is_grad_enabled() and is_unobserved((g, *ctx.saved_tensors))
+        x, h, w_ih, w_hh, new = saved = ctx.saved_tensors
+        plain = not torch.is_grad_enabled() and is_unobserved((g, *saved))
         if plain and not _stands_for_another(g) and ctx.step.may_read(x, h, w_ih, w_hh, new):
             return None, *ctx.step.backward(g, new, x, h, (w_ih, w_hh), needs[1:])
         with _uncast(g.device):
@@ -166,13 +166,19 @@ class _RecordedStep(torch.autograd.Function):
                 dz = torch.ops.aten.tanh_backward(g, new)
             rows, x_rows, h_rows = (dz, x, h) if dz.dim() == 2 else (dz[0], x[0], h[0])
             by_row = rows.t()
+            db = rows.sum(0) if any(needs[5:]) else None
+            # Both biases get memory of their own: what works on gradients in place would else do it twice.
+            dbs = [
+                None if db is None or not needed else db.clone() if i else db
+                for i, needed in enumerate(needs[5:])
+            ]
             return (
                 None,
                 dz @ w_ih if needs[1] else None,
                 dz @ w_hh if needs[2] else None,
                 by_row @ x_rows if needs[3] else None,
                 by_row @ h_rows if needs[4] else None,
-                *(rows.sum(0) if needed else None for needed in needs[5:]),
+                *dbs,
             )
 
 
@@ -430,7 +436,7 @@ def _gradients(
 
 def _uncast(device: torch.device) -> AbstractContextManager:
     """Switches autocast off, within which a backward pass may run: it would round the products' factors."""
-    if routing.is_autocast(device.type):
+    if torch._C._is_any_autocast_enabled() and routing.is_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

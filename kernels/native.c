@@ -17,6 +17,7 @@ that a row fell into. So the bits don't either.
 Compiled for float, or with -DDOUBLE for double; elman/native.py compiles it and packs the arguments. -ffast-math
 must not be given: NaN and infinity count, and linking with it makes the whole process flush denormals.
 */
+#include <fenv.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -462,6 +463,7 @@ struct job {
     int missed;                          /* whether a thread seemed to have lost its core */
     int redone;                          /* whether an item is one step's, which two threads may do at once */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
+    fenv_t environment;                  /* of a team's caller */
     int64_t ended;                       /* when the caller's thread had nothing left to do in a team */
     int64_t patience;                    /* ns that a thread waits for another before it does that one's work */
     size_t scratch_size;
@@ -666,7 +668,11 @@ void use_team(void *parallel, void *thread_num) {
 static void work_in_team(void *argument) {
     struct job *j = argument;
     int self = member();
+    fenv_t own;
+    fegetenv(&own);
+    fesetenv(&j->environment); /* the caller may flush denormals: what it computes must not depend on who does */
     if (self < j->threads) work(j, self);
+    fesetenv(&own);
     if (!self) j->ended = now();
 }
 
@@ -773,6 +779,7 @@ static void run(struct job *j, int64_t work_of_item) {
     do {
         if (may_team(j)) {
             j->hired = (int)j->threads - 1;
+            fegetenv(&j->environment);
             team(work_in_team, j, (unsigned)j->threads, 0);
             break;
         }
