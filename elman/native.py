@@ -258,10 +258,9 @@ def _affine(
         biases = [None if some is None else _readable(some[d]) for some in (b_ih, b_hh)]
         constant = (_ACTS[act], rounding, N, H, I, second[0], x.stride(0), second[2], w.stride(0), second[4])
         pointers = [x.data_ptr(), second[1], w.data_ptr(), second[3], *_pointers(*biases)]
-        function(
-            _CONSTANT.pack(*constant, len(w_ih) * H)
-            + _POINTERS.pack(*pointers, out.data_ptr() + d * H * size, 1)
-        )
+        pointers += [out.data_ptr() + d * H * size, 1]
+        if function(_CONSTANT.pack(*constant, len(w_ih) * H) + _POINTERS.pack(*pointers)):
+            raise MemoryError(f"no memory for a copy of {I} x {H} weights; free some, or use 'eager'")
 
 
 def _scan(
