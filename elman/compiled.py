@@ -16,7 +16,6 @@ import hashlib
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -54,6 +53,8 @@ def cache_folder() -> Path | None:
 
 def compiler() -> list[str] | None:
     """The C compiler's path and what CC has behind it, or None."""
+    import shlex  # here, as importing elman imports little
+
     named = os.environ.get("CC")
     for command in [shlex.split(named)] if named else [["gcc"], ["clang"]]:
         path = shutil.which(command[0]) if command else None

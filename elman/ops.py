@@ -271,7 +271,7 @@ def _h_n(output: Tensor, h0: Tensor, counts: Tensor | None) -> Tensor:
 
 def _loop(kernel: str, sequence: Tensor) -> ModuleType:
     """native or eager, by what can run now: a graph may have been made on another machine."""
-    if kernel == "eager":
+    if kernel == "eager" or sequence.is_meta:  # which has shapes alone
         return eager
     why_not = routing.unavailable("native", sequence.device, sequence.dtype)
     if why_not and kernel == "native":
@@ -429,7 +429,9 @@ def _gradients(
             operator = _is_watched() or opaque or torch.is_grad_enabled()
             dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
         # torch's own have derivatives and batching rules, but make a graph's code depend on T.
-        rest = torch.ops.elman.layer_products if opaque else _layer_products
+        # native's have neither: who watches sees one operator, as of the scan.
+        native_s = kernel in LOOPS and kernel != "eager" and not in_transform and _is_watched()
+        rest = torch.ops.elman.layer_products if opaque or native_s else _layer_products
         found = rest(dz, x, h0, w_ih, w_hh, output, counts, resets, needs, kernel)
     return tuple(t if needed else None for t, needed in zip(found, needs, strict=True))
 

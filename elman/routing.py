@@ -379,7 +379,7 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype, resets: 
     if backend == "eager":
         return None
     if backend == "native":
-        if device.type != "cpu":
+        if device.type not in ("cpu", "meta"):
             return f"the tensors are on {device.type!r}; native is for a CPU's, so use 'auto' or 'eager'"
         return compiled.unavailable(dtype == torch.float64)
     if backend == "cudnn":

@@ -286,6 +286,9 @@ static struct affine columns_of(const struct affine *s, int64_t c, int64_t wide,
 
 enum { FEW = 6 }; /* rows that don't repay packing the weights */
 
+/* Of a sequence the products' bits must not depend on how many rows it has: all are added in the same order. */
+INLINE int is_packed(const struct affine *s) { return s->N > FEW || s->act == NOTHING; }
+
 /* For more rows than a few: each panel of the weights is packed and then used by all of them. */
 static void by_panels(const struct affine *s, real *room) {
     real *totals = room + (s->K[0] + s->K[1]) * PANEL;
@@ -320,11 +323,11 @@ static void by_panels(const struct affine *s, real *room) {
 
 /* Room that all_columns needs, in reals. */
 static int64_t room_for(const struct affine *s) {
-    return s->N > FEW ? (s->K[0] + s->K[1] + ROWS) * PANEL : 0;
+    return is_packed(s) ? (s->K[0] + s->K[1] + ROWS) * PANEL : 0;
 }
 
 static void all_columns(const struct affine *s, real *room) {
-    if (s->N > FEW) {
+    if (is_packed(s)) {
         by_panels(s, room);
         return;
     }
