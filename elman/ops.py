@@ -431,6 +431,7 @@ def _gradients(
         # torch's own have derivatives and batching rules, but make a graph's code depend on T.
         # native's have neither: who watches sees one operator, as of the scan.
         native_s = kernel in LOOPS and kernel != "eager" and not in_transform and _is_watched()
+        native_s = native_s and not torch.is_grad_enabled()
         rest = torch.ops.elman.layer_products if opaque or native_s else _layer_products
         found = rest(dz, x, h0, w_ih, w_hh, output, counts, resets, needs, kernel)
     return tuple(t if needed else None for t, needed in zip(found, needs, strict=True))
