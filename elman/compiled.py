@@ -37,18 +37,21 @@ class CompileError(RuntimeError):
     """The C source could not be compiled or loaded; the message is a sentence that says why."""
 
 
-def cache_folder() -> Path | None:
-    """native/ in $ELMAN_CACHE_DIR, else in elman/ of $XDG_CACHE_HOME or ~/.cache.
-
-    None for a user without a home: among temporary files anybody could put a library first.
-    """
+def user_folder() -> Path | None:
+    """$ELMAN_CACHE_DIR, else elman/ of $XDG_CACHE_HOME or ~/.cache; None for a user without a home."""
     named, cache = os.environ.get("ELMAN_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
     if named:
-        return Path(os.path.expanduser(named), "native")
+        return Path(os.path.expanduser(named))
     home = os.path.expanduser("~")
     if not cache and home == "~":
         return None
-    return Path(cache or os.path.join(home, ".cache"), "elman", "native")
+    return Path(cache or os.path.join(home, ".cache"), "elman")
+
+
+def cache_folder() -> Path | None:
+    """native/ in the user's folder, or None: among temporary files anybody could put a library first."""
+    folder = user_folder()
+    return None if folder is None else folder / "native"
 
 
 def compiler() -> list[str] | None:

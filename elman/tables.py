@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import compiled
 from .kernels import configs
 
 SCHEMA = 1
@@ -130,13 +131,7 @@ def user_path(gpu: str) -> Path:
 
     A user without a home, as in a container run under a number of no one's, has it among temporary files.
     """
-    named = os.environ.get("ELMAN_CACHE_DIR")
-    if named:
-        folder = Path(os.path.expanduser(named))
-    else:
-        home = os.path.expanduser("~")
-        cache = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home != "~" else "")
-        folder = Path(cache or os.path.join(tempfile.gettempdir(), f"elman-{os.getuid()}"), "elman")
+    folder = compiled.user_folder() or Path(tempfile.gettempdir(), f"elman-{os.getuid()}", "elman")
     return folder / "tuned" / _file_name(gpu)
 
 
