@@ -1,7 +1,7 @@
 """How native shares a scan out over cores: a model of its time, with measured constants.
 
 One core does all of it, or each thread has rows of its own, or columns of its own. The first two need no
-meeting; for the third the threads wait for one another at every step.
+synchronisation; for the third the threads synchronise at every step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ READ = 0.0125, 0.017  # of W_hh, a byte, from a core's own caches and from beyon
 CACHE = 2**20  # bytes of a core's own caches
 ELEMENT = 0.5  # a tanh, and what goes with it
 STEP = 80.0  # where a step's rows lie
-MEETING = 400.0  # where each thread has columns of its own, a step
+SYNCHRONISATION = 400.0  # where each thread has columns of its own, a step
 THREAD = 25_000.0  # to have a thread made, and to wait for it
 
 
@@ -63,7 +63,9 @@ def estimates(B: int, H: int, T: int, D: int, itemsize: int, most: int) -> dict[
                 found[Plan(n, min(rows, LARGEST), 1)] = -(-D * -(-B // rows) // n) * step(rows, H) + made
             groups = min(n, -(-H // NARROWEST))
             if groups > 1:
-                found[Plan(n, min(B, LARGEST), groups)] = D * step(B, -(-H // groups)) + MEETING + made
+                found[Plan(n, min(B, LARGEST), groups)] = (
+                    D * step(B, -(-H // groups)) + SYNCHRONISATION + made
+                )
     return {shared: time / 1000 for shared, time in found.items()}
 
 

@@ -22,7 +22,7 @@ _SCAN, _BACKWARD = struct.Struct("35q"), struct.Struct("24q")
 _CONSTANT, _POINTERS = struct.Struct("11q"), struct.Struct("8q")
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"tanh": 0, "relu": 1, "none": 2}
-#: Nanoseconds of one call into C, after which Ctrl-C is heard.
+#: Nanoseconds of one call into C; Python sees Ctrl-C after it.
 PER_CALL = 4e8
 #: Multiply-adds up to which a product is C's, on one core: torch's threads would cost more than they bring.
 SHORT = 2**20

@@ -558,7 +558,7 @@ def test_explain_options(kwargs, error, words):
 
 
 def test_a_wrong_call_spoils_no_right_one():
-    """Calls are remembered by their arguments, and 1.0 is equal to 1."""
+    """Checked calls are cached by their arguments, and 1.0 is equal to 1."""
     weights = [torch.randn(6, 4), torch.randn(6, 6), torch.randn(6), torch.randn(6)]
     x = torch.randn(3, 2, 4)
     for wrong in ({"num_layers": 1.0}, {"bidirectional": 0.0}, {"batch_first": 0.0}, {"dropout": False}):
