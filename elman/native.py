@@ -18,8 +18,8 @@ from .cores import LARGEST, NARROWEST, Plan, plan
 from .reference import COMPUTE, join
 
 # The structs of the C source, all fields of 8 bytes: scan, affine in two parts, affine_backward.
-_SCAN, _BACKWARD = struct.Struct("35q"), struct.Struct("24q")
-_CONSTANT, _POINTERS = struct.Struct("11q"), struct.Struct("8q")
+_SCAN, _BACKWARD = struct.Struct("35q"), struct.Struct("26q")
+_CONSTANT, _POINTERS = struct.Struct("11q"), struct.Struct("9q")
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"tanh": 0, "relu": 1, "none": 2}
 #: Nanoseconds of one call into C; Python sees Ctrl-C after it.
@@ -79,13 +79,13 @@ def _forward(
     """The output; weights and biases for each direction. Without b_hh, b_ih is the sum of both."""
     dtype, D, (H, I) = x.dtype, len(w_hh), w_ih[0].shape
     rounding, compute = _ROUNDING.get(dtype, 0), COMPUTE.get(dtype, dtype)
-    if compute != dtype:
-        x, h0 = x.to(compute), h0.to(compute)
-        w_ih, w_hh = [w.to(compute) for w in w_ih], [w.to(compute) for w in w_hh]
-        b_ih, b_hh = (None if some is None else [b.to(compute) for b in some] for some in (b_ih, b_hh))
     one_step = sizes is None and resets is None and len(x) == 1
     rows = x.shape[0] if sizes is not None else x.shape[0] * x.shape[1]
     work = rows * D * H * (I + H if one_step else I)
+    if compute != dtype and not (one_step and work <= SHORT):
+        x, h0 = x.to(compute), h0.to(compute)
+        w_ih, w_hh = [w.to(compute) for w in w_ih], [w.to(compute) for w in w_hh]
+        b_ih, b_hh = (None if some is None else [b.to(compute) for b in some] for some in (b_ih, b_hh))
     if work > SHORT:
         if b_ih is not None and b_hh is not None:
             b_ih = [b + b_too for b, b_too in zip(b_ih, b_hh, strict=True)]
@@ -100,10 +100,10 @@ def _forward(
         output = x.new_empty(*x.shape[:-1], D * H)
         h = _readable(h0) if one_step else None
         # For one step this is all that is to do.
-        act = nonlinearity if one_step else "none"
-        _affine(_readable(x.reshape(rows, I)), h, w_ih, w_hh, b_ih, b_hh, output, act, rounding)
+        act, stored = (nonlinearity, rounding) if one_step else ("none", 0)
+        _affine(_readable(x.reshape(rows, I)), h, w_ih, w_hh, b_ih, b_hh, output, act, stored)
         if one_step:
-            return output.to(dtype)
+            return output
     _scan(False, nonlinearity, rounding, output, None, output, h0, w_hh, sizes, resets)
     return output.to(dtype)
 
@@ -119,19 +119,19 @@ class Step:
         self.shape, self.dtype = (*x.shape[:-1], H), x.dtype
         (w_ih, w_hh), self.biased = weights[:2], len(weights) == 4
         strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), H
-        self.constant = _CONSTANT.pack(_ACTS[nonlinearity], 0, B, H, I, H, *strides)
+        self.constant = _CONSTANT.pack(_ACTS[nonlinearity], _ROUNDING.get(x.dtype, 0), B, H, I, H, *strides)
         library = compiled.library(x.dtype == torch.float64)
         self.function, self.backward_function = library.affine, library.affine_backward
         self.sizes = B, I, H
         self.is_short = B * H * (I + H) <= SHARED
-        self.has_backward = B <= FEW or B * H * (I + H) <= 2 * SHARED
+        import os
+        self.has_backward = B * H * (I + H) <= LONG
+        self.is_short_backward = (1+B) * H * (I + H) <= int(os.environ.get("SB",2**18))
 
     @staticmethod
     def fits(x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> bool:
         """Whether C can do it at once: nothing of size 0, the tensors as they lie."""
-        if x.dtype in COMPUTE or h.numel() * x.shape[-1] == 0:
-            return False
-        return all(t.stride(-1) == 1 for t in (x, h, *weights))
+        return h.numel() * x.shape[-1] > 0 and all(t.stride(-1) == 1 for t in (x, h, *weights))
 
     def may_read(self, *tensors: Tensor) -> bool:
         """Whether `backward` is for these: who keeps saved tensors elsewhere may bring others back."""
@@ -152,7 +152,7 @@ class Step:
         if 0 in tensors[: 6 if self.biased else 4]:  # one that has no memory: freed, or all zeros
             x, h = x.reshape(1, *x.shape[-2:]), h.reshape(1, *h.shape[-2:])
             return plain_forward(x, h, weights, 1, None, None, self.nonlinearity).reshape(self.shape)
-        if self.function(self.constant + _POINTERS.pack(*tensors, threads)):
+        if self.function(self.constant + _POINTERS.pack(*tensors, threads, 0)):
             raise MemoryError(
                 f"no memory for the threads of a step of {self.sizes}; free some, or use 'eager'"
             )
@@ -164,14 +164,18 @@ class Step:
         """The gradients that `needs` names, of x, h and the weights, from g, that of `new`."""
         (B, I, H), (w_ih, w_hh) = self.sizes, weights
         g = _readable(g)
-        dz = g.new_empty(B, H)
+        room = g.new_empty(2 * B + 1, H, dtype=COMPUTE.get(g.dtype, g.dtype))
         shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, (H,), (H,)
         found = [g.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=False)]
         pointers = _pointers(x, h, w_ih, w_hh, g, new, *found)
         strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), g.stride(-2), new.stride(-2)
-        numbers = (_ACTS[self.nonlinearity], B, H, I, H, *strides)
+        numbers = (_ACTS[self.nonlinearity], _ROUNDING.get(g.dtype, 0), B, H, I, H, *strides)
         pointers += [0] * (12 - len(pointers))
-        self.backward_function(_BACKWARD.pack(*numbers, *pointers, dz.data_ptr()))
+        threads = 1 if self.is_short_backward else torch.get_num_threads()
+        if self.backward_function(_BACKWARD.pack(*numbers, *pointers, room.data_ptr(), threads)):
+            raise MemoryError(
+                f"no memory for the threads of a step of {self.sizes}; free some, or use 'eager'"
+            )
         return found
 
 
@@ -258,7 +262,7 @@ def _affine(
         biases = [None if some is None else _readable(some[d]) for some in (b_ih, b_hh)]
         constant = (_ACTS[act], rounding, N, H, I, second[0], x.stride(0), second[2], w.stride(0), second[4])
         pointers = [x.data_ptr(), second[1], w.data_ptr(), second[3], *_pointers(*biases)]
-        pointers += [out.data_ptr() + d * H * size, 1]
+        pointers += [out.data_ptr() + d * H * size, 1, 0]
         if function(_CONSTANT.pack(*constant, len(w_ih) * H) + _POINTERS.pack(*pointers)):
             raise MemoryError(f"no memory for a copy of {I} x {H} weights; free some, or use 'eager'")
 

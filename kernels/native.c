@@ -67,6 +67,21 @@ INLINE vec get(const real *p) {
     return v;
 }
 INLINE void put(real *p, vec v) { memcpy(p, &v, sizeof v); }
+INLINE vec get_some(const real *p, int64_t n) { /* n >= 1; zeros behind them */
+    if (n >= LANES) return get(p);
+    real e[LANES] = {0};
+    for (int i = 0; i < n; i++) e[i] = p[i];
+    return get(e);
+}
+INLINE void put_some(real *p, vec v, int64_t n) {
+    if (n >= LANES) {
+        put(p, v);
+        return;
+    }
+    real e[LANES];
+    put(e, v);
+    for (int i = 0; i < n; i++) p[i] = e[i];
+}
 INLINE vec pick(mask where, vec a, vec b) { return (vec)((where & (mask)a) | (~where & (mask)b)); }
 INLINE vec all(real x) { return x - (vec){0}; }
 INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -132,6 +147,37 @@ INLINE vec round_to(vec x, int64_t rounding) {
     return x;
 }
 
+/* Numbers of bfloat16 or float16 as reals, and reals rounded to such. */
+static void widen(const uint16_t *from, int64_t n, int64_t rounding, real *to) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t sign = (from[i] & 0x8000u) << 16, size = from[i] & 0x7fffu, bits = size << 16;
+        if (rounding == FLOAT16) {
+            float small = (float)(int)size * 0x1p-24f; /* below 2^-14 */
+            memcpy(&bits, &small, sizeof bits);
+            bits = size >= 0x7c00 ? 0x7f800000 | size << 13 : size >= 0x400 ? (size << 13) + (112 << 23) : bits;
+        }
+        float wide;
+        bits |= sign;
+        memcpy(&wide, &bits, sizeof wide);
+        to[i] = wide;
+    }
+}
+static void narrow(real *from, int64_t n, int64_t rounding, uint16_t *to) {
+    for (int64_t i = 0; i < n; i += LANES) put_some(from + i, round_to(get_some(from + i, n - i), rounding), n - i);
+    for (int64_t i = 0; i < n; i++) {
+        float wide = (float)from[i];
+        uint32_t bits;
+        memcpy(&bits, &wide, sizeof bits);
+        uint32_t sign = bits & 0x80000000, size = bits ^ sign, half = size >> 16, none = size > 0x7f800000;
+        if (rounding == FLOAT16) {
+            int small = size < 0x38800000; /* below 2^-14 */
+            half = size == 0x7f800000 ? 0x7c00 : (size - (112 << 23)) >> 13;
+            if (small) half = (uint32_t)(int)((sign ? -wide : wide) * 0x1p24f);
+        }
+        to[i] = (uint16_t)(sign >> 16 | (none ? 0x7e00 | half : half));
+    }
+}
+
 /* ---- The product: totals (rows, PANEL) += h (rows, n) w (n, PANEL), n at most BLOCK ---- */
 
 #define DEFINE_TILE(R)                                                                                        \
@@ -184,6 +230,25 @@ static void product(const real *const *h, int rows, int alone, const real *panel
     }
 }
 
+typedef real four __attribute__((vector_size(4 * sizeof(real))));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef word four_words __attribute__((vector_size(4 * sizeof(real))));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (four_words){__VA_ARGS__})
+#endif
+
+/* to (4, PANEL) = from (4, 4)^T, whose rows lie `pitch` apart. */
+INLINE void turn(const real *from, int64_t pitch, real *to) {
+    four r[4];
+    UNROLL for (int i = 0; i < 4; i++) memcpy(r + i, from + i * pitch, sizeof *r);
+    four a = SHUFFLE(r[0], r[1], 0, 4, 1, 5), b = SHUFFLE(r[2], r[3], 0, 4, 1, 5);
+    four c = SHUFFLE(r[0], r[1], 2, 6, 3, 7), d = SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+    four turned[] = {SHUFFLE(a, b, 0, 1, 4, 5), SHUFFLE(a, b, 2, 3, 6, 7), SHUFFLE(c, d, 0, 1, 4, 5),
+                     SHUFFLE(c, d, 2, 3, 6, 7)};
+    UNROLL for (int i = 0; i < 4; i++) memcpy(to + i * PANEL, turned + i, sizeof *r);
+}
+
 /* panels [k][PANEL] of m (K, N), whose elements lie `by_k` and `by_n` apart; zeros past N. */
 static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N, real *panels) {
     for (int64_t n0 = 0; n0 < N; n0 += PANEL, panels += K * PANEL) {
@@ -194,16 +259,10 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
             for (int64_t k = 0; k < K; k++) memcpy(panels + k * PANEL, from + k * by_k, width * sizeof(real));
         else
             for (int64_t k0 = 0; k0 < K; k0 += 16) {
-                int64_t end = at_most(k0 + 16, K);
-                int j = 0;
-                for (; j + LANES <= width; j += LANES)
-                    for (int64_t k = k0; k < end; k++) {
-                        vec v = {0};
-                        _Pragma("GCC unroll 16") /* or GCC has v in memory, where there are 16 lanes */
-                        for (int l = 0; l < LANES; l++) v[l] = from[(j + l) * by_n + k * by_k];
-                        put(panels + k * PANEL + j, v);
-                    }
-                for (; j < width; j++)
+                int64_t end = at_most(k0 + 16, K), whole = by_k == 1 && end == k0 + 16 ? width / 4 * 4 : 0;
+                for (int j = 0; j < whole; j += 4)
+                    for (int64_t k = k0; k < end; k += 4) turn(from + j * by_n + k, by_n, panels + k * PANEL + j);
+                for (int64_t j = whole; j < width; j++)
                     for (int64_t k = k0; k < end; k++) panels[k * PANEL + j] = from[j * by_n + k * by_k];
             }
     }
@@ -220,25 +279,23 @@ INLINE real sum_of(vec v) {
     UNROLL for (int half = LANES / 2; half; half /= 2) UNROLL for (int i = 0; i < half; i++) e[i] += e[i + half];
     return e[0];
 }
-INLINE vec get_some(const real *p, int64_t n) { /* n >= 1; zeros behind them */
-    if (n >= LANES) return get(p);
-    real e[LANES] = {0};
-    for (int i = 0; i < n; i++) e[i] = p[i];
-    return get(e);
-}
-INLINE void put_some(real *p, vec v, int64_t n) {
-    if (n >= LANES) {
-        put(p, v);
-        return;
+
+/* The sums of four vectors' lanes. */
+INLINE four sums_of(const vec *v) {
+    if (LANES < 4) return (four){sum_of(v[0]), sum_of(v[1]), sum_of(v[2]), sum_of(v[3])};
+    four s[4] = {{0}}, part;
+    UNROLL for (int i = 0; i < 4; i++) UNROLL for (int l = 0; l < LANES; l += 4) {
+        memcpy(&part, (const real *)(v + i) + l, sizeof part);
+        s[i] += part;
     }
-    real e[LANES];
-    put(e, v);
-    for (int i = 0; i < n; i++) p[i] = e[i];
+    four low = SHUFFLE(s[0], s[1], 0, 4, 1, 5) + SHUFFLE(s[0], s[1], 2, 6, 3, 7);
+    four high = SHUFFLE(s[2], s[3], 0, 4, 1, 5) + SHUFFLE(s[2], s[3], 2, 6, 3, 7);
+    return SHUFFLE(low, high, 0, 1, 4, 5) + SHUFFLE(low, high, 2, 3, 6, 7);
 }
 
-/* totals (R, C) += a (R, K) w (C, K)^T: each element a dot product along memory. */
+/* totals (R, C) += a (R, K) w (C, K)^T: each element a dot product along memory, whose lanes are added up later. */
 #define DEFINE_DOTS(R, C, CHAINS)                                                                             \
-    static void dots_##R##_##C(const real *a, int64_t a_r, const real *w, int64_t w_c, int64_t K, real *totals) { \
+    static void dots_##R##_##C(const real *a, int64_t a_r, const real *w, int64_t w_c, int64_t K, vec *totals) { \
         for (int64_t k0 = 0; k0 < K; k0 += CHAINS * STRETCH) {                                                \
             int64_t n = K - k0 < CHAINS * STRETCH ? K - k0 : CHAINS * STRETCH, k = k0;                        \
             vec sum[CHAINS][R][C] = {{{{0}}}};                                                                \
@@ -258,43 +315,64 @@ INLINE void put_some(real *p, vec v, int64_t n) {
             }                                                                                                 \
             UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {                           \
                 UNROLL for (int i = 1; i < CHAINS; i++) sum[0][r][c] += sum[i][r][c];                         \
-                totals[r * C + c] += sum_of(sum[0][r][c]);                                                    \
+                totals[r * C + c] += sum[0][r][c];                                                            \
             }                                                                                                 \
         }                                                                                                     \
     }
-DEFINE_DOTS(3, 4, 1) DEFINE_DOTS(1, 4, 2) DEFINE_DOTS(3, 1, 2) DEFINE_DOTS(1, 1, 4)
+DEFINE_DOTS(1, 1, 4) DEFINE_DOTS(1, 4, 2) DEFINE_DOTS(2, 1, 2) DEFINE_DOTS(2, 4, 1) DEFINE_DOTS(3, 1, 2) DEFINE_DOTS(3, 4, 1)
+
+typedef void dots(const real *, int64_t, const real *, int64_t, int64_t, vec *);
+static dots *const DOTS[][2] = {{0}, {dots_1_1, dots_1_4}, {dots_2_1, dots_2_4}, {dots_3_1, dots_3_4}};
 
 struct affine {
-    int64_t act, rounding, N, H; /* rows, columns of the result */
-    int64_t K[2], a_r[2], w_c[2], out_r;
+    int64_t act, rounding;        /* where it isn't KEEP, w and out are of 16 bits; in affine()'s argument all are */
+    int64_t N, H;                 /* rows, columns of the result */
+    int64_t K[2], a_r[2], w_c[2]; /* summands; how far apart rows of a and of w lie */
+    int64_t out_r;
     const real *a[2], *w[2], *bias[2]; /* (N, K), (H, K), (H,) or NULL */
     real *out;
     int64_t threads;
+    int64_t across; /* w[0] is (K, H), rows w_c apart, there is no w[1], and act is NOTHING */
 };
 
-/* Of s the columns from c on, at most `wide` of them, into a result of their own. */
-static struct affine columns_of(const struct affine *s, int64_t c, int64_t wide, real *out) {
+/* Columns of a slice, whole panels. */
+INLINE int64_t width_of(const struct affine *s, int64_t slices) {
+    return (s->H + slices * PANEL - 1) / (slices * PANEL) * PANEL;
+}
+
+/* Of s the columns from c on, at most `wide` of them. */
+static struct affine columns_of(const struct affine *s, int64_t c, int64_t wide) {
     struct affine part = *s;
-    part.H = part.out_r = s->H - c < wide ? s->H - c : wide;
-    part.out = out;
+    int64_t size = s->rounding ? sizeof(uint16_t) : sizeof(real);
+    part.H = at_most(s->H - c, wide);
+    part.out = (real *)((char *)s->out + c * size);
     for (int i = 0; i < 2; i++) {
-        if (s->K[i]) part.w[i] += c * s->w_c[i];
+        if (s->K[i]) part.w[i] = (const real *)((const char *)s->w[i] + (s->across ? c : c * s->w_c[i]) * size);
         if (s->bias[i]) part.bias[i] += c;
     }
     return part;
 }
 
-enum { FEW = 6 }; /* rows that don't repay packing the weights */
+enum {
+    FEW = 12,      /* rows that don't repay packing the weights */
+    FEW_ACROSS = 4 /* and where w's rows are what is added up: rows, or summands */
+};
 
 /* Of a sequence the products' bits must not depend on how many rows it has: all are added in the same order. */
-INLINE int is_packed(const struct affine *s) { return s->N > FEW || s->act == NOTHING; }
+INLINE int is_packed(const struct affine *s) {
+    if (s->across) return s->N > FEW_ACROSS && s->K[0] > FEW_ACROSS;
+    return s->N > FEW || s->act == NOTHING;
+}
 
 /* For more rows than a few: each panel of the weights is packed and then used by all of them. */
 static void by_panels(const struct affine *s, real *room) {
     real *totals = room + (s->K[0] + s->K[1]) * PANEL;
     for (int64_t n = 0; n < s->H; n += PANEL) {
         int64_t width = at_most(PANEL, s->H - n);
-        pack(s->w[0] + n * s->w_c[0], 1, s->w_c[0], s->K[0], width, room);
+        if (s->across)
+            pack(s->w[0] + n, s->w_c[0], 1, s->K[0], width, room);
+        else
+            pack(s->w[0] + n * s->w_c[0], 1, s->w_c[0], s->K[0], width, room);
         if (s->K[1]) pack(s->w[1] + n * s->w_c[1], 1, s->w_c[1], s->K[1], width, room + s->K[0] * PANEL);
         for (int64_t r0 = 0; r0 < s->N; r0 += ROWS) {
             int rows = (int)at_most(ROWS, s->N - r0);
@@ -315,41 +393,78 @@ static void by_panels(const struct affine *s, real *room) {
                     vec v = get(totals + r * PANEL + e);
                     if (s->act == RELU) v = pick(v < 0, all(0), v);
                     if (s->act == TANH) v = tanh_of(v);
-                    put_some(s->out + (r0 + r) * s->out_r + n + e, round_to(v, s->rounding), width - e);
+                    put_some(s->out + (r0 + r) * s->out_r + n + e, v, width - e);
                 }
         }
     }
 }
 
-/* Room that all_columns needs, in reals. */
-static int64_t room_for(const struct affine *s) {
-    return is_packed(s) ? (s->K[0] + s->K[1] + ROWS) * PANEL : 0;
+/* Sums along w's rows, which are read once and in order: of a few rows a. */
+static void few_rows(const struct affine *s) {
+    enum { CHUNK = 32 * LANES, ROWS_OF_W = 4 };
+    for (int64_t c0 = 0; c0 < s->H; c0 += CHUNK) {
+        int64_t width = at_most(CHUNK, s->H - c0), k = 0;
+        vec totals[FEW_ACROSS][CHUNK / LANES] = {{{0}}};
+        for (; k + ROWS_OF_W <= s->K[0]; k += ROWS_OF_W)
+            for (int64_t c = 0; c < width; c += LANES) {
+                vec w[ROWS_OF_W];
+                UNROLL for (int i = 0; i < ROWS_OF_W; i++) w[i] = get_some(s->w[0] + (k + i) * s->w_c[0] + c0 + c, width - c);
+                for (int64_t r = 0; r < s->N; r++) {
+                    const real *a = s->a[0] + r * s->a_r[0] + k;
+                    totals[r][c / LANES] += (a[0] * w[0] + a[1] * w[1]) + (a[2] * w[2] + a[3] * w[3]);
+                }
+            }
+        for (; k < s->K[0]; k++)
+            for (int64_t c = 0; c < width; c += LANES) {
+                vec w = get_some(s->w[0] + k * s->w_c[0] + c0 + c, width - c);
+                for (int64_t r = 0; r < s->N; r++) totals[r][c / LANES] += s->a[0][r * s->a_r[0] + k] * w;
+            }
+        for (int64_t r = 0; r < s->N; r++)
+            for (int64_t c = 0; c < width; c += LANES)
+                put_some(s->out + r * s->out_r + c0 + c, totals[r][c / LANES], width - c);
+    }
 }
 
-static void all_columns(const struct affine *s, real *room) {
+/* Of a few summands: the result is written once and in order. */
+static void few_summands(const struct affine *s) {
+    for (int64_t r = 0; r < s->N; r++)
+        for (int64_t c = 0; c < s->H; c += LANES) {
+            vec total = {0};
+            for (int64_t k = 0; k < s->K[0]; k++)
+                total += s->a[0][r * s->a_r[0] + k] * get_some(s->w[0] + k * s->w_c[0] + c, s->H - c);
+            put_some(s->out + r * s->out_r + c, total, s->H - c);
+        }
+}
+
+static void of_reals(const struct affine *s, real *room) {
     if (is_packed(s)) {
         by_panels(s, room);
         return;
     }
-    for (int64_t c = 0; c < s->H;) {
-        int C = c + TILE_COLUMNS <= s->H ? TILE_COLUMNS : 1;
-        for (int64_t r = 0; r < s->N;) {
-            int R = r + TILE_ROWS <= s->N ? TILE_ROWS : 1;
-            real totals[TILE_ROWS * TILE_COLUMNS] = {0};
+    if (s->across) {
+        (s->N <= FEW_ACROSS ? few_rows : few_summands)(s);
+        return;
+    }
+    int64_t tiles = (s->N + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t c = 0, C; c < s->H; c += C) {
+        C = c + TILE_COLUMNS <= s->H ? TILE_COLUMNS : 1;
+        for (int64_t tile = 0, r = 0, R; tile < tiles; tile++, r += R) {
+            R = (s->N - r + tiles - tile - 1) / (tiles - tile); /* as even as can be */
+            vec totals[TILE_ROWS * TILE_COLUMNS] = {{0}};
             for (int i = 0; i < 2; i++)
                 if (s->K[i])
-                    (R > 1 ? C > 1 ? dots_3_4 : dots_3_1 : C > 1 ? dots_1_4 : dots_1_1)(
-                        s->a[i] + r * s->a_r[i], s->a_r[i], s->w[i] + c * s->w_c[i], s->w_c[i], s->K[i], totals);
-            for (int e = 0; e < R * C; e++) {
-                int64_t column = c + e % C;
-                real b = 0;
-                for (int i = 0; i < 2; i++)
-                    if (s->bias[i]) b += s->bias[i][column];
-                s->out[(r + e / C) * s->out_r + column] = totals[e] + b;
+                    DOTS[R][C > 1](s->a[i] + r * s->a_r[i], s->a_r[i], s->w[i] + c * s->w_c[i], s->w_c[i], s->K[i], totals);
+            for (int i = 0; i < R; i++) {
+                real *out = s->out + (r + i) * s->out_r + c;
+                four sums = C == 4 ? sums_of(totals + i * 4) : (four){sum_of(totals[i])};
+                for (int e = 0; e < C; e++) {
+                    real b = 0;
+                    for (int n = 0; n < 2; n++)
+                        if (s->bias[n]) b += s->bias[n][c + e];
+                    out[e] = sums[e] + b;
+                }
             }
-            r += R;
         }
-        c += C;
     }
     if (s->act == NOTHING) return;
     for (int64_t r = 0; r < s->N; r++)
@@ -357,34 +472,39 @@ static void all_columns(const struct affine *s, real *room) {
             real *p = s->out + r * s->out_r + c;
             int64_t some = s->H - c < LANES ? s->H - c : LANES;
             vec v = get_some(p, some);
-            v = round_to(s->act == RELU ? pick(v < 0, all(0), v) : tanh_of(v), s->rounding);
-            put_some(p, v, some);
+            put_some(p, s->act == RELU ? pick(v < 0, all(0), v) : tanh_of(v), some);
         }
 }
 
-/* out (M, K) = sum over j < J of c_j v_j^T: c (J, M) with its elements c_j and c_m apart, v (J, K). */
-static void combine(int64_t M, int64_t J, int64_t K, const real *c, int64_t c_j, int64_t c_m, const real *v,
-                    int64_t v_j, real *out) {
-    for (int64_t m = 0; m < M; m++, c += c_m, out += K)
-        for (int64_t k = 0; k < K; k += WIDE * LANES) {
-            int64_t j = 0, left = K - k;
-            vec sum[2][WIDE] = {{{0}}}; /* two chains: half as long, and ready twice as soon */
-            if (left >= WIDE * LANES) {
-                for (; j + 2 <= J; j += 2)
-                    UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < WIDE; e++)
-                        sum[i][e] += c[(j + i) * c_j] * get(v + (j + i) * v_j + k + e * LANES);
-                for (; j < J; j++)
-                    UNROLL for (int e = 0; e < WIDE; e++) sum[0][e] += c[j * c_j] * get(v + j * v_j + k + e * LANES);
-                UNROLL for (int e = 0; e < WIDE; e++) put(out + k + e * LANES, sum[0][e] + sum[1][e]);
-                continue;
-            }
-            for (int64_t e = 0; e < left; e += LANES) {
-                int64_t some = left - e < LANES ? left - e : LANES;
-                vec total[2] = {{0}};
-                for (j = 0; j < J; j++) total[j % 2] += c[j * c_j] * get_some(v + j * v_j + k + e, some);
-                put_some(out + k + e, total[0] + total[1], some);
-            }
+/* Columns whose weights are widened at once. */
+INLINE int64_t widened(const struct affine *s) { return s->across ? 4 * PANEL : PANEL; }
+
+/* Room that all_columns needs, in reals. */
+static int64_t room_for(const struct affine *s) {
+    int64_t room = is_packed(s) ? (s->K[0] + s->K[1] + ROWS) * PANEL : 0;
+    return s->rounding ? room + widened(s) * (s->K[0] + s->K[1] + s->N) : room;
+}
+
+static void all_columns(const struct affine *s, real *room) {
+    if (!s->rounding) {
+        of_reals(s, room);
+        return;
+    }
+    for (int64_t c = 0; c < s->H; c += widened(s)) {
+        struct affine given = columns_of(s, c, widened(s)), part = given;
+        real *next = room;
+        part.rounding = KEEP;
+        for (int i = 0; i < 2; i++) {
+            int64_t rows = s->across ? s->K[i] : part.H, length = s->across ? part.H : s->K[i];
+            part.w[i] = next, part.w_c[i] = length;
+            for (int64_t r = 0; length && r < rows; r++, next += length)
+                widen((const uint16_t *)given.w[i] + r * s->w_c[i], length, s->rounding, next);
         }
+        part.out = next, part.out_r = part.H;
+        of_reals(&part, next + s->N * part.H);
+        for (int64_t r = 0; r < s->N; r++)
+            narrow(part.out + r * part.H, part.H, s->rounding, (uint16_t *)given.out + r * s->out_r);
+    }
 }
 
 /* out (columns, rows) = in (rows, columns)^T, and the sums of in's columns; in's rows lie `pitch` apart. */
@@ -400,29 +520,6 @@ void transpose(const real *in, int64_t pitch, int64_t rows, int64_t columns, rea
             for (int64_t r = r0; r < r0 + STRETCH && r < rows; r += LANES) total += get_some(out + c * rows + r, rows - r);
             sums[c] += sum_of(total);
         }
-    }
-}
-
-struct affine_backward { /* of one step, out = act(...): gradients, each where there is a place for it */
-    int64_t act, N, H;
-    int64_t K[2], a_r[2], w_c[2], g_r, out_r;
-    const real *a[2], *w[2], *g, *out;
-    real *da[2], *dw[2], *db[2];
-    real *dz; /* (N, H), of use to nobody else */
-};
-
-void affine_backward(const struct affine_backward *s) {
-    for (int64_t r = 0; r < s->N; r++)
-        for (int64_t c = 0; c < s->H; c += LANES) {
-            int64_t some = s->H - c < LANES ? s->H - c : LANES;
-            vec g = get_some(s->g + r * s->g_r + c, some), h = get_some(s->out + r * s->out_r + c, some);
-            put_some(s->dz + r * s->H + c, s->act == RELU ? pick(h <= 0, all(0), g) : g * (1 - h * h), some);
-        }
-    const real one = 1;
-    for (int i = 0; i < 2; i++) {
-        if (s->da[i]) combine(s->N, s->H, s->K[i], s->dz, 1, s->H, s->w[i], s->w_c[i], s->da[i]);
-        if (s->dw[i]) combine(s->H, s->N, s->K[i], s->dz, s->H, 1, s->a[i], s->a_r[i], s->dw[i]);
-        if (s->db[i]) combine(1, s->N, s->H, &one, 0, 0, s->dz, s->H, s->db[i]);
     }
 }
 
@@ -459,7 +556,8 @@ enum { FREE, CLAIMED, WRITING };
 
 struct job {
     struct scan s;
-    struct affine step; /* where it has columns, the job is this and no scan */
+    struct affine parts[4]; /* where there are slices of their columns, the job is these and no scan */
+    int64_t slices;
     int64_t items, groups, threads, steps;
     int64_t blocks, panels, wide;        /* of rows, of columns, of a group's columns */
     int hired;                           /* threads that were made for it */
@@ -605,22 +703,32 @@ INLINE int is_ready(struct job *j, int64_t i, int64_t steps) {
     return done >= steps * j->groups;
 }
 
+/* A slice of some part's columns; none is left for an item where the columns are few. */
+static struct affine slice_of(const struct job *j, int64_t i) {
+    const struct affine *s = j->parts + i / j->slices;
+    int64_t wide = width_of(s, j->slices);
+    return columns_of(s, at_most(i % j->slices * wide, s->H), wide);
+}
+
 /* Step `steps` of item i, which is in phase CLAIMED; whoever comes first writes it, all others' work is lost. */
 static void finish(struct job *j, int64_t i, int64_t steps, real *scratch) {
     struct rows x;
-    struct affine part;
-    if (j->step.H) {
-        part = columns_of(&j->step, i * j->wide, j->wide, scratch);
-        all_columns(&part, scratch + part.N * j->wide);
+    struct affine part, own;
+    int64_t size = sizeof(real); /* of a number in `out` */
+    if (j->slices) {
+        own = part = slice_of(j, i);
+        own.out = scratch, own.out_r = part.H;
+        if (part.rounding) size = sizeof(uint16_t);
+        all_columns(&own, scratch + part.N * part.H);
     } else {
         locate(j, i, j->s.begin + steps, &x);
         compute(j, &x, scratch);
     }
     int64_t expected = 4 * steps + CLAIMED;
     if (!atomic_compare_exchange_strong(&j->item[i].state, &expected, 4 * steps + WRITING)) return;
-    if (j->step.H)
+    if (j->slices)
         for (int64_t r = 0; r < part.N; r++)
-            memcpy(j->step.out + r * j->step.out_r + i * j->wide, scratch + r * part.H, part.H * sizeof(real));
+            memcpy((char *)part.out + r * part.out_r * size, (char *)scratch + r * part.H * size, part.H * size);
     else
         commit(j, &x, scratch);
     atomic_store_explicit(&j->item[i].state, 4 * (steps + 1), memory_order_release);
@@ -636,6 +744,11 @@ static int claim(struct job *j, int64_t i, real *scratch) {
         return 1;
     }
     int64_t end = at_most(steps + j->chunk, j->steps);
+    if (j->slices) {
+        struct affine part = slice_of(j, i);
+        all_columns(&part, scratch);
+        steps = end;
+    }
     for (; steps < end; steps++) {
         struct rows x;
         locate(j, i, j->s.begin + steps, &x);
@@ -773,7 +886,7 @@ static struct job *new_job(int64_t items, int64_t groups, int64_t threads, size_
 
 /* All of a job, whose items take some `work` multiply-adds each, by threads that are made for it. */
 static void run(struct job *j, int64_t work_of_item) {
-    j->redone = j->groups > 1 || j->steps == 1;
+    j->redone = j->groups > 1 || (j->steps == 1 && !j->parts->across);
     j->chunk = 1 + 3000000 / (1 + work_of_item); /* some 0.1 ms */
     j->patience = 20000 + work_of_item / 8;      /* several times what an item takes */
     atomic_init(&j->references, 1);
@@ -822,20 +935,88 @@ int scan(const struct scan *s) {
     return 0;
 }
 
-/* As above, the columns shared out over threads; 0, or 1 where there is no memory for that. */
-int affine(const struct affine *s) {
-    int64_t room = room_for(s);
-    if (s->threads <= 1) {
+/* Some affine maps, whose columns are shared out over threads; 0, or 1 where there is no memory for that. */
+static int all_of(const struct affine *parts, int count, int64_t threads) {
+    int64_t room = 0, slices = threads > 1 ? 2 * threads : 1;
+    for (int i = 0; i < count; i++) {
+        int64_t needed = room_for(parts + i);
+        if (needed > room) room = needed;
+    }
+    if (threads <= 1) {
         real *packed = room ? aligned_alloc(LINE, rounded(room * sizeof(real))) : 0;
         if (room && !packed) return 1;
-        all_columns(s, packed);
+        for (int i = 0; i < count; i++) all_columns(parts + i, packed);
         free(packed);
         return 0;
     }
-    int64_t wide = (s->H + 2 * s->threads * PANEL - 1) / (2 * s->threads * PANEL) * PANEL;
-    struct job *j = new_job((s->H + wide - 1) / wide, 1, s->threads, 0, (s->N * wide + room) * sizeof(real));
+    int64_t size = parts->N * width_of(parts, slices); /* of a slice's result, which is kept apart if it may be redone */
+    struct job *j = new_job(count * slices, 1, threads, 0, (room + (parts->across ? 0 : size)) * sizeof(real));
     if (!j) return 1;
-    j->step = *s, j->wide = wide, j->steps = 1;
-    run(j, s->N * wide * (s->K[0] + s->K[1]));
+    memcpy(j->parts, parts, count * sizeof *parts);
+    j->slices = slices, j->steps = 1;
+    run(j, size * (parts->K[0] + parts->K[1]));
     return 0;
+}
+
+/* One step; 0, or 1 where there is no memory for it. */
+int affine(const struct affine *s) {
+    if (!s->rounding) return all_of(s, 1, s->threads);
+    struct affine wide = *s;
+    real *memory = malloc((s->N * (s->K[0] + s->K[1]) + 2 * s->H) * sizeof(real)), *next = memory;
+    if (!memory) return 1;
+    for (int i = 0; i < 2; i++) {
+        wide.a[i] = next, wide.a_r[i] = s->K[i];
+        for (int64_t r = 0; r < s->N; r++, next += s->K[i])
+            widen((const uint16_t *)s->a[i] + r * s->a_r[i], s->K[i], s->rounding, next);
+        if (!s->bias[i]) continue;
+        wide.bias[i] = next;
+        widen((const uint16_t *)s->bias[i], s->H, s->rounding, next);
+        next += s->H;
+    }
+    int failed = all_of(&wide, 1, s->threads);
+    free(memory);
+    return failed;
+}
+
+struct affine_backward { /* of one step, out = act(...): gradients, each where there is a place for it */
+    int64_t act, rounding, N, H;
+    int64_t K[2], a_r[2], w_c[2], g_r, out_r;
+    const real *a[2], *w[2], *g, *out;
+    real *da[2], *dw[2], *db[2]; /* all these of 16 bits where rounding isn't KEEP */
+    real *room;                  /* (2 N + 1, H), of use to nobody else */
+    int64_t threads;
+};
+
+int affine_backward(const struct affine_backward *s) {
+    real *dz = s->room, *by_column = dz + s->N * s->H, *sums = by_column + s->N * s->H;
+    for (int64_t r = 0; r < s->N; r++) {
+        const real *g = s->g + r * s->g_r, *h = s->out + r * s->out_r;
+        if (s->rounding) { /* there is room, which the transpose overwrites */
+            widen((const uint16_t *)s->g + r * s->g_r, s->H, s->rounding, dz + r * s->H), g = dz + r * s->H;
+            widen((const uint16_t *)s->out + r * s->out_r, s->H, s->rounding, sums), h = sums;
+        }
+        for (int64_t c = 0; c < s->H; c += LANES) {
+            vec up = get_some(g + c, s->H - c), state = get_some(h + c, s->H - c);
+            put_some(dz + r * s->H + c, s->act == RELU ? pick(state <= 0, all(0), up) : up * (1 - state * state), s->H - c);
+        }
+    }
+    if (s->dw[0] || s->dw[1] || s->db[0] || s->db[1]) transpose(dz, s->H, s->N, s->H, by_column, sums);
+    struct affine parts[4];
+    int count = 0;
+    for (int i = 0; i < 2; i++) {
+        struct affine part = {.act = NOTHING, .rounding = s->rounding, .across = 1, .H = s->K[i], .out_r = s->K[i]};
+        if (s->da[i]) {
+            part.N = s->N, part.K[0] = part.a_r[0] = s->H, part.w_c[0] = s->w_c[i];
+            part.a[0] = dz, part.w[0] = s->w[i], part.out = s->da[i];
+            parts[count++] = part;
+        }
+        if (s->dw[i]) {
+            part.N = s->H, part.K[0] = part.a_r[0] = s->N, part.w_c[0] = s->a_r[i];
+            part.a[0] = by_column, part.w[0] = s->a[i], part.out = s->dw[i];
+            parts[count++] = part;
+        }
+        if (s->db[i] && s->rounding) narrow(sums, s->H, s->rounding, (uint16_t *)s->db[i]);
+        if (s->db[i] && !s->rounding) memcpy(s->db[i], sums, s->H * sizeof(real));
+    }
+    return count ? all_of(parts, count, s->threads) : 0;
 }

@@ -204,8 +204,10 @@ static void test_stalls(void) {
     free(w), free(start), free(in), free(out[0]), free(out[1]);
 }
 
+static int64_t stored_as; /* the rounding of test_affine's arrays */
 static void expect(const char *what, struct shape z, const real *got, double want) {
-    if (fabs(*got - want) <= (sizeof(real) == 4 ? 1e-4 : 1e-13)) return;
+    double most = stored_as == BFLOAT16 ? fabs(want) / 256 : stored_as == FLOAT16 ? fabs(want) / 2048 : 0;
+    if (fabs(*got - want) <= most + (sizeof(real) == 4 ? 1e-4 : 1e-13)) return;
     printf("%s of N=%d I=%d H=%d variant %d: %g for %g\n", what, (int)z.B, (int)z.T, (int)z.H, (int)z.D, *got, want);
     failures++;
 }
@@ -225,8 +227,23 @@ static void test_transpose(struct shape z) {
     free(in), free(out), free(sums);
 }
 
+/* Memory for the numbers at p as they are stored; p gets what is left of them there. */
+static real *stored(real *p, int64_t count) {
+    uint16_t *halves = get_memory(count * (stored_as ? sizeof *halves : sizeof *p));
+    memcpy(halves, p, stored_as ? 0 : count * sizeof *p);
+    if (stored_as) narrow(p, count, stored_as, halves), widen(halves, count, stored_as, p);
+    return (real *)halves;
+}
+/* What is stored there, into p. */
+static void fetch(real *p, int64_t count, const real *from) {
+    if (stored_as)
+        widen((const uint16_t *)from, count, stored_as, p);
+    else
+        memcpy(p, from, count * sizeof *p);
+}
+
 /* One step without a scan and its gradients, and a product as a scan of one step; T is I, D a variant. */
-static void test_affine(struct shape z) {
+static void test_affine(struct shape z, int64_t threads) {
     int64_t N = z.B, K[2] = {z.T, z.D & 1 ? z.H : 0}, H = z.H, gap = 2, act = z.D & 2 ? RELU : z.D & 4 ? NOTHING : TANH;
     real *a[2], *w[2], *bias[2], *da[2], *dw[2], *db[2];
     for (int i = 0; i < 2; i++) {
@@ -234,11 +251,20 @@ static void test_affine(struct shape z) {
         a[i] = numbers((N - 1) * (k + gap) + k, 1), w[i] = numbers((H - 1) * (k + gap) + k, 1 / sqrt(k));
         bias[i] = numbers(H, 1), db[i] = numbers(H, 1), da[i] = numbers(N * k, 1), dw[i] = numbers(H * k, 1);
     }
-    real *out = numbers((N - 1) * (H + gap) + H, 1), *g = numbers((N - 1) * (H + gap) + H, 1), *dz = numbers(N * H, 1);
-    struct affine s = {.act = act, .N = N, .H = H, .K = {K[0], K[1]}, .a_r = {K[0] + gap, K[1] + gap},
-                       .w_c = {K[0] + gap, K[1] + gap}, .out_r = H + gap, .a = {a[0], a[1]}, .w = {w[0], w[1]},
-                       .bias = {z.D & 8 ? bias[0] : 0, bias[1]}, .out = out};
-    affine(&s);
+    real *out = numbers((N - 1) * (H + gap) + H, 1), *g = numbers((N - 1) * (H + gap) + H, 1), *dz = numbers((2 * N + 1) * H, 1);
+    real *as[2], *ws[2], *biases[2], *das[2], *dws[2], *dbs[2];
+    real *outs = stored(out, (N - 1) * (H + gap) + H), *gs = stored(g, (N - 1) * (H + gap) + H);
+    for (int i = 0; i < 2; i++) {
+        int64_t k = K[i] ? K[i] : 1;
+        as[i] = stored(a[i], (N - 1) * (k + gap) + k), ws[i] = stored(w[i], (H - 1) * (k + gap) + k);
+        biases[i] = stored(bias[i], H), dbs[i] = stored(db[i], H);
+        das[i] = stored(da[i], N * k), dws[i] = stored(dw[i], H * k);
+    }
+    struct affine s = {.act = act, .rounding = stored_as, .threads = threads, .N = N, .H = H, .K = {K[0], K[1]},
+                       .a_r = {K[0] + gap, K[1] + gap}, .w_c = {K[0] + gap, K[1] + gap}, .out_r = H + gap, .a = {as[0], as[1]}, .w = {ws[0], ws[1]},
+                       .bias = {z.D & 8 ? biases[0] : 0, biases[1]}, .out = outs};
+    if (affine(&s)) abort();
+    fetch(out, (N - 1) * (H + gap) + H, outs);
     for (int64_t r = 0; r < N; r++)
         for (int64_t c = 0; c < H; c++) {
             double total = bias[1][c] + (z.D & 8 ? bias[0][c] : 0);
@@ -249,12 +275,16 @@ static void test_affine(struct shape z) {
         }
     if (act != NOTHING) {
         int every = !(z.D & 8); /* of the gradients, or one of each pair */
-        struct affine_backward b = {.act = act, .N = N, .H = H, .K = {K[0], K[1]}, .a_r = {s.a_r[0], s.a_r[1]},
-                                    .w_c = {s.w_c[0], s.w_c[1]}, .g_r = H + gap, .out_r = H + gap, .a = {a[0], a[1]},
-                                    .w = {w[0], w[1]}, .g = g, .out = out, .da = {da[0], K[1] && every ? da[1] : 0},
-                                    .dw = {every ? dw[0] : 0, K[1] ? dw[1] : 0}, .db = {db[0], every ? db[1] : 0},
-                                    .dz = dz};
-        affine_backward(&b);
+        struct affine_backward b = {.act = act, .rounding = stored_as, .threads = threads, .N = N, .H = H, .K = {K[0], K[1]}, .a_r = {s.a_r[0], s.a_r[1]},
+                                    .w_c = {s.w_c[0], s.w_c[1]}, .g_r = H + gap, .out_r = H + gap, .a = {as[0], as[1]},
+                                    .w = {ws[0], ws[1]}, .g = gs, .out = outs, .da = {das[0], K[1] && every ? das[1] : 0},
+                                    .dw = {every ? dws[0] : 0, K[1] ? dws[1] : 0}, .db = {dbs[0], every ? dbs[1] : 0},
+                                    .room = dz};
+        if (affine_backward(&b)) abort();
+        for (int i = 0; i < 2; i++) {
+            int64_t k = K[i] ? K[i] : 1;
+            fetch(da[i], N * k, das[i]), fetch(dw[i], H * k, dws[i]), fetch(db[i], H, dbs[i]);
+        }
         for (int i = 0; i < 2; i++) {
             for (int64_t r = 0; b.da[i] && r < N; r++)
                 for (int64_t k = 0; k < K[i]; k++) {
@@ -278,6 +308,10 @@ static void test_affine(struct shape z) {
             }
         }
     }
+    for (int i = 0; i < 2; i++) free(as[i]), free(ws[i]), free(biases[i]), free(das[i]), free(dws[i]), free(dbs[i]);
+    free(outs), free(gs);
+    int64_t rounding = stored_as;
+    stored_as = KEEP;
     struct scan p = {.act = NOTHING, .D = 1, .T = 1, .B = N, .H = H, .K = K[0], .end = 1, .threads = 2, .rows = 4,
                      .groups = 2, .out = out, .out_b = H + gap, .start = a[0], .start_b = K[0] + gap, .bias = bias[0],
                      .w = {w[0], w[0]}, .w_n = K[0] + gap, .w_k = 1};
@@ -290,15 +324,21 @@ static void test_affine(struct shape z) {
         }
     for (int i = 0; i < 2; i++) free(a[i]), free(w[i]), free(bias[i]), free(da[i]), free(dw[i]), free(db[i]);
     free(out), free(g), free(dz);
+    stored_as = rounding;
 }
 
 int main(int argc, char **argv) {
     int scans = 0, shapes = argc > 1 ? atoi(argv[1]) : COUNT(SHAPES);
     for (int i = 0; i < shapes; i++)
         for (int variant = 0; variant < VARIANTS; variant++, scans++) test(SHAPES[i], variant);
-    static const struct shape steps[] = {{1, 1, 1, 0}, {3, 5, 4, 0}, {40, 1, 17, 0}, {17, 3, 70, 0}, {1100, 4, 6, 0}, {2, 600, 9, 0}};
+    static const struct shape steps[] = {{1, 1, 1, 0}, {3, 5, 4, 0}, {40, 1, 17, 0}, {17, 3, 70, 0}, {1100, 4, 6, 0}, {2, 600, 9, 0}, {9, 11, 140, 0}};
     for (int i = 0; i < COUNT(steps); i++)
-        for (struct shape z = steps[i]; z.D < 16; z.D++, scans++) test_affine(z), test_transpose(z);
+        for (struct shape z = steps[i]; z.D < 16; z.D++, scans++) {
+            for (stored_as = KEEP; stored_as <= (sizeof(real) == 4 ? FLOAT16 : KEEP); stored_as++)
+                test_affine(z, 1 + z.D % 3);
+            stored_as = KEEP;
+            test_transpose(z);
+        }
     for (int tries = 0; tries < 1000 && stalls < 4 && !failures; tries++) test_stalls();
     if (stalls < 4) failures++;
 #ifndef DOUBLE
