@@ -1,11 +1,12 @@
 """kernels/native.c compiled for this very CPU, on first use, into the user's cache.
 
-The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again
-by a key of all that it was made from: the source and what it includes, the compiler, its flags, and the CPU's
-model and instructions, so that a cache which several machines share holds one for each. It is written in a
-folder beside its place and then moved there: another process finds all of it or nothing. Its name ends in a
-digest of its bytes, and one that was cut short, by a full disk say, is made again: loaded, it would end the
-process with a bus error.
+The C compiler is what CC names, which may have options behind it, otherwise gcc or clang. It need not be
+Triton's (`routing._no_compiler`), for which all of CC is a program's name, be it empty. A library is found
+again by a key of all that it was made from: the source and what it includes, the compiler, its flags, and the
+CPU's model and instructions, so that a cache which several machines share holds one for each. It is written
+in a folder beside its place and then moved there: another process finds all of it or nothing. Its name ends
+in a digest of its bytes, and one that was cut short, by a full disk say, is made again: loaded, it would end
+the process with a bus error.
 """
 
 from __future__ import annotations
