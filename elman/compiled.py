@@ -1,15 +1,17 @@
 """kernels/native.c compiled for this very CPU, on first use, into the user's cache.
 
-The C compiler is the one that Triton takes: what CC names, otherwise gcc or clang. A library is found again
-by a key of all that it was made from: the source and what it includes, the compiler, its flags, and the CPU's
-model and instructions, so that a cache which several machines share holds one for each. It is written beside
-its place and then moved there: another process finds all of it or nothing. Its name ends in a digest of its
-bytes, and one that was cut short, by a full disk say, is made again: loaded, it would end the process with a
-bus error.
+The C compiler is what CC names, which may have options behind it, otherwise gcc or clang. It need not be
+Triton's (`routing._no_compiler`), for which all of CC is a program's name, be it empty. A library is found
+again by a key of all that it was made from: the source and what it includes, the compiler, its flags, and the
+CPU's model and instructions, so that a cache which several machines share holds one for each. It is written
+in a folder beside its place and then moved there: another process finds all of it or nothing. Its name ends
+in a digest of its bytes, and one that was cut short, by a full disk say, is made again: loaded, it would end
+the process with a bus error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -30,6 +33,8 @@ FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared", "-pthrea
 MACHINES = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 #: Seconds until a compiler that doesn't come back is given up; it takes one.
 PATIENCE = 120
+#: Names of folders to compile in begin so, and one that is so many seconds old is nobody's any more.
+MAKING, LEFT = ".making-", 3600
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -236,9 +241,7 @@ def _digest(path: Path) -> str:
 @functools.cache
 def _version(*cc: str) -> str:
     try:
-        told = subprocess.run(
-            [*cc, "--version"], capture_output=True, text=True, errors="replace", timeout=PATIENCE
-        )
+        told = _run(*cc, "--version")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(
             f"the C compiler {' '.join(cc)} does not run: {error}; set CC to another, or use 'eager'"
@@ -246,17 +249,32 @@ def _version(*cc: str) -> str:
     return " ".join(cc) + told.stdout
 
 
+def _run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What the compiler said; however this ends, all that the compiler started, as gcc does cc1, ends too."""
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, **variables},
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=PATIENCE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # nothing of its group is left, as it should be
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".so")
-    os.close(handle)
+    scratch = tempfile.mkdtemp(prefix=MAKING, dir=folder)
+    library = os.path.join(scratch, "library.so")
     try:
-        made = subprocess.run(
-            [*command, "-o", name, "-x", "c", str(source), "-lm"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PATIENCE,
-        )
+        _sweep(folder, os.stat(scratch).st_mtime)
+        made = _run(*command, "-o", library, "-x", "c", str(source), "-lm", TMPDIR=scratch)
         if made.returncode:
             first = next(
                 (line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200]
@@ -265,9 +283,10 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
                 f"the C compiler failed: {' '.join(command)} on {source.name} says {first!r}; set CC to "
                 "another, or use 'eager'"
             )
-        ctypes.CDLL(name)  # before it is kept: a compiler may succeed at nothing
-        path = folder / f"{stem}-{_digest(Path(name))}.so"
-        os.replace(name, path)
+        ctypes.CDLL(library)  # before it is kept: a compiler may succeed at nothing
+        path = folder / f"{stem}-{_digest(Path(library))}.so"
+        os.chmod(library, 0o755)  # whatever the umask is: who may write into it has it run as this user
+        os.replace(library, path)
         return path
     except subprocess.TimeoutExpired as error:
         raise CompileError(
@@ -275,5 +294,13 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
             "use 'eager'"
         ) from error
     finally:
-        if os.path.exists(name):
-            os.unlink(name)
+        # What can't be removed now, as a program that is killed may write until it ends, is swept later.
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sweep(folder: Path, now: float) -> None:
+    """Removes what processes left that were killed while they compiled; now, by the file system's clock."""
+    for left in folder.glob(f"{MAKING}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+            if now - left.stat().st_mtime > LEFT:
+                shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""How native shares a scan out over cores: a model of its time, with measured constants.
+"""How native shares its work out over cores: a scan by a model of its time, one step by its multiply-adds.
 
-One core does all of it, or each thread has rows of its own, or columns of its own. The first two need no
+One core does all of a scan, or each thread has rows of its own, or columns of its own. The first two need no
 synchronisation; for the third the threads synchronise at every step.
 """
 
@@ -11,6 +11,12 @@ from typing import NamedTuple
 
 import torch
 
+from .reference import COMPUTE
+
+#: Multiply-adds up to which a product is C's, on one core: torch's threads would cost more than they bring.
+SHORT = 2**20
+#: Up to how many a step is one core's: more are worth the moment that another one takes to begin.
+SHARED = 2**18
 LARGEST = 32  # ROWS of the C source: rows of a work item, at most
 NARROWEST = 64  # columns of a group: PANEL of the C source, at most
 
@@ -69,8 +75,19 @@ def estimates(B: int, H: int, T: int, D: int, itemsize: int, most: int) -> dict[
     return {shared: time / 1000 for shared, time in found.items()}
 
 
-def explain(B: int, H: int, T: int, D: int, dtype: torch.dtype) -> tuple[dict[str, int], str]:
-    """How a forward scan is shared out, and why, in words."""
+def explain(
+    B: int, I: int, H: int, T: int, D: int, dtype: torch.dtype, plain: bool
+) -> tuple[dict[str, int], str]:
+    """How a forward pass is shared out, and why, in words; plain: it has no lengths and no resets."""
+    if T == 1 and plain:
+        is_whole = D == 1 and dtype not in COMPUTE  # for `native.Step`
+        work, most = D * B * H * (I + H), SHARED if is_whole else SHORT
+        text = f"one step is no scan: its {work} multiply-adds are on"
+        if work <= most:
+            return {"threads": 1}, f"{text} one thread, as up to {most} are"
+        if is_whole:
+            n = torch.get_num_threads()
+            return {"threads": n}, f"{text} as many threads as torch has, {n}, as more than {most} are"
     itemsize = 8 if dtype == torch.float64 else 4
     found = estimates(B, H, T, D, itemsize, torch.get_num_threads())
     chosen, one = plan(B, H, T, D, itemsize), next(iter(found))

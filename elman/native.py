@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, products
-from .cores import LARGEST, NARROWEST, Plan, plan
+from .cores import LARGEST, NARROWEST, SHARED, SHORT, Plan, plan
 from .reference import COMPUTE, join
 
 # The structs of the C source, all fields of 8 bytes: scan, affine in two parts, affine_backward.
@@ -24,13 +24,9 @@ _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"tanh": 0, "relu": 1, "none": 2}
 #: Nanoseconds of one call into C; Python sees Ctrl-C after it.
 PER_CALL = 4e8
-#: Multiply-adds up to which a product is C's, on one core: torch's threads would cost more than they bring.
-SHORT = 2**20
-#: Up to how many a step is one core's: more are worth the moment that another one takes to begin.
-SHARED = 2**18
 #: Rows up to which a step's gradients are the memory's work, not the multiplier's.
 FEW = 4
-#: Up to how many a longer one stays on one core, and up to how many it is C's at all.
+#: Multiply-adds up to which a product longer than SHORT stays on one core, and up to which it is C's at all.
 ALONE, LONG = 2**22, 2**27
 
 

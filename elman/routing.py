@@ -509,7 +509,7 @@ def explain(
     device, D = torch.device(device), 2 if bidirectional else 1
     found = route(backend, device, dtype, hidden, batch, D, ragged=lengths, resets=resets)
     if found.backend == "native":
-        shared, estimate = cores.explain(batch, hidden, seq, D, dtype)
+        shared, estimate = cores.explain(batch, input, hidden, seq, D, dtype, not (lengths or resets))
         return replace(found, reason=f"{found.reason}; {estimate}", config=shared)
     if found.backend != "triton":
         return found

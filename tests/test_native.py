@@ -207,7 +207,7 @@ def test_a_gradient_that_is_one_number(force, dtype, which):
 
 
 def test_bits_of_a_long_scan_in_many_calls(force, monkeypatch):
-    """A call into C ends now and then, so that Ctrl-C is heard."""
+    """A call into C ends now and then, so that Ctrl-C stops a long scan within a second."""
     force(2, 4, 2)
     p = make(T=23, B=6, I=3, H=40, directions=2, ragged=True)
     expected = run("native", p)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -307,6 +309,17 @@ def test_a_folder_that_others_may_write_into(cache, mode):
     assert elman.explain(**SHAPE).backend == "native"
 
 
+def test_no_other_may_write_into_the_library(cache):
+    """By the real compiler, which goes by the umask."""
+    before = os.umask(0)
+    try:
+        compiled.library()
+    finally:
+        os.umask(before)
+    (path,) = cache.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o755
+
+
 def test_no_compiler(monkeypatch, tmp_path, cache):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -358,6 +371,79 @@ def test_a_compiler_that_hangs(compiler, cache, monkeypatch):
     assert_sentence("did not come back within 0.5 seconds", "set CC to another")
     assert time.monotonic() - start < 20
     assert list(cache.iterdir()) == []
+
+
+@pytest.fixture
+def driver(compiler, tmp_path):
+    """driver(ends): the compiler starts another program, as gcc does, and then does as `ends` says.
+
+    Returns what reads a line that it wrote, "" once both have ended.
+    """
+    os.mkfifo(tmp_path / "alive")
+    alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
+
+    def make(ends: str) -> Callable[[], str]:
+        # Both hold the pipe's other end, and the other program no more than that.
+        begins = f'exec 3> {tmp_path / "alive"}; : > "${{TMPDIR:?}}/cc1.s"; sleep 20 > /dev/null 2>&1 &'
+        compiler(instead=f"{begins} echo $$ >&3; {ends}")
+        return lambda: os.read(alive, 100).decode() if select.select([alive], [], [], 10)[0] else "waits"
+
+    yield make
+    os.close(alive)
+
+
+@pytest.mark.parametrize("ends", ["wait", "exit 1", "kill -9 $$"])
+def test_nothing_that_a_compiler_started_is_left(driver, cache, monkeypatch, ends):
+    monkeypatch.setattr(compiled, "PATIENCE", 0.5 if ends == "wait" else 60)
+    read = driver(ends)
+    with pytest.raises(compiled.CompileError, match="did not come back" if ends == "wait" else "failed"):
+        compiled.library()
+    assert int(read()) > 0
+    assert read() == ""
+    assert list(cache.iterdir()) == []
+
+
+def test_ctrl_c_stops_a_compiler_within_a_second(driver, cache):
+    read = driver("wait")
+    process = python(FIRST_USE)
+    try:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert int(read()) > 0
+        sent = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        took = time.monotonic() - sent
+    finally:
+        process.kill()
+        process.wait()
+    assert err.endswith("KeyboardInterrupt\n")
+    assert took < 3, "a second, on a machine that others use too"
+    assert read() == ""
+    assert list(cache.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept(driver, compiler, cache):
+    """An hour later, by the next that compiles: until then it may be at work."""
+    read = driver("wait")
+    process = python(FIRST_USE)
+    try:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        group = int(read())
+    finally:
+        process.kill()
+        process.communicate()
+    os.killpg(group, signal.SIGKILL)
+    (left,) = cache.iterdir()
+    assert [path.name for path in left.iterdir()] == ["cc1.s"]
+    compiler()
+    call()
+    assert left.exists()
+    now = time.time()
+    os.utime(left, (now, now - 3700))
+    call(dtype=torch.float64)
+    assert sorted(path.name.split("-")[0] for path in cache.iterdir()) == ["float32", "float64"]
 
 
 def test_a_version_that_hangs(compiler, monkeypatch, tmp_path):

@@ -22,6 +22,8 @@ from elman import (
     choice,
     cli,
     compiled,
+    functional,
+    native,
     ops,
     routing,
     tuning,
@@ -545,6 +547,40 @@ def test_one_step_is_explained_as_what_it_launches(backend, seq, bidirectional, 
     if cell:
         assert dict(route.config) == vars(launched[0])
         assert "input product too" in route.reason
+
+
+# B, dtype, bidirectional, packed; I = H = 64, torch has 3 threads -> threads of one step, None for a scan
+STEPS = {
+    (32, torch.float32, False, False): (1, "262144 multiply-adds are on one thread, as up to 262144 are"),
+    (33, torch.float32, False, False): (3, "270336 multiply-adds are on as many threads as torch has, 3, as"),
+    (33, torch.bfloat16, False, False): (1, "270336 multiply-adds are on one thread, as up to 1048576 are"),
+    (64, torch.float32, True, False): (1, "1048576 multiply-adds are on one thread, as up to 1048576 are"),
+    (65, torch.float32, True, False): (None, "us a step on one core"),
+    (32, torch.float32, False, True): (None, "us a step on one core"),
+}
+
+
+@pytest.mark.skipif(NATIVE is not True, reason=f"native: {NATIVE}")
+@pytest.mark.parametrize("shape", STEPS, ids=str)
+def test_one_step_on_a_cpu_is_explained_as_what_c_is_told(monkeypatch, shape):
+    (B, dtype, bidirectional, packed), (threads, words) = shape, STEPS[shape]
+    library, told, scans = compiled.library(), [], []
+    affine, scan = library.affine, native._scan
+    monkeypatch.setattr(functional, "_checked", {})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(library, "affine", lambda given: told.append(given[-8:]) or affine(given))
+    monkeypatch.setattr(native, "_scan", lambda *arguments: scans.append(1) or scan(*arguments))
+    sizes = {"input": 64, "hidden": 64, "dtype": dtype, "device": "cpu", "bidirectional": bidirectional}
+    route = elman.explain(batch=B, seq=1, lengths=packed, **sizes)
+    x = torch.ones(1, B, 64, dtype=dtype)
+    with torch.no_grad():
+        layer = Elman(64, 64, bidirectional=bidirectional, dtype=dtype)
+        layer(torch.nn.utils.rnn.pack_padded_sequence(x, torch.ones(B)) if packed else x)
+    assert words in route.reason
+    assert (threads is None) == bool(scans) == ("us a step" in route.reason)
+    if threads:
+        assert dict(route.config) == {"threads": threads}
+        assert {int.from_bytes(last, sys.byteorder) for last in told} == {threads}
 
 
 def test_a_few_steps_are_explained(machine):
