@@ -255,7 +255,9 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
         int width = N - n0 < PANEL ? (int)(N - n0) : PANEL;
         const real *from = m + n0 * by_n;
         if (width < PANEL) memset(panels, 0, K * PANEL * sizeof(real));
-        if (by_n == 1)
+        if (by_n == 1 && width == PANEL) /* a copy of a constant size is no call */
+            for (int64_t k = 0; k < K; k++) memcpy(panels + k * PANEL, from + k * by_k, PANEL * sizeof(real));
+        else if (by_n == 1)
             for (int64_t k = 0; k < K; k++) memcpy(panels + k * PANEL, from + k * by_k, width * sizeof(real));
         else
             for (int64_t k0 = 0; k0 < K; k0 += 16) {
@@ -369,10 +371,7 @@ static void by_panels(const struct affine *s, real *room) {
     real *totals = room + (s->K[0] + s->K[1]) * PANEL;
     for (int64_t n = 0; n < s->H; n += PANEL) {
         int64_t width = at_most(PANEL, s->H - n);
-        if (s->across)
-            pack(s->w[0] + n, s->w_c[0], 1, s->K[0], width, room);
-        else
-            pack(s->w[0] + n * s->w_c[0], 1, s->w_c[0], s->K[0], width, room);
+        pack(s->w[0] + n * s->w_c[0], 1, s->w_c[0], s->K[0], width, room);
         if (s->K[1]) pack(s->w[1] + n * s->w_c[1], 1, s->w_c[1], s->K[1], width, room + s->K[0] * PANEL);
         for (int64_t r0 = 0; r0 < s->N; r0 += ROWS) {
             int rows = (int)at_most(ROWS, s->N - r0);
@@ -427,18 +426,62 @@ static void few_rows(const struct affine *s) {
 
 /* Of a few summands: the result is written once and in order. */
 static void few_summands(const struct affine *s) {
-    for (int64_t r = 0; r < s->N; r++)
-        for (int64_t c = 0; c < s->H; c += LANES) {
-            vec total = {0};
+    for (int64_t r = 0; r < s->N; r++) {
+        const real *a = s->a[0] + r * s->a_r[0];
+        real *out = s->out + r * s->out_r;
+        int64_t c = 0;
+        for (; c + WIDE * LANES <= s->H; c += WIDE * LANES) {
+            vec total[WIDE] = {{0}};
             for (int64_t k = 0; k < s->K[0]; k++)
-                total += s->a[0][r * s->a_r[0] + k] * get_some(s->w[0] + k * s->w_c[0] + c, s->H - c);
-            put_some(s->out + r * s->out_r + c, total, s->H - c);
+                UNROLL for (int e = 0; e < WIDE; e++) total[e] += a[k] * get(s->w[0] + k * s->w_c[0] + c + e * LANES);
+            UNROLL for (int e = 0; e < WIDE; e++) put(out + c + e * LANES, total[e]);
         }
+        for (; c < s->H; c += LANES) {
+            vec total = {0};
+            for (int64_t k = 0; k < s->K[0]; k++) total += a[k] * get_some(s->w[0] + k * s->w_c[0] + c, s->H - c);
+            put_some(out + c, total, s->H - c);
+        }
+    }
+}
+
+enum { STRIPE_ROWS = 96 };
+
+/* Of more: a block of w's rows at a time is read in order and copied into panels. */
+static void by_stripes(const struct affine *s, real *room) {
+    int64_t panels = (s->H + PANEL - 1) / PANEL;
+    for (int64_t r0 = 0; r0 < s->N; r0 += STRIPE_ROWS) {
+        int64_t rows = at_most(STRIPE_ROWS, s->N - r0), tiles = (rows + TILE - 1) / TILE;
+        real *totals = room, *stripe = room + rows * panels * PANEL;
+        memset(totals, 0, rows * panels * PANEL * sizeof(real));
+        for (int64_t k0 = 0; k0 < s->K[0]; k0 += BLOCK) {
+            int n = (int)at_most(BLOCK, s->K[0] - k0);
+            for (int64_t k = 0; k < n; k++) {
+                const real *from = s->w[0] + (k0 + k) * s->w_c[0];
+                int64_t p = 0;
+                for (; (p + 1) * PANEL <= s->H; p++)
+                    memcpy(stripe + (p * BLOCK + k) * PANEL, from + p * PANEL, PANEL * sizeof(real));
+                for (int64_t c = p * PANEL; c < p * PANEL + PANEL && p < panels; c++)
+                    stripe[(p * BLOCK + k) * PANEL + c % PANEL] = c < s->H ? from[c] : 0;
+            }
+            for (int64_t p = 0; p < panels; p++)
+                for (int64_t i = 0, r = 0; i < tiles; i++) {
+                    int size = (int)((rows - r + tiles - i - 1) / (tiles - i)); /* as even as can be */
+                    const real *from[TILE];
+                    for (int j = 0; j < size; j++) from[j] = s->a[0] + (r0 + r + j) * s->a_r[0];
+                    TILES[size](from, k0, stripe + p * BLOCK * PANEL, n, totals + (p * rows + r) * PANEL);
+                    r += size;
+                }
+        }
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t p = 0; p < panels; p++)
+                for (int64_t c = p * PANEL; c < (p + 1) * PANEL && c < s->H; c += LANES)
+                    put_some(s->out + (r0 + r) * s->out_r + c, get(totals + (p * rows + r) * PANEL + c % PANEL), s->H - c);
+    }
 }
 
 static void of_reals(const struct affine *s, real *room) {
     if (is_packed(s)) {
-        by_panels(s, room);
+        (s->across ? by_stripes : by_panels)(s, room);
         return;
     }
     if (s->across) {
@@ -481,7 +524,9 @@ INLINE int64_t widened(const struct affine *s) { return s->across ? 4 * PANEL : 
 
 /* Room that all_columns needs, in reals. */
 static int64_t room_for(const struct affine *s) {
-    int64_t room = is_packed(s) ? (s->K[0] + s->K[1] + ROWS) * PANEL : 0;
+    int64_t room = 0;
+    if (is_packed(s)) room = (s->K[0] + s->K[1] + ROWS) * PANEL;
+    if (is_packed(s) && s->across) room = (at_most(s->N, STRIPE_ROWS) + BLOCK) * (s->H + PANEL);
     return s->rounding ? room + widened(s) * (s->K[0] + s->K[1] + s->N) : room;
 }
 
