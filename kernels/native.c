@@ -610,7 +610,7 @@ struct job {
     int redone;                          /* whether an item is one step's, which two threads may do at once */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
     fenv_t environment;                  /* of a team's caller */
-    int64_t ended;                       /* when the caller's thread had nothing left to do in a team */
+    int64_t since;                       /* in a team: when it was called, and when the caller had nothing left to do */
     int64_t patience;                    /* ns that a thread waits for another before it does that one's work */
     size_t scratch_size;
     real *room, *w, *zeros, *scratch;
@@ -829,12 +829,13 @@ void use_team(void *parallel, void *thread_num) {
 static void work_in_team(void *argument) {
     struct job *j = argument;
     int self = member();
+    if (!self && now() - j->since > j->patience) j->missed = 1; /* it waited for a thread to leave what was before */
     fenv_t own;
     fegetenv(&own);
     fesetenv(&j->environment); /* the caller may flush denormals: what it computes must not depend on who does */
     if (self < j->threads) work(j, self);
     fesetenv(&own);
-    if (!self) j->ended = now();
+    if (!self) j->since = now();
 }
 
 /* Has threads made that work at the job too, if there is to be more than one and the machine isn't busy. */
@@ -898,11 +899,11 @@ static int work(struct job *j, int self) {
         if (!since) since = time;
         if (time - since < j->patience) continue;
         /* The other thread has lost its core, it seems. Who may not return before all is done does its work. */
+        if (!self) j->missed = 1;
         if (self || !j->redone) {
             sched_yield();
             continue;
         }
-        j->missed = 1;
         for (int64_t i = 0; i < j->items; i++) {
             int64_t state = atomic_load_explicit(&j->item[i].state, memory_order_acquire);
             if (state % 4 == CLAIMED) finish(j, i, state / 4, scratch), since = 0;
@@ -932,8 +933,8 @@ static struct job *new_job(int64_t items, int64_t groups, int64_t threads, size_
 /* All of a job, whose items take some `work` multiply-adds each, by threads that are made for it. */
 static void run(struct job *j, int64_t work_of_item) {
     j->redone = j->groups > 1 || (j->steps == 1 && !j->parts->across);
-    j->chunk = 1 + 3000000 / (1 + work_of_item); /* some 0.1 ms */
-    j->patience = 20000 + work_of_item / 8;      /* several times what an item takes */
+    j->chunk = j->redone ? 1 : at_most(1 + 3000000 / (1 + work_of_item), j->steps); /* some 0.1 ms */
+    j->patience = 20000 + j->chunk * work_of_item / 8; /* several times what a thread does of an item at once */
     atomic_init(&j->references, 1);
     atomic_init(&j->named, 1);
     j->threads = at_most(j->threads, j->items);
@@ -941,12 +942,13 @@ static void run(struct job *j, int64_t work_of_item) {
         if (may_team(j)) {
             j->hired = (int)j->threads - 1;
             fegetenv(&j->environment);
+            j->since = now();
             team(work_in_team, j, (unsigned)j->threads, 0);
             break;
         }
         if (!team) hire(j);
     } while (!work(j, 0));
-    int64_t since = j->ended ? j->ended : now();
+    int64_t since = j->since ? j->since : now();
     atomic_store(&j->closed, 1);
     if (j->hired) {
         for (int n = 1; n <= j->hired; n++)

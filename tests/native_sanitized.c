@@ -204,6 +204,48 @@ static void test_stalls(void) {
     free(w), free(start), free(in), free(out[0]), free(out[1]);
 }
 
+/* A team that begins late, or whose member loses its core with an item in its hands that nobody else may do. */
+enum { LATE = 1, ASIDE };
+static int trouble;
+static _Thread_local int number_in_team;
+static int my_number(void) { return number_in_team; }
+static void *aside(void *argument) {
+    struct job *j = argument;
+    int64_t claimed = FREE;
+    while (!atomic_compare_exchange_weak(&j->item[1].state, &claimed, CLAIMED)) claimed = FREE;
+    nanosleep(&(struct timespec){0, 20000000}, 0);
+    atomic_store(&j->item[1].state, FREE);
+    return 0;
+}
+static void troubled_team(void (*member_work)(void *), void *j, unsigned threads, unsigned flags) {
+    pthread_t other;
+    (void)threads, (void)flags;
+    if (trouble == LATE) nanosleep(&(struct timespec){0, 20000000}, 0);
+    if (trouble == ASIDE && pthread_create(&other, 0, aside, j)) abort();
+    while (trouble == ASIDE && !atomic_load(&((struct job *)j)->item[1].state)) sched_yield();
+    member_work(j);
+    if (trouble == ASIDE) pthread_join(other, 0);
+}
+static void test_trouble(void) {
+    enum { T = 50, B = 2, H = 64 };
+    real *w = numbers(H * H, 1 / sqrt(H)), *start = numbers(B * H, 1), *out = numbers(T * B * H, 1);
+    team = troubled_team, member = my_number;
+    for (trouble = LATE; trouble <= ASIDE; trouble++) {
+        struct scan s = {.act = TANH, .D = 1, .T = T, .B = B, .H = H, .K = H, .end = T, .threads = 2, .rows = 1,
+                         .groups = 1, .in = out, .in_t = B * H, .in_b = H, .out = out, .out_t = B * H, .out_b = H,
+                         .start = start, .start_d = B * H, .start_b = H, .w = {w, w}, .w_n = H, .w_k = 1};
+        atomic_store(&busy_until, 0);
+        if (scan(&s)) abort();
+        if (!atomic_load(&busy_until)) {
+            printf("a team's trouble %d was not noticed: the next call would wait again\n", trouble);
+            failures++;
+        }
+    }
+    team = 0, member = 0;
+    atomic_store(&busy_until, 0);
+    free(w), free(start), free(out);
+}
+
 static int64_t stored_as; /* the rounding of test_affine's arrays */
 static void expect(const char *what, struct shape z, const real *got, double want) {
     double most = stored_as == BFLOAT16 ? fabs(want) / 256 : stored_as == FLOAT16 ? fabs(want) / 2048 : 0;
@@ -341,6 +383,7 @@ int main(int argc, char **argv) {
         }
     for (int tries = 0; tries < 1000 && stalls < 4 && !failures; tries++) test_stalls();
     if (stalls < 4) failures++;
+    test_trouble();
 #ifndef DOUBLE
     test_roundings();
 #endif
