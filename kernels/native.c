@@ -84,6 +84,7 @@ INLINE void put_some(real *p, vec v, int64_t n) {
 }
 INLINE vec pick(mask where, vec a, vec b) { return (vec)((where & (mask)a) | (~where & (mask)b)); }
 INLINE vec all(real x) { return x - (vec){0}; }
+INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* tanh x = m / (m + 2) with m = e^2x - 1, of |x|, as 2^n (e^r - 1) + (2^n - 1): right to 2 ulp everywhere. */
@@ -820,10 +821,10 @@ static void *helper(void *argument) {
 /* Of the OpenMP library that torch uses, if there is one: its threads are there already, and spin on the other cores
  * for a while after each of torch's products, where a new thread would have to share a core with them. */
 static void (*team)(void (*)(void *), void *, unsigned, unsigned);
-static int (*member)(void);
+static int (*member)(void), (*most)(void);
 
-void use_team(void *parallel, void *thread_num) {
-    *(void **)&team = parallel, *(void **)&member = thread_num;
+void use_team(void *parallel, void *thread_num, void *max_threads) {
+    *(void **)&team = parallel, *(void **)&member = thread_num, *(void **)&most = max_threads;
 }
 
 static void work_in_team(void *argument) {
@@ -943,7 +944,8 @@ static void run(struct job *j, int64_t work_of_item) {
             j->hired = (int)j->threads - 1;
             fegetenv(&j->environment);
             j->since = now();
-            team(work_in_team, j, (unsigned)j->threads, 0);
+            /* As many as torch takes, though some have nothing to do: libgomp ends those that a smaller team leaves out. */
+            team(work_in_team, j, (unsigned)at_least(j->threads, most()), 0);
             break;
         }
         if (!team) hire(j);
@@ -985,10 +987,7 @@ int scan(const struct scan *s) {
 /* Some affine maps, whose columns are shared out over threads; 0, or 1 where there is no memory for that. */
 static int all_of(const struct affine *parts, int count, int64_t threads) {
     int64_t room = 0, slices = threads > 1 ? 2 * threads : 1;
-    for (int i = 0; i < count; i++) {
-        int64_t needed = room_for(parts + i);
-        if (needed > room) room = needed;
-    }
+    for (int i = 0; i < count; i++) room = at_least(room, room_for(parts + i));
     if (threads <= 1) {
         real *packed = room ? aligned_alloc(LINE, rounded(room * sizeof(real))) : 0;
         if (room && !packed) return 1;
