@@ -118,6 +118,19 @@ def test_bits_do_not_depend_on_where_a_row_lies(force, dtype, nonlinearity):
         assert found.count_nonzero() > 0
 
 
+@EACH_DTYPE
+@pytest.mark.parametrize(("T", "B"), [(400, 1), (5, 80)])
+def test_bits_of_a_row_do_not_depend_on_how_many_a_sequence_has(dtype, T, B):
+    """Whether its input products are short or not. A scan has two orders: of one row, and of more."""
+    p = make(T=T, B=B, I=64, H=64, dtype=dtype)
+    weights = list(p.weights.values())
+    assert T * B * 64 * 64 > native.SHORT
+    whole, _ = forward("native", p, p.x, p.hx, weights)
+    for steps, rows in {(2, B), (40, B), (T, min(B, 2)), (T, min(B, 3)), (T, min(B, 40))}:
+        part, _ = forward("native", p, p.x[:steps, :rows], p.hx[:, :rows], weights)
+        assert torch.equal(part, whole[:steps, :rows]), (steps, rows)
+
+
 def transposed(t: Tensor) -> Tensor:
     """The same numbers, no two of a row side by side."""
     return t.transpose(0, -1).contiguous().transpose(0, -1)
