@@ -24,6 +24,8 @@ _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"tanh": 0, "relu": 1, "none": 2}
 #: Nanoseconds of one call into C; Python sees Ctrl-C after it.
 PER_CALL = 4e8
+#: No tensor lies below, as a rule, and no storage is as long: what does is asked whether it has memory.
+LOW = 2**36
 #: Rows up to which a step's gradients are the memory's work, not the multiplier's.
 FEW = 4
 #: Multiply-adds up to which a product longer than SHORT stays on one core, and up to which it is C's at all.
@@ -119,6 +121,7 @@ class Step:
         library = compiled.library(x.dtype == torch.float64)
         self.function, self.backward_function = library.affine, library.affine_backward
         self.sizes = B, I, H
+        self.shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, self.shape
         self.is_short = B * H * (I + H) <= SHARED
         import os
         self.has_backward = B * H * (I + H) <= LONG
@@ -129,11 +132,20 @@ class Step:
         """Whether C can do it at once: nothing of size 0, the tensors as they lie."""
         return h.numel() * x.shape[-1] > 0 and all(t.stride(-1) == 1 for t in (x, h, *weights))
 
-    def may_read(self, *tensors: Tensor) -> bool:
-        """Whether `backward` is for these: who keeps saved tensors elsewhere may bring others back."""
-        return self.has_backward and all(
-            t.is_cpu and t.dtype == self.dtype and t.stride(-1) == 1 and not t.is_neg() and t.data_ptr()
-            for t in tensors
+    def may_read(self, x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, new: Tensor) -> bool:
+        """Whether `backward` is for these: a hook for saved tensors may bring others back, of any kind.
+
+        Not so the gradient: torch itself sees to its shape, dtype and device.
+        """
+        if not self.has_backward or self.shapes != (x.shape, h.shape, w_ih.shape, w_hh.shape, new.shape):
+            return False
+        return all(
+            t.is_cpu
+            and t.dtype == self.dtype
+            and t.stride(-1) == 1
+            and not t.is_neg()
+            and (t.data_ptr() >= LOW or _has_memory(t))
+            for t in (x, h, w_ih, w_hh, new)
         )
 
     def __call__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -145,7 +157,7 @@ class Step:
             (w_ih, w_hh), biases = weights, (0, 0)
         threads = 1 if self.is_short else torch.get_num_threads()
         tensors = x.data_ptr(), h.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *biases, out.data_ptr()
-        if 0 in tensors[: 6 if self.biased else 4]:  # one that has no memory: freed, or all zeros
+        if min(tensors[: 6 if self.biased else 4]) < LOW and not all(map(_has_memory, (x, h, *weights))):
             x, h = x.reshape(1, *x.shape[-2:]), h.reshape(1, *h.shape[-2:])
             return plain_forward(x, h, weights, 1, None, None, self.nonlinearity).reshape(self.shape)
         if self.function(self.constant + _POINTERS.pack(*tensors, threads, 0)):
@@ -161,7 +173,7 @@ class Step:
         (B, I, H), (w_ih, w_hh) = self.sizes, weights
         g = _readable(g)
         room = g.new_empty(2 * B + 1, H, dtype=COMPUTE.get(g.dtype, g.dtype))
-        shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, (H,), (H,)
+        shapes = *self.shapes[:4], (H,), (H,)
         found = [g.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=False)]
         pointers = _pointers(x, h, w_ih, w_hh, g, new, *found)
         strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), g.stride(-2), new.stride(-2)
@@ -327,9 +339,14 @@ def _in_memory(t: Tensor) -> Tensor:
     """With its numbers in memory, as they are."""
     if t.is_neg():
         t = t.resolve_neg()
-    if not t.data_ptr() and t.numel():
+    if t.numel() and not _has_memory(t):
         if not t._is_zerotensor():
             raise RuntimeError(
+def _has_memory(t: Tensor) -> bool:
+    """Not so where it was freed, or is all zeros: its address is then how far it lies within its storage."""
+    return t.data_ptr() != t.storage_offset() * t.element_size()
+
+
                 f"a tensor of shape {tuple(t.shape)} has no memory; expected numbers: its storage was freed, "
                 "or it stands for another tensor"
             )

@@ -451,27 +451,52 @@ def test_sanitizers_find_what_is_wrong(tmp_path, right, wrong, found):
 # What is not in memory as C expects it
 
 
-def _freed(t):
-    t = t.clone()
-    t.untyped_storage().resize_(0)  # as FSDP does to parameters
+def _freed(t, offset):
+    t = torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape)
+    t.untyped_storage().resize_(0)  # as FSDP does to parameters, of which a storage holds several
     return t
 
 
+@pytest.mark.parametrize("offset", [0, 8])
 @pytest.mark.parametrize("T", [1, 3], ids=["one step", "a sequence"])
 @pytest.mark.parametrize("which", range(6))
-def test_a_tensor_without_memory(T, which):
-    """An error, or the numbers that it stands for: C would read at address zero."""
+def test_a_tensor_without_memory(T, which, offset):
+    """An error, or the numbers that it stands for: C would read at address zero, or a little above."""
     p = make(T, 3, 4, 6)
     tensors = [p.x, p.hx, *p.weights.values()]
     expected, _ = elman.elman(*tensors[:2], tensors[2:], backend="native")
     zeros = [*tensors[:which], torch.zeros_like(tensors[which]), *tensors[which + 1 :]]
-    stands = [*tensors[:which], torch._efficientzerotensor(tensors[which].shape), *tensors[which + 1 :]]
+    nothing = torch._efficientzerotensor(offset + tensors[which].numel())[offset:]
+    stands = [*tensors[:which], nothing.view(tensors[which].shape), *tensors[which + 1 :]]
     right, _ = elman.elman(*zeros[:2], zeros[2:], backend="native")
     assert not torch.equal(right, expected)
     assert torch.equal(elman.elman(*stands[:2], stands[2:], backend="native")[0], right)
-    freed = [*tensors[:which], _freed(tensors[which]), *tensors[which + 1 :]]
+    freed = [*tensors[:which], _freed(tensors[which], offset), *tensors[which + 1 :]]
     with pytest.raises(RuntimeError, match=r"no memory|storage"):
         elman.elman(*freed[:2], freed[2:], backend="native")
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_saved_tensor_without_memory(T, offset):
+    layer, x = elman.Elman(4, 6, backend="native"), torch.randn(T, 3, 4)
+
+    def unpack(t: Tensor) -> Tensor:
+        return _freed(t, offset) if t.shape == x.shape else t
+
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, unpack):
+        output, _ = layer(x)
+    with pytest.raises(RuntimeError, match=r"no memory|storage|not allocated"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_memory_at_low_addresses(bias, monkeypatch):
+    """Where a program and its heap lie there, a tensor that has memory is no freed one."""
+    p = make(1, 3, 4, 6, bias=bias)
+    expected = run("native", p)
+    monkeypatch.setattr(native, "LOW", 2**64)
+    assert_same_bits(run("native", p), expected)
 
 
 def _by_column(t):
@@ -485,6 +510,29 @@ def test_saved_tensors_that_were_kept_elsewhere(keep, T):
     truth = run("reference", p.double())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         check(run("native", p), truth, tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("T", [None, 1, 3], ids=["cell", "one step", "sequence"])
+@pytest.mark.parametrize("which", range(5))
+def test_saved_tensors_of_other_shapes(which, T):
+    """A hook may give back a part by mistake: an error as of nn.RNN's, where C would read past it."""
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> int:
+        saved.append(t.detach())
+        return len(saved) - 1
+
+    def unpack(n: int) -> Tensor:
+        return saved[n][..., :2, :2].contiguous() if n == which else saved[n]
+
+    layer = (elman.ElmanCell if T is None else elman.Elman)(64, 64, backend="native")
+    x, h = torch.randn(*([] if T is None else [T]), 4, 64), torch.randn(*([] if T is None else [1]), 4, 64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, unpack):
+        output = layer(x.requires_grad_(), h.requires_grad_())
+    output = output if T is None else output[0]
+    with pytest.raises(RuntimeError):
+        output.backward(torch.ones_like(output))
+    assert len(saved) == 5
 
 
 @pytest.mark.parametrize(
