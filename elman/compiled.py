@@ -35,7 +35,7 @@ MACHINES = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcp
 PATIENCE = 120
 #: Names of folders to compile in begin so, and one that is so many seconds old is nobody's any more.
 MAKING, LEFT = ".making-", 3600
-_CPUINFO = Path("/proc/cpuinfo")
+_CPUINFO, _PROCESS = Path("/proc/cpuinfo"), Path("/proc/self")
 
 
 class CompileError(RuntimeError):
@@ -196,20 +196,28 @@ _teams: list[Callable[..., Any]] = []
 
 def _openmp() -> tuple[ctypes.c_void_p | None, ctypes.c_void_p | None]:
     """GOMP_parallel and omp_get_thread_num of the OpenMP library that torch has loaded, or None twice."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or os.getpid() in _children:
+    maps = _PROCESS / "maps"
+    if not maps.exists() or _is_forked():
         return None, None
     paths = {line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines()}
     loaded = sorted(path for path in paths if "libgomp" in os.path.basename(path))
-    if len(loaded) != 1:
+    if len(loaded) != 1 or not os.path.exists(loaded[0]):  # an update may have taken the file away
         return None, None
     library = ctypes.CDLL(loaded[0])
     parallel, number = library.GOMP_parallel, library.omp_get_thread_num
     return ctypes.cast(parallel, ctypes.c_void_p), ctypes.cast(number, ctypes.c_void_p)
 
 
-#: Forked processes, whose OpenMP waits for threads that are not in them.
+#: Processes that were forked after this file was imported.
 _children: set[int] = set()
+#: Linux's flag of a process that was forked and has run no other program since, PF_FORKNOEXEC.
+_FORKED = 0x40
+
+
+def _is_forked() -> bool:
+    """Whether OpenMP may wait for threads that are not in this process, which perhaps imports only now."""
+    fields = (_PROCESS / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    return os.getpid() in _children or bool(int(fields[6]) & _FORKED)
 
 
 def _expect_own(folder: Path) -> None:

@@ -24,6 +24,8 @@ _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"tanh": 0, "relu": 1, "none": 2}
 #: Nanoseconds of one call into C; Python sees Ctrl-C after it.
 PER_CALL = 4e8
+#: No tensor lies below, as a rule, and no storage is as long: what does is asked whether it has memory.
+LOW = 2**36
 #: Rows up to which a step's gradients are the memory's work, not the multiplier's.
 FEW = 4
 #: Multiply-adds up to which a product longer than SHORT stays on one core, and up to which it is C's at all.
@@ -119,6 +121,7 @@ class Step:
         library = compiled.library(x.dtype == torch.float64)
         self.function, self.backward_function = library.affine, library.affine_backward
         self.sizes = B, I, H
+        self.shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, self.shape
         self.is_short = B * H * (I + H) <= SHARED
         self.has_backward = B * H * (I + H) <= LONG
         # A weight's gradient takes as long to write as one row's products.
@@ -129,11 +132,20 @@ class Step:
         """Whether C can do it at once: nothing of size 0, the tensors as they lie."""
         return h.numel() * x.shape[-1] > 0 and all(t.stride(-1) == 1 for t in (x, h, *weights))
 
-    def may_read(self, *tensors: Tensor) -> bool:
-        """Whether `backward` is for these: who keeps saved tensors elsewhere may bring others back."""
-        return self.has_backward and all(
-            t.is_cpu and t.dtype == self.dtype and t.stride(-1) == 1 and not t.is_neg() and t.data_ptr()
-            for t in tensors
+    def may_read(self, x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, new: Tensor) -> bool:
+        """Whether `backward` is for these: a hook for saved tensors may bring others back, of any kind.
+
+        Not so the gradient: torch itself sees to its shape, dtype and device.
+        """
+        if not self.has_backward or self.shapes != (x.shape, h.shape, w_ih.shape, w_hh.shape, new.shape):
+            return False
+        return all(
+            t.is_cpu
+            and t.dtype == self.dtype
+            and t.stride(-1) == 1
+            and not t.is_neg()
+            and (t.data_ptr() >= LOW or _has_memory(t))
+            for t in (x, h, w_ih, w_hh, new)
         )
 
     def __call__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -145,7 +157,7 @@ class Step:
             (w_ih, w_hh), biases = weights, (0, 0)
         threads = 1 if self.is_short else torch.get_num_threads()
         tensors = x.data_ptr(), h.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *biases, out.data_ptr()
-        if 0 in tensors[: 6 if self.biased else 4]:  # one that has no memory: freed, or all zeros
+        if min(tensors[: 6 if self.biased else 4]) < LOW and not all(map(_has_memory, (x, h, *weights))):
             x, h = x.reshape(1, *x.shape[-2:]), h.reshape(1, *h.shape[-2:])
             return plain_forward(x, h, weights, 1, None, None, self.nonlinearity).reshape(self.shape)
         if self.function(self.constant + _POINTERS.pack(*tensors, threads, 0)):
@@ -161,7 +173,7 @@ class Step:
         (B, I, H), (w_ih, w_hh) = self.sizes, weights
         g = _readable(g)
         room = g.new_empty(2 * B + 1, H, dtype=COMPUTE.get(g.dtype, g.dtype))
-        shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, (H,), (H,)
+        shapes = *self.shapes[:4], (H,), (H,)
         found = [g.new_empty(shape) if needed else None for shape, needed in zip(shapes, needs, strict=False)]
         pointers = _pointers(x, h, w_ih, w_hh, g, new, *found)
         strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), g.stride(-2), new.stride(-2)
@@ -189,7 +201,7 @@ def backward(
     nonlinearity: str,
 ) -> Tensor:
     """As `eager.backward`."""
-    check(output, sizes, resets, g_out=g_out, g_hn=g_hn, w_hh=w_hh)
+    check(output, sizes, resets, g_out=g_out, g_hn=g_hn, output=output, w_hh=w_hh)
     compute = COMPUTE.get(output.dtype, output.dtype)
     output, w_hh = output.to(compute), w_hh.to(compute)
     g_out, g_hn = (None if g is None else g.to(compute) for g in (g_out, g_hn))
@@ -207,6 +219,11 @@ def check(sequence: Tensor, sizes: Tensor | None, resets: Tensor | None, **tenso
     assert w_hh is not None
     D, H, _ = w_hh.shape
     rows = tuple(sequence.shape[:-1])
+    if D not in (1, 2) or len(rows) != 1 + (sizes is None):
+        raise RuntimeError(
+            f"{D} directions came with a sequence of {sequence.dim()} dimensions; expected 1 or 2, with 3 "
+            "dimensions or, where it is packed, 2"
+        )
     B = rows[1] if sizes is None else int(sizes[0]) if sizes.numel() else 0
     expected = {
         "h0": (D, B, H),
@@ -214,16 +231,17 @@ def check(sequence: Tensor, sizes: Tensor | None, resets: Tensor | None, **tenso
         "w_ih": (D, H, sequence.shape[-1]),
         "w_hh": (D, H, H),
         "bias": (D, H),
-        "g_out": (*rows, D * H),
+        **dict.fromkeys(("g_out", "output", "dz"), (*rows, D * H)),
     }
     for name, t in tensors.items():
         if t is not None and (t.shape != expected[name] or t.device.type != "cpu"):
             raise RuntimeError(f"{name} is {t.device}, {tuple(t.shape)}; expected cpu, {expected[name]}")
         if t is not None and t.dtype != sequence.dtype and not name.startswith("g_"):
             raise RuntimeError(f"{name} is {t.dtype} beside {sequence.dtype}; expected one dtype")
-    if resets is not None and (resets.shape != rows or resets.dtype != torch.bool):
+    if resets is not None and (resets.shape != rows or resets.dtype != torch.bool or not resets.is_cpu):
         raise RuntimeError(
-            f"resets is {resets.dtype} of {tuple(resets.shape)}; expected torch.bool of {rows}"
+            f"resets is {resets.device}, {resets.dtype} of {tuple(resets.shape)}; expected cpu, torch.bool "
+            f"of {rows}"
         )
     if sizes is None:
         return
@@ -288,6 +306,7 @@ def _scan(
     if not (T and B and H):
         return
     given, h, start = (None if t is None else _readable(t) for t in (given, h, start))
+    resets = None if resets is None else _in_memory(resets)
     w_hh = [_in_memory(w) for w in w_hh]
     if D == 2 and w_hh[0].stride() != w_hh[1].stride():
         w_hh = [w.contiguous() for w in w_hh]
@@ -323,11 +342,16 @@ def _readable(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def _has_memory(t: Tensor) -> bool:
+    """Not so where it was freed, or is all zeros: its address is then how far it lies within its storage."""
+    return t.data_ptr() != t.storage_offset() * t.element_size()
+
+
 def _in_memory(t: Tensor) -> Tensor:
     """With its numbers in memory, as they are."""
     if t.is_neg():
         t = t.resolve_neg()
-    if not t.data_ptr() and t.numel():
+    if t.numel() and not _has_memory(t):
         if not t._is_zerotensor():
             raise RuntimeError(
                 f"a tensor of shape {tuple(t.shape)} has no memory; expected numbers: its storage was freed, "
@@ -377,6 +401,7 @@ def gradients(
     dz: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """As `ops._layer_products` where all rows have T steps: the gradients of x, h0, w_ih, w_hh and bias."""
+    check(x, None, None, dz=dz, h0=h0, w_ih=w_ih, w_hh=w_hh, output=output)
     (D, H, I), (T, B, _) = w_ih.shape, dz.shape
     dz, output, h0 = _readable(dz), _readable(output), _readable(h0)
     N, transpose = T * B, compiled.library(dz.dtype == torch.float64).transpose
@@ -399,7 +424,7 @@ def gradients(
         if dw_ih is None and dw_hh is None and db is None:
             continue
         sums = 0 if db is None else db[d].data_ptr()
-        transpose(*map(ctypes.c_int64, (g.data_ptr(), D * H, N, H, by_column.data_ptr(), sums)))
+        transpose(*map(ctypes.c_int64, (g.data_ptr(), g.stride(0), N, H, by_column.data_ptr(), sums)))
         if dw_ih is not None:
             product(by_column, rows.t(), dw_ih[d])
         if dw_hh is not None:

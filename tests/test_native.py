@@ -118,6 +118,19 @@ def test_bits_do_not_depend_on_where_a_row_lies(force, dtype, nonlinearity):
         assert found.count_nonzero() > 0
 
 
+@EACH_DTYPE
+@pytest.mark.parametrize(("T", "B"), [(400, 1), (5, 80)])
+def test_bits_of_a_row_do_not_depend_on_how_many_a_sequence_has(dtype, T, B):
+    """Whether its input products are short or not. A scan has two orders: of one row, and of more."""
+    p = make(T=T, B=B, I=64, H=64, dtype=dtype)
+    weights = list(p.weights.values())
+    assert T * B * 64 * 64 > native.SHORT
+    whole, _ = forward("native", p, p.x, p.hx, weights)
+    for steps, rows in {(2, B), (40, B), (T, min(B, 2)), (T, min(B, 3)), (T, min(B, 40))}:
+        part, _ = forward("native", p, p.x[:steps, :rows], p.hx[:, :rows], weights)
+        assert torch.equal(part, whole[:steps, :rows]), (steps, rows)
+
+
 def transposed(t: Tensor) -> Tensor:
     """The same numbers, no two of a row side by side."""
     return t.transpose(0, -1).contiguous().transpose(0, -1)
@@ -438,27 +451,52 @@ def test_sanitizers_find_what_is_wrong(tmp_path, right, wrong, found):
 # What is not in memory as C expects it
 
 
-def _freed(t):
-    t = t.clone()
-    t.untyped_storage().resize_(0)  # as FSDP does to parameters
+def _freed(t, offset):
+    t = torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape)
+    t.untyped_storage().resize_(0)  # as FSDP does to parameters, of which a storage holds several
     return t
 
 
+@pytest.mark.parametrize("offset", [0, 8])
 @pytest.mark.parametrize("T", [1, 3], ids=["one step", "a sequence"])
 @pytest.mark.parametrize("which", range(6))
-def test_a_tensor_without_memory(T, which):
-    """An error, or the numbers that it stands for: C would read at address zero."""
+def test_a_tensor_without_memory(T, which, offset):
+    """An error, or the numbers that it stands for: C would read at address zero, or a little above."""
     p = make(T, 3, 4, 6)
     tensors = [p.x, p.hx, *p.weights.values()]
     expected, _ = elman.elman(*tensors[:2], tensors[2:], backend="native")
     zeros = [*tensors[:which], torch.zeros_like(tensors[which]), *tensors[which + 1 :]]
-    stands = [*tensors[:which], torch._efficientzerotensor(tensors[which].shape), *tensors[which + 1 :]]
+    nothing = torch._efficientzerotensor(offset + tensors[which].numel())[offset:]
+    stands = [*tensors[:which], nothing.view(tensors[which].shape), *tensors[which + 1 :]]
     right, _ = elman.elman(*zeros[:2], zeros[2:], backend="native")
     assert not torch.equal(right, expected)
     assert torch.equal(elman.elman(*stands[:2], stands[2:], backend="native")[0], right)
-    freed = [*tensors[:which], _freed(tensors[which]), *tensors[which + 1 :]]
+    freed = [*tensors[:which], _freed(tensors[which], offset), *tensors[which + 1 :]]
     with pytest.raises(RuntimeError, match=r"no memory|storage"):
         elman.elman(*freed[:2], freed[2:], backend="native")
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_saved_tensor_without_memory(T, offset):
+    layer, x = elman.Elman(4, 6, backend="native"), torch.randn(T, 3, 4)
+
+    def unpack(t: Tensor) -> Tensor:
+        return _freed(t, offset) if t.shape == x.shape else t
+
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, unpack):
+        output, _ = layer(x)
+    with pytest.raises(RuntimeError, match=r"no memory|storage|not allocated"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_memory_at_low_addresses(bias, monkeypatch):
+    """Where a program and its heap lie there, a tensor that has memory is no freed one."""
+    p = make(1, 3, 4, 6, bias=bias)
+    expected = run("native", p)
+    monkeypatch.setattr(native, "LOW", 2**64)
+    assert_same_bits(run("native", p), expected)
 
 
 def _by_column(t):
@@ -474,6 +512,29 @@ def test_saved_tensors_that_were_kept_elsewhere(keep, T):
         check(run("native", p), truth, tolerance(torch.float32))
 
 
+@pytest.mark.parametrize("T", [None, 1, 3], ids=["cell", "one step", "sequence"])
+@pytest.mark.parametrize("which", range(5))
+def test_saved_tensors_of_other_shapes(which, T):
+    """A hook may give back a part by mistake: an error as of nn.RNN's, where C would read past it."""
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> int:
+        saved.append(t.detach())
+        return len(saved) - 1
+
+    def unpack(n: int) -> Tensor:
+        return saved[n][..., :2, :2].contiguous() if n == which else saved[n]
+
+    layer = (elman.ElmanCell if T is None else elman.Elman)(64, 64, backend="native")
+    x, h = torch.randn(*([] if T is None else [T]), 4, 64), torch.randn(*([] if T is None else [1]), 4, 64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, unpack):
+        output = layer(x.requires_grad_(), h.requires_grad_())
+    output = output if T is None else output[0]
+    with pytest.raises(RuntimeError):
+        output.backward(torch.ones_like(output))
+    assert len(saved) == 5
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -485,6 +546,9 @@ def test_saved_tensors_that_were_kept_elsewhere(keep, T):
         {"sizes": [2, 3, 4]},
         {"sizes": [4, 3, 2, 0]},
         {"resets": (5,)},
+        {"device": "meta"},
+        {"x": (9, 1, 4)},
+        {"h0": (3, 4, 6), "w_ih": (3, 6, 4), "w_hh": (3, 6, 6), "bias": (3, 6)},
     ],
     ids=str,
 )
@@ -492,15 +556,91 @@ def test_an_operator_s_arguments_are_checked(wrong):
     """A graph's come from anywhere, and are checked nowhere else."""
     right = {"x": (9, 4), "h0": (1, 4, 6), "w_ih": (1, 6, 4), "w_hh": (1, 6, 6), "bias": (1, 6)}
 
-    def call(sizes, resets, **shapes):
+    def arguments(sizes, resets, device="cpu", **shapes):
         tensors = [torch.randn(shapes[name]) for name in right]
-        mask = torch.zeros(resets, dtype=torch.bool)
-        return torch.ops.elman.layer(*tensors, torch.tensor(sizes), mask, "tanh", "native", "ieee")
+        mask = torch.zeros(resets, dtype=torch.bool, device=device)
+        return *tensors, torch.tensor(sizes), mask, "tanh"
 
     packed = {"sizes": [4, 3, 2], "resets": (9,), **right}
-    assert call(**packed)[0].shape == (9, 6)
+    assert torch.ops.elman.layer(*arguments(**packed), "native", "ieee")[0].shape == (9, 6)
     with pytest.raises(RuntimeError, match="expected"):
-        call(**{**packed, **wrong})
+        torch.ops.elman.layer(*arguments(**{**packed, **wrong}), "native", "ieee")
+    with pytest.raises(RuntimeError, match="expected"):
+        native.forward(*arguments(**{**packed, **wrong}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"output": (3, 4, 5)}, {"output": (3, 1, 6)}, {"g_out": (3, 4, 5)}, {"g_hn": (1, 1, 6)}],
+    ids=str,
+)
+def test_the_backward_scan_s_arguments_are_checked(wrong):
+    right = {"g_out": (3, 4, 6), "g_hn": (1, 4, 6), "output": (3, 4, 6), "w_hh": (1, 6, 6)}
+
+    def call(**shapes):
+        tensors = [torch.randn(shapes[name]) for name in right]
+        return torch.ops.elman.layer_dz(*tensors, None, None, "tanh", "native", "ieee")
+
+    assert call(**right).shape == (3, 4, 6)
+    with pytest.raises(RuntimeError, match="expected"):
+        call(**{**right, **wrong})
+
+
+PRODUCTS = {
+    "dz": (3, 4, 6),
+    "x": (3, 4, 5),
+    "h0": (1, 4, 6),
+    "w_ih": (1, 6, 5),
+    "w_hh": (1, 6, 6),
+    "output": (3, 4, 6),
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dz": (3, 1, 6)},
+        {"dz": (3, 4, 3)},
+        {"x": (3, 4, 6)},
+        {"x": (2, 4, 5)},
+        {"h0": (1, 1, 6)},
+        {"w_ih": (1, 6, 8)},
+        {"w_hh": (1, 2, 2)},
+        {"output": (1, 4, 6)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_products_arguments_are_checked(backend, wrong):
+    def call(**shapes):
+        tensors = [torch.randn(shape) for shape in shapes.values()]
+        with torch.no_grad():
+            return torch.ops.elman.layer_products(*tensors, None, None, [True] * 5, backend)
+
+    assert [t.shape for t in call(**PRODUCTS)[:4]] == [PRODUCTS[n] for n in ("x", "h0", "w_ih", "w_hh")]
+    with pytest.raises(RuntimeError):
+        call(**{**PRODUCTS, **wrong})
+
+
+@pytest.mark.parametrize("which", PRODUCTS)
+@pytest.mark.parametrize("layout", [transposed, apart, negated])
+def test_the_products_do_not_depend_on_the_layout(layout, which):
+    tensors = {name: torch.randn(1, *shape[1:]) for name, shape in PRODUCTS.items()}
+    other = {**tensors, which: layout(tensors[which])}
+    with torch.no_grad():
+        expected, found = (
+            torch.ops.elman.layer_products(*given.values(), None, None, [True] * 5, "native")
+            for given in (tensors, other)
+        )
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+@pytest.mark.parametrize("T", [1, 3])
+def test_resets_without_memory(T, offset):
+    layer, x = elman.Elman(4, 6, backend="native"), torch.randn(T, 2, 4)
+    with pytest.raises(RuntimeError, match=r"no memory|storage"):
+        layer(x, resets=_freed(torch.ones(T, 2, dtype=torch.bool), offset))
 
 
 def test_an_operator_s_dtypes_are_checked():

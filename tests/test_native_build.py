@@ -521,6 +521,15 @@ def test_no_source(monkeypatch, tmp_path):
     assert_sentence("native.c is not there", "install the package again")
 
 
+def test_an_openmp_library_whose_file_is_gone(monkeypatch, tmp_path):
+    """An update of torch took it while the process runs: threads are the kernel's own."""
+    (tmp_path / "maps").write_text("7f00-7f01 r-xp 00000000 08:01 5    /nowhere/libgomp.so.1 (deleted)\n")
+    (tmp_path / "stat").write_text("1 (python) R 1 1 1 0 -1 4194304 0\n")
+    monkeypatch.setattr(compiled, "_PROCESS", tmp_path)
+    assert call().isfinite().all()
+    assert compiled._openmp() == (None, None)
+
+
 def test_the_commands_without_a_compiler():
     environment = {**os.environ, "CC": "/nowhere/cc"}
     environment.pop("ELMAN_BACKEND", None)

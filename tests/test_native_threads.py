@@ -19,7 +19,7 @@ import elman
 from elman import compiled, native
 from tests.helpers import make, run
 from tests.test_native import assert_same_bits
-from tests.test_native_build import python
+from tests.test_native_build import printed, python
 
 ROOT = Path(__file__).parents[1]
 TASKS = Path("/proc/self/task")
@@ -244,6 +244,29 @@ leave.set()
 thread.join()
 print("parent", torch.equal(gradient(), expected))
 """
+
+
+FORKED_FIRST = """
+import os, signal, warnings
+warnings.simplefilter("ignore")
+import torch
+
+torch.set_num_threads(2)
+torch.randn(1_000_000).tanh()  # now torch's OpenMP has a thread, which the child has not
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    from elman import Elman, native
+    native.plan = lambda *_: native.Plan(2, 1, 1)
+    Elman(3, 40, backend="native").requires_grad_(False)(torch.randn(50, 9, 3))
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_that_is_the_first_to_import():
+    assert printed(python(FORKED_FIRST)) == "0\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
