@@ -106,7 +106,7 @@ def _unlock() -> None:
     _lock = threading.Lock()
     _children.add(os.getpid())
     for use_team in _teams:
-        use_team(None, None)
+        use_team(None, None, None)
 
 
 if hasattr(os, "register_at_fork"):
@@ -194,18 +194,18 @@ def _load(double: bool, source: Path) -> ctypes.CDLL:
 _teams: list[Callable[..., Any]] = []
 
 
-def _openmp() -> tuple[ctypes.c_void_p | None, ctypes.c_void_p | None]:
-    """GOMP_parallel and omp_get_thread_num of the OpenMP library that torch has loaded, or None twice."""
+def _openmp() -> list[ctypes.c_void_p | None]:
+    """The functions of the OpenMP library that torch has loaded which `use_team` takes, or None thrice."""
     maps = _PROCESS / "maps"
     if not maps.exists() or _is_forked():
-        return None, None
+        return [None, None, None]
     paths = {line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines()}
     loaded = sorted(path for path in paths if "libgomp" in os.path.basename(path))
     if len(loaded) != 1 or not os.path.exists(loaded[0]):  # an update may have taken the file away
-        return None, None
+        return [None, None, None]
     library = ctypes.CDLL(loaded[0])
-    parallel, number = library.GOMP_parallel, library.omp_get_thread_num
-    return ctypes.cast(parallel, ctypes.c_void_p), ctypes.cast(number, ctypes.c_void_p)
+    functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_max_threads
+    return [ctypes.cast(function, ctypes.c_void_p) for function in functions]
 
 
 #: Processes that were forked after this file was imported.
