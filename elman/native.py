@@ -201,7 +201,7 @@ def backward(
     nonlinearity: str,
 ) -> Tensor:
     """As `eager.backward`."""
-    check(output, sizes, resets, g_out=g_out, g_hn=g_hn, w_hh=w_hh)
+    check(output, sizes, resets, g_out=g_out, g_hn=g_hn, output=output, w_hh=w_hh)
     compute = COMPUTE.get(output.dtype, output.dtype)
     output, w_hh = output.to(compute), w_hh.to(compute)
     g_out, g_hn = (None if g is None else g.to(compute) for g in (g_out, g_hn))
@@ -219,6 +219,11 @@ def check(sequence: Tensor, sizes: Tensor | None, resets: Tensor | None, **tenso
     assert w_hh is not None
     D, H, _ = w_hh.shape
     rows = tuple(sequence.shape[:-1])
+    if D not in (1, 2) or len(rows) != 1 + (sizes is None):
+        raise RuntimeError(
+            f"{D} directions came with a sequence of {sequence.dim()} dimensions; expected 1 or 2, with 3 "
+            "dimensions or, where it is packed, 2"
+        )
     B = rows[1] if sizes is None else int(sizes[0]) if sizes.numel() else 0
     expected = {
         "h0": (D, B, H),
@@ -226,16 +231,17 @@ def check(sequence: Tensor, sizes: Tensor | None, resets: Tensor | None, **tenso
         "w_ih": (D, H, sequence.shape[-1]),
         "w_hh": (D, H, H),
         "bias": (D, H),
-        "g_out": (*rows, D * H),
+        **dict.fromkeys(("g_out", "output", "dz"), (*rows, D * H)),
     }
     for name, t in tensors.items():
         if t is not None and (t.shape != expected[name] or t.device.type != "cpu"):
             raise RuntimeError(f"{name} is {t.device}, {tuple(t.shape)}; expected cpu, {expected[name]}")
         if t is not None and t.dtype != sequence.dtype and not name.startswith("g_"):
             raise RuntimeError(f"{name} is {t.dtype} beside {sequence.dtype}; expected one dtype")
-    if resets is not None and (resets.shape != rows or resets.dtype != torch.bool):
+    if resets is not None and (resets.shape != rows or resets.dtype != torch.bool or not resets.is_cpu):
         raise RuntimeError(
-            f"resets is {resets.dtype} of {tuple(resets.shape)}; expected torch.bool of {rows}"
+            f"resets is {resets.device}, {resets.dtype} of {tuple(resets.shape)}; expected cpu, torch.bool "
+            f"of {rows}"
         )
     if sizes is None:
         return
@@ -300,6 +306,7 @@ def _scan(
     if not (T and B and H):
         return
     given, h, start = (None if t is None else _readable(t) for t in (given, h, start))
+    resets = None if resets is None else _in_memory(resets)
     w_hh = [_in_memory(w) for w in w_hh]
     if D == 2 and w_hh[0].stride() != w_hh[1].stride():
         w_hh = [w.contiguous() for w in w_hh]
@@ -335,6 +342,11 @@ def _readable(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def _has_memory(t: Tensor) -> bool:
+    """Not so where it was freed, or is all zeros: its address is then how far it lies within its storage."""
+    return t.data_ptr() != t.storage_offset() * t.element_size()
+
+
 def _in_memory(t: Tensor) -> Tensor:
     """With its numbers in memory, as they are."""
     if t.is_neg():
@@ -342,11 +354,6 @@ def _in_memory(t: Tensor) -> Tensor:
     if t.numel() and not _has_memory(t):
         if not t._is_zerotensor():
             raise RuntimeError(
-def _has_memory(t: Tensor) -> bool:
-    """Not so where it was freed, or is all zeros: its address is then how far it lies within its storage."""
-    return t.data_ptr() != t.storage_offset() * t.element_size()
-
-
                 f"a tensor of shape {tuple(t.shape)} has no memory; expected numbers: its storage was freed, "
                 "or it stands for another tensor"
             )
@@ -394,6 +401,7 @@ def gradients(
     dz: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """As `ops._layer_products` where all rows have T steps: the gradients of x, h0, w_ih, w_hh and bias."""
+    check(x, None, None, dz=dz, h0=h0, w_ih=w_ih, w_hh=w_hh, output=output)
     (D, H, I), (T, B, _) = w_ih.shape, dz.shape
     dz, output, h0 = _readable(dz), _readable(output), _readable(h0)
     N, transpose = T * B, compiled.library(dz.dtype == torch.float64).transpose
@@ -416,7 +424,7 @@ def gradients(
         if dw_ih is None and dw_hh is None and db is None:
             continue
         sums = 0 if db is None else db[d].data_ptr()
-        transpose(*map(ctypes.c_int64, (g.data_ptr(), D * H, N, H, by_column.data_ptr(), sums)))
+        transpose(*map(ctypes.c_int64, (g.data_ptr(), g.stride(0), N, H, by_column.data_ptr(), sums)))
         if dw_ih is not None:
             product(by_column, rows.t(), dw_ih[d])
         if dw_hh is not None:

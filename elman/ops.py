@@ -709,6 +709,16 @@ class _Dz(_Form):
     backward = staticmethod(_vjp_of(_differentiable_dz))
 
 
+def _expect_one_device(first: Tensor, *others: Tensor | None) -> None:
+    """For fake implementations, which torch calls where one tensor is "meta": they write no numbers."""
+    for t in others:
+        if t is not None and t.device != first.device:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(t.shape)} is on {t.device} beside one on {first.device}; expected "
+                "one device: move it with .to()"
+            )
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library("elman", "DEF")
     rest = "Tensor? counts, Tensor? resets, str nonlinearity, str kernel, str precision"
@@ -726,17 +736,20 @@ def _register() -> torch.library.Library:
 
     @torch.library.register_fake("elman::layer", lib=library)
     def _(x, h0, w_ih, w_hh, bias, counts, resets, nonlinearity, kernel, precision):
+        _expect_one_device(x, h0, w_ih, w_hh, bias, resets)
         _tell_counters()  # a graph is made, which a counter may see later: this file isn't asked then
         D, H, _ = w_hh.shape
         return x.new_empty(*x.shape[:-1], D * H), x.new_empty(h0.shape)
 
     @torch.library.register_fake("elman::layer_dz", lib=library)
     def _(g_out, g_hn, output, w_hh, counts, resets, nonlinearity, kernel, precision):
+        _expect_one_device(output, g_out, g_hn, w_hh, resets)
         compute = reference.COMPUTE.get(output.dtype, output.dtype) if kernel in LOOPS else output.dtype
         return output.new_empty(output.shape, dtype=compute)
 
     @torch.library.register_fake("elman::layer_products", lib=library)
     def _(dz, x, h0, w_ih, w_hh, output, counts, resets, needs, kernel="eager"):
+        _expect_one_device(x, dz, h0, w_ih, w_hh, output, resets)
         shapes = (x.shape, h0.shape, w_ih.shape, w_hh.shape, w_hh.shape[:2])
         return tuple(
             x.new_empty(shape) if needed else dz.new_empty(0)

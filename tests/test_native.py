@@ -546,6 +546,9 @@ def test_saved_tensors_of_other_shapes(which, T):
         {"sizes": [2, 3, 4]},
         {"sizes": [4, 3, 2, 0]},
         {"resets": (5,)},
+        {"device": "meta"},
+        {"x": (9, 1, 4), "resets": (9, 1)},
+        {"h0": (3, 4, 6), "w_ih": (3, 6, 4), "w_hh": (3, 6, 6), "bias": (3, 6)},
     ],
     ids=str,
 )
@@ -553,15 +556,91 @@ def test_an_operator_s_arguments_are_checked(wrong):
     """A graph's come from anywhere, and are checked nowhere else."""
     right = {"x": (9, 4), "h0": (1, 4, 6), "w_ih": (1, 6, 4), "w_hh": (1, 6, 6), "bias": (1, 6)}
 
-    def call(sizes, resets, **shapes):
+    def arguments(sizes, resets, device="cpu", **shapes):
         tensors = [torch.randn(shapes[name]) for name in right]
-        mask = torch.zeros(resets, dtype=torch.bool)
-        return torch.ops.elman.layer(*tensors, torch.tensor(sizes), mask, "tanh", "native", "ieee")
+        mask = torch.zeros(resets, dtype=torch.bool, device=device)
+        return *tensors, torch.tensor(sizes), mask, "tanh"
 
     packed = {"sizes": [4, 3, 2], "resets": (9,), **right}
-    assert call(**packed)[0].shape == (9, 6)
+    assert torch.ops.elman.layer(*arguments(**packed), "native", "ieee")[0].shape == (9, 6)
     with pytest.raises(RuntimeError, match="expected"):
-        call(**{**packed, **wrong})
+        torch.ops.elman.layer(*arguments(**{**packed, **wrong}), "native", "ieee")
+    with pytest.raises(RuntimeError, match="expected"):
+        native.forward(*arguments(**{**packed, **wrong}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"output": (3, 4, 5)}, {"output": (3, 1, 6)}, {"g_out": (3, 4, 5)}, {"g_hn": (1, 1, 6)}],
+    ids=str,
+)
+def test_the_backward_scan_s_arguments_are_checked(wrong):
+    right = {"g_out": (3, 4, 6), "g_hn": (1, 4, 6), "output": (3, 4, 6), "w_hh": (1, 6, 6)}
+
+    def call(**shapes):
+        tensors = [torch.randn(shapes[name]) for name in right]
+        return torch.ops.elman.layer_dz(*tensors, None, None, "tanh", "native", "ieee")
+
+    assert call(**right).shape == (3, 4, 6)
+    with pytest.raises(RuntimeError, match="expected"):
+        call(**{**right, **wrong})
+
+
+PRODUCTS = {
+    "dz": (3, 4, 6),
+    "x": (3, 4, 5),
+    "h0": (1, 4, 6),
+    "w_ih": (1, 6, 5),
+    "w_hh": (1, 6, 6),
+    "output": (3, 4, 6),
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dz": (3, 1, 6)},
+        {"dz": (3, 4, 3)},
+        {"x": (3, 4, 6)},
+        {"x": (2, 4, 5)},
+        {"h0": (1, 1, 6)},
+        {"w_ih": (1, 6, 8)},
+        {"w_hh": (1, 2, 2)},
+        {"output": (1, 4, 6)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_products_arguments_are_checked(backend, wrong):
+    def call(**shapes):
+        tensors = [torch.randn(shape) for shape in shapes.values()]
+        with torch.no_grad():
+            return torch.ops.elman.layer_products(*tensors, None, None, [True] * 5, backend)
+
+    assert [t.shape for t in call(**PRODUCTS)[:4]] == [PRODUCTS[n] for n in ("x", "h0", "w_ih", "w_hh")]
+    with pytest.raises(RuntimeError):
+        call(**{**PRODUCTS, **wrong})
+
+
+@pytest.mark.parametrize("which", PRODUCTS)
+@pytest.mark.parametrize("layout", [transposed, apart, negated])
+def test_the_products_do_not_depend_on_the_layout(layout, which):
+    tensors = {name: torch.randn(1, *shape[1:]) for name, shape in PRODUCTS.items()}
+    other = {**tensors, which: layout(tensors[which])}
+    with torch.no_grad():
+        expected, found = (
+            torch.ops.elman.layer_products(*given.values(), None, None, [True] * 5, "native")
+            for given in (tensors, other)
+        )
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+@pytest.mark.parametrize("T", [1, 3])
+def test_resets_without_memory(T, offset):
+    layer, x = elman.Elman(4, 6, backend="native"), torch.randn(T, 2, 4)
+    with pytest.raises(RuntimeError, match=r"no memory|storage"):
+        layer(x, resets=_freed(torch.ones(T, 2, dtype=torch.bool), offset))
 
 
 def test_an_operator_s_dtypes_are_checked():
