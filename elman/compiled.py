@@ -23,7 +23,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -259,22 +259,43 @@ def _version(*cc: str) -> str:
 
 def _run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """What the compiler said; however this ends, all that the compiler started, as gcc does cc1, ends too."""
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, **variables},
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=PATIENCE)
-        finally:
+    process = None
+    try:
+        with _uninterrupted():
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env={**os.environ, **variables},
+                start_new_session=True,
+            )
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        if process is not None:
             with contextlib.suppress(ProcessLookupError):  # nothing of its group is left, as it should be
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with process:  # waits, and closes the pipes
+                pass
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block ends: a process that begins would else go on, and nobody know of it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield  # such a thread is not interrupted, or the handler isn't Python's
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:

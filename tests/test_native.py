@@ -547,7 +547,7 @@ def test_saved_tensors_of_other_shapes(which, T):
         {"sizes": [4, 3, 2, 0]},
         {"resets": (5,)},
         {"device": "meta"},
-        {"x": (9, 1, 4)},
+        {"x": (9, 1, 4), "resets": (9, 1)},
         {"h0": (3, 4, 6), "w_ih": (3, 6, 4), "w_hh": (3, 6, 6), "bias": (3, 6)},
     ],
     ids=str,

@@ -527,7 +527,7 @@ def test_an_openmp_library_whose_file_is_gone(monkeypatch, tmp_path):
     (tmp_path / "stat").write_text("1 (python) R 1 1 1 0 -1 4194304 0\n")
     monkeypatch.setattr(compiled, "_PROCESS", tmp_path)
     assert call().isfinite().all()
-    assert compiled._openmp() == (None, None)
+    assert compiled._openmp() == [None, None, None]
 
 
 def test_the_commands_without_a_compiler():
