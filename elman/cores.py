@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .reference import COMPUTE
-
-#: Multiply-adds up to which a product is C's, on one core: torch's threads would cost more than they bring.
+#: Multiply-adds up to which one step of two directions is C's, on one core.
 SHORT = 2**20
 #: Up to how many a step is one core's: more are worth the moment that another one takes to begin.
 SHARED = 2**18
@@ -80,7 +78,7 @@ def explain(
 ) -> tuple[dict[str, int], str]:
     """How a forward pass is shared out, and why, in words; plain: it has no lengths and no resets."""
     if T == 1 and plain:
-        is_whole = D == 1 and dtype not in COMPUTE  # for `native.Step`
+        is_whole = D == 1  # for `native.Step`
         work, most = D * B * H * (I + H), SHARED if is_whole else SHORT
         text = f"one step is no scan: its {work} multiply-adds are on"
         if work <= most:

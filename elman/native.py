@@ -1,12 +1,11 @@
 """The backend native: a layer on a CPU by kernels/native.c, with eager's arguments and results.
 
-The scans are C, and so are short products; long ones are torch's, see products.py. Nothing here sets torch's
-number of threads: a scan has threads of its own, at most as many as torch has, and one where that is best.
+Scans are C, and so are single steps with their gradients; a sequence's products are torch's, see products.py.
+Nothing here sets torch's number of threads: a scan takes at most as many, and one where that is best.
 """
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Sequence
 
@@ -14,22 +13,20 @@ import torch
 from torch import Tensor
 
 from . import compiled, products
-from .cores import LARGEST, NARROWEST, SHARED, SHORT, Plan, plan
+from .cores import SHARED, SHORT, plan
 from .reference import COMPUTE, join
 
 # The structs of the C source, all fields of 8 bytes: scan, affine in two parts, affine_backward.
-_SCAN, _BACKWARD = struct.Struct("35q"), struct.Struct("26q")
+_SCAN, _BACKWARD = struct.Struct("33q"), struct.Struct("26q")
 _CONSTANT, _POINTERS = struct.Struct("11q"), struct.Struct("9q")
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
-_ACTS = {"tanh": 0, "relu": 1, "none": 2}
+_ACTS = {"tanh": 0, "relu": 1}
 #: Nanoseconds of one call into C; Python sees Ctrl-C after it.
 PER_CALL = 4e8
 #: No tensor lies below, as a rule, and no storage is as long: what does is asked whether it has memory.
 LOW = 2**36
-#: Rows up to which a step's gradients are the memory's work, not the multiplier's.
-FEW = 4
-#: Multiply-adds up to which a product longer than SHORT stays on one core, and up to which it is C's at all.
-ALONE, LONG = 2**22, 2**27
+#: Multiply-adds of a step up to which its gradients are C's too.
+LONG = 2**27
 
 
 def forward(
@@ -78,30 +75,21 @@ def _forward(
     dtype, D, (H, I) = x.dtype, len(w_hh), w_ih[0].shape
     rounding, compute = _ROUNDING.get(dtype, 0), COMPUTE.get(dtype, dtype)
     one_step = sizes is None and resets is None and len(x) == 1
-    rows = x.shape[0] if sizes is not None else x.shape[0] * x.shape[1]
-    work = rows * D * H * (I + H if one_step else I)
+    work = D * h0.shape[1] * H * (I + H)
     if compute != dtype and not (one_step and work <= SHORT):
         x, h0 = x.to(compute), h0.to(compute)
         w_ih, w_hh = [w.to(compute) for w in w_ih], [w.to(compute) for w in w_hh]
         b_ih, b_hh = (None if some is None else [b.to(compute) for b in some] for some in (b_ih, b_hh))
-    if work > SHORT:
-        if b_ih is not None and b_hh is not None:
-            b_ih = [b + b_too for b, b_too in zip(b_ih, b_hh, strict=True)]
-        if work > LONG:
-            output = products.project(x, join(w_ih), None if b_ih is None else join(b_ih))
-        else:
-            output = x.new_empty(*x.shape[:-1], D * H)
-            flat, out = x.reshape(rows, I), output.view(rows, D * H)
-            for d in range(D):
-                product(flat, w_ih[d], out[:, d * H : (d + 1) * H], None if b_ih is None else b_ih[d])
-    else:
+    if one_step and work <= SHORT:
         output = x.new_empty(*x.shape[:-1], D * H)
-        h = _readable(h0) if one_step else None
-        # For one step this is all that is to do.
-        act, stored = (nonlinearity, rounding) if one_step else ("none", 0)
-        _affine(_readable(x.reshape(rows, I)), h, w_ih, w_hh, b_ih, b_hh, output, act, stored)
-        if one_step:
-            return output
+        _step(x[0], _readable(h0), w_ih, w_hh, b_ih, b_hh, output, nonlinearity, rounding)
+        return output
+    # torch itself reads what was freed, and crashes.
+    x, w_ih = _in_memory(x), [_in_memory(w) for w in w_ih]
+    b_ih, b_hh = (None if some is None else [_in_memory(b) for b in some] for some in (b_ih, b_hh))
+    if b_ih is not None and b_hh is not None:
+        b_ih = [b + b_too for b, b_too in zip(b_ih, b_hh, strict=True)]
+    output = products.project(x, join(w_ih), None if b_ih is None else join(b_ih))
     _scan(False, nonlinearity, rounding, output, None, output, h0, w_hh, sizes, resets)
     return output.to(dtype)
 
@@ -257,31 +245,28 @@ def check(sequence: Tensor, sizes: Tensor | None, resets: Tensor | None, **tenso
         )
 
 
-def _affine(
+def _step(
     x: Tensor,
-    h: Tensor | None,
+    h: Tensor,
     w_ih: Sequence[Tensor],
     w_hh: Sequence[Tensor],
     b_ih: Sequence[Tensor] | None,
     b_hh: Sequence[Tensor] | None,
     out: Tensor,
-    act: str,
+    nonlinearity: str,
     rounding: int,
 ) -> None:
-    """out (..., D * H) = act(x w_ih^T + h w_hh^T + b_ih + b_hh) for x (N, I) and h (D, N, H), or None."""
-    (N, I), (H, _), size = x.shape, w_ih[0].shape, out.element_size()
+    """out (1, B, D * H) = act(x w_ih^T + h w_hh^T + b_ih + b_hh) for x (B, I) and h (D, B, H)."""
+    x, (B, I), H, size = _readable(x), x.shape, h.shape[2], out.element_size()
     function = compiled.library(out.dtype == torch.float64).affine
     for d in range(len(w_ih)):
-        w = _readable(w_ih[d])
-        second: tuple[int, ...] = (0, 0, 0, 0, 0)
-        if h is not None:
-            w2 = _readable(w_hh[d])
-            second = (H, h.data_ptr() + d * h.stride(0) * size, h.stride(1), w2.data_ptr(), w2.stride(0))
+        w, w_too = _readable(w_ih[d]), _readable(w_hh[d])
         biases = [None if some is None else _readable(some[d]) for some in (b_ih, b_hh)]
-        constant = (_ACTS[act], rounding, N, H, I, second[0], x.stride(0), second[2], w.stride(0), second[4])
-        pointers = [x.data_ptr(), second[1], w.data_ptr(), second[3], *_pointers(*biases)]
-        pointers += [out.data_ptr() + d * H * size, 1, 0]
-        if function(_CONSTANT.pack(*constant, len(w_ih) * H) + _POINTERS.pack(*pointers)):
+        strides = x.stride(0), h.stride(1), w.stride(0), w_too.stride(0), len(w_ih) * H
+        pointers = [x.data_ptr(), h.data_ptr() + d * h.stride(0) * size, w.data_ptr(), w_too.data_ptr()]
+        pointers += [*_pointers(*biases), out.data_ptr() + d * H * size, 1, 0]
+        constant = _CONSTANT.pack(_ACTS[nonlinearity], rounding, B, H, I, H, *strides)
+        if function(constant + _POINTERS.pack(*pointers)):
             raise MemoryError(f"no memory for a copy of {I} x {H} weights; free some, or use 'eager'")
 
 
@@ -315,7 +300,7 @@ def _scan(
     if D == 2 and w_hh[0].stride() != w_hh[1].stride():
         w_hh = [w.contiguous() for w in w_hh]
     starts = (0, 0, 0) if start is None else (start.data_ptr(), *start.stride()[:2])
-    weights = 0, w_hh[0].data_ptr(), w_hh[-1].data_ptr(), *w_hh[0].stride()
+    weights = w_hh[0].data_ptr(), w_hh[-1].data_ptr(), *w_hh[0].stride()
     shared = plan(B, H, T, D, out.element_size())
     tensors = (
         *rows_of_steps,
@@ -327,7 +312,7 @@ def _scan(
     function = compiled.library(out.dtype == torch.float64).scan
     for begin in range(0, T, per_call):
         end = min(begin + per_call, T)
-        numbers = (backward, _ACTS[nonlinearity], rounding, D, T, B, H, H, begin, end)
+        numbers = (backward, _ACTS[nonlinearity], rounding, D, T, B, H, begin, end)
         if function(_SCAN.pack(*numbers, *shared, *tensors)):
             raise MemoryError(
                 f"no memory for a scan's copy of W_hh, {D} x {H} x {H}; free some, or use 'eager'"
@@ -371,68 +356,3 @@ def _rows(t: Tensor | None, sizes: Tensor | None) -> tuple[int, ...]:
         return 0, 0, 0
     strides = t.stride()
     return (t.data_ptr(), 0, strides[0]) if sizes is not None else (t.data_ptr(), *strides[:2])
-
-
-def product(
-    a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, added_to: Tensor | None = None
-) -> Tensor:
-    """out (N, H) = a w^T + bias or + added_to, which may be out; a (N, K), w (H, K) of any strides."""
-    (N, K), H = a.shape, w.shape[0]
-    a, w, bias = _readable(a), _in_memory(w), None if bias is None else _readable(bias)
-    if not (N and H):
-        return out
-    most = torch.get_num_threads() if N * K * H > ALONE else 1
-    blocks = -(-N // LARGEST)
-    groups = 1 if blocks >= most else min(most, -(-H // NARROWEST))
-    shared = Plan(most, min(N, LARGEST), groups)
-    numbers = (False, _ACTS["none"], 0, 1, 1, N, H, K, 0, 1, *shared, 0, 0, 0, 0, 0)
-    given = (0, 0, 0) if added_to is None else (added_to.data_ptr(), 0, added_to.stride(0))
-    places = (*given, 0, 0, 0, out.data_ptr(), 0, out.stride(0), a.data_ptr(), 0, a.stride(0))
-    weights = (0 if bias is None else bias.data_ptr(), w.data_ptr(), w.data_ptr(), *w.stride())
-    if compiled.library(out.dtype == torch.float64).scan(_SCAN.pack(*numbers, *places, *weights)):
-        raise MemoryError(f"no memory for a product's copy of {H} x {K} weights; free some, or use 'eager'")
-    return out
-
-
-def takes_gradients(dz: Tensor, *others: Tensor) -> bool:
-    """Whether `gradients` is for these, x first: the products are no longer than C's are to be."""
-    if dz.numel() * (others[0].shape[-1] + 2 * dz.shape[-1]) > 4 * LONG:
-        return False
-    return all(t.is_cpu and t.dtype == dz.dtype for t in others)
-
-
-def gradients(
-    dz: Tensor, x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, output: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """As `ops._layer_products` where all rows have T steps: the gradients of x, h0, w_ih, w_hh and bias."""
-    check(x, None, None, dz=dz, h0=h0, w_ih=w_ih, w_hh=w_hh, output=output)
-    (D, H, I), (T, B, _) = w_ih.shape, dz.shape
-    dz, output, h0 = _readable(dz), _readable(output), _readable(h0)
-    N, transpose = T * B, compiled.library(dz.dtype == torch.float64).transpose
-    flat, rows, states = dz.reshape(N, D * H), x.reshape(N, I), output.reshape(N, D * H)
-    results = [dz.new_empty(t.shape) if n else None for t, n in zip((x, h0, w_ih, w_hh), needs, strict=False)]
-    dx, dh0, dw_ih, dw_hh = results
-    db = dz.new_empty(D, H) if needs[4] else None
-    if dx is not None:
-        product(flat, w_ih.flatten(0, 1).t(), dx.view(N, I))
-    by_column = dz.new_empty(H, N)
-    for d in range(D):
-        columns = slice(d * H, (d + 1) * H)
-        g = flat[:, columns]
-        # The rows that begin with h0, those that another row follows, and those that follow one.
-        begin, before, after = slice(B), slice(N - B), slice(B, N)
-        if d == 1:
-            begin, before, after = slice(N - B, N), after, before
-        if dh0 is not None:
-            product(g[begin], w_hh[d].t(), dh0[d])
-        if dw_ih is None and dw_hh is None and db is None:
-            continue
-        sums = 0 if db is None else db[d].data_ptr()
-        transpose(*map(ctypes.c_int64, (g.data_ptr(), g.stride(0), N, H, by_column.data_ptr(), sums)))
-        if dw_ih is not None:
-            product(by_column, rows.t(), dw_ih[d])
-        if dw_hh is not None:
-            product(by_column[:, begin], h0[d].t(), dw_hh[d])
-            if T > 1:
-                product(by_column[:, after], states[before, columns].t(), dw_hh[d], added_to=dw_hh[d])
-    return dx, dh0, dw_ih, dw_hh, db

@@ -428,12 +428,9 @@ def _gradients(
             # What watches each operation sees ours as one, which it can do whatever is written into what.
             operator = _is_watched() or opaque or torch.is_grad_enabled()
             dz = (torch.ops.elman.layer_dz.default if operator else _layer_dz)(*arguments)
-        # torch's own have derivatives and batching rules, but make a graph's code depend on T.
-        # native's have neither: who watches sees one operator, as of the scan.
-        native_s = kernel in LOOPS and kernel != "eager" and not in_transform and _is_watched()
-        native_s = native_s and not torch.is_grad_enabled()
-        rest = torch.ops.elman.layer_products if opaque or native_s else _layer_products
-        found = rest(dz, x, h0, w_ih, w_hh, output, counts, resets, needs, kernel)
+        # They have derivatives and batching rules of their own, but make a graph's code depend on T.
+        rest = torch.ops.elman.layer_products if opaque else _layer_products
+        found = rest(dz, x, h0, w_ih, w_hh, output, counts, resets, needs)
     return tuple(t if needed else None for t, needed in zip(found, needs, strict=True))
 
 
@@ -552,17 +549,12 @@ def _layer_products(
     counts: Tensor | None,
     resets: Tensor | None,
     needs: list[bool],
-    kernel: str = "eager",
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, h0, w_ih, w_hh and bias that `needs` names, in x's dtype; None for the others.
 
-    From dz (T, B, D * H), or packed: products over the whole sequence. Short ones are native's, if kernel is.
+    From dz (T, B, D * H), or packed: products over the whole sequence.
     """
     dtype, compute = x.dtype, dz.dtype
-    if kernel in LOOPS and counts is None and resets is None and not torch.is_grad_enabled():
-        plain = is_unobserved((dz, x, h0, w_ih, w_hh, output)) and not _stands_for_another(dz)
-        if plain and native.takes_gradients(dz, x, h0, w_ih, w_hh, output) and _loop(kernel, x) is native:
-            return native.gradients(dz, x, h0, w_ih, w_hh, output, needs)
     if dtype == compute and counts is None and resets is None and _sums_well(dz):
         return whole_products(dz, x, h0, w_ih, w_hh, output, needs)
     needs_x, needs_h0, needs_w_ih, needs_w_hh, needs_bias = needs
@@ -728,8 +720,7 @@ def _register() -> torch.library.Library:
     library.define(f"layer_dz(Tensor? g_out, Tensor? g_hn, Tensor output, Tensor w_hh, {rest}) -> Tensor")
     library.define(
         "layer_products(Tensor dz, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor output, "
-        'Tensor? counts, Tensor? resets, bool[] needs, str kernel="eager") -> '
-        "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "Tensor? counts, Tensor? resets, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     for name, function in (("layer", _layer), ("layer_dz", _layer_dz), ("layer_products", _all_products)):
         library.impl(name, function, "CompositeExplicitAutograd")
@@ -748,7 +739,7 @@ def _register() -> torch.library.Library:
         return output.new_empty(output.shape, dtype=compute)
 
     @torch.library.register_fake("elman::layer_products", lib=library)
-    def _(dz, x, h0, w_ih, w_hh, output, counts, resets, needs, kernel="eager"):
+    def _(dz, x, h0, w_ih, w_hh, output, counts, resets, needs):
         _expect_one_device(x, dz, h0, w_ih, w_hh, output, resets)
         shapes = (x.shape, h0.shape, w_ih.shape, w_hh.shape, w_hh.shape[:2])
         return tuple(

@@ -273,7 +273,7 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
 
 /* ---- Few rows, as in a single step: out = act(a_1 w_1^T + a_2 w_2^T + b_1 + b_2), and W is not packed ---- */
 
-enum { TANH, RELU, NOTHING };
+enum { TANH, RELU };
 enum { TILE_ROWS = 3, TILE_COLUMNS = 4, WIDE = 4, STRETCH = 32 * LANES }; /* STRETCH: summands whose sums are vectors */
 
 INLINE real sum_of(vec v) {
@@ -335,7 +335,7 @@ struct affine {
     const real *a[2], *w[2], *bias[2]; /* (N, K), (H, K), (H,) or NULL */
     real *out;
     int64_t threads;
-    int64_t across; /* w[0] is (K, H), rows w_c apart, there is no w[1], and act is NOTHING */
+    int64_t across; /* a product alone: w[0] is (K, H), rows w_c apart; no w[1], bias or act */
 };
 
 /* Columns of a slice, whole panels. */
@@ -361,10 +361,9 @@ enum {
     FEW_ACROSS = 4 /* and where w's rows are what is added up: rows, or summands */
 };
 
-/* Of a sequence the products' bits must not depend on how many rows it has: all are added in the same order. */
 INLINE int is_packed(const struct affine *s) {
     if (s->across) return s->N > FEW_ACROSS && s->K[0] > FEW_ACROSS;
-    return s->N > FEW || s->act == NOTHING;
+    return s->N > FEW;
 }
 
 /* For more rows than a few: each panel of the weights is packed and then used by all of them. */
@@ -392,7 +391,7 @@ static void by_panels(const struct affine *s, real *room) {
                 for (int64_t e = 0; e < width; e += LANES) {
                     vec v = get(totals + r * PANEL + e);
                     if (s->act == RELU) v = pick(v < 0, all(0), v);
-                    if (s->act == TANH) v = tanh_of(v);
+                    else v = tanh_of(v);
                     put_some(s->out + (r0 + r) * s->out_r + n + e, v, width - e);
                 }
         }
@@ -510,7 +509,6 @@ static void of_reals(const struct affine *s, real *room) {
             }
         }
     }
-    if (s->act == NOTHING) return;
     for (int64_t r = 0; r < s->N; r++)
         for (int64_t c = 0; c < s->H; c += LANES) {
             real *p = s->out + r * s->out_r + c;
@@ -553,13 +551,13 @@ static void all_columns(const struct affine *s, real *room) {
     }
 }
 
-/* out (columns, rows) = in (rows, columns)^T, and the sums of in's columns; in's rows lie `pitch` apart. */
-void transpose(const real *in, int64_t pitch, int64_t rows, int64_t columns, real *out, real *sums) {
+/* out (columns, rows) = in (rows, columns)^T, and the sums of in's columns. */
+static void transpose(const real *in, int64_t rows, int64_t columns, real *out, real *sums) {
     for (int64_t c0 = 0; c0 < columns; c0 += 16)
         for (int64_t r0 = 0; r0 < rows; r0 += 16)
             for (int64_t c = c0; c < c0 + 16 && c < columns; c++)
-                for (int64_t r = r0; r < r0 + 16 && r < rows; r++) out[c * rows + r] = in[r * pitch + c];
-    for (int64_t c = 0; sums && c < columns; c++) {
+                for (int64_t r = r0; r < r0 + 16 && r < rows; r++) out[c * rows + r] = in[r * columns + c];
+    for (int64_t c = 0; c < columns; c++) {
         sums[c] = 0;
         for (int64_t r0 = 0; r0 < rows; r0 += STRETCH) { /* short sums, as of a product */
             vec total = {0};
@@ -573,7 +571,7 @@ void transpose(const real *in, int64_t pitch, int64_t rows, int64_t columns, rea
 
 struct scan {
     int64_t backward, act, rounding;
-    int64_t D, T, B, H, K;  /* directions, steps, rows, their columns; what a product sums over: H in a scan */
+    int64_t D, T, B, H;     /* directions, steps, rows, columns */
     int64_t begin, end;     /* which steps to do, counted in the order of the scan */
     int64_t threads;        /* the most that may work, this one among them */
     int64_t rows, groups;   /* a work item: so many rows, and one of so many groups of panels */
@@ -589,8 +587,7 @@ struct scan {
     int64_t out_t, out_b;
     const real *start; /* (D, B, H): h0; or the gradient of h_n or NULL */
     int64_t start_d, start_b;
-    const real *bias; /* (H,), of one step without `in`; or NULL */
-    const real *w[2]; /* for each direction (H, K) */
+    const real *w[2]; /* for each direction (H, H) */
     int64_t w_n, w_k;
 };
 
@@ -650,13 +647,13 @@ static void locate(const struct job *j, int64_t i, int64_t step, struct rows *x)
     x->alone = rows_at(s, t) == 1;
     x->product = 0;
     x->first = group * j->wide, x->last = x->first + j->wide < s->H ? x->first + j->wide : s->H;
-    x->w = j->w + d * j->panels * PANEL * s->K;
+    x->w = j->w + d * j->panels * PANEL * s->H;
     for (int r = 0; r < x->count; r++) {
         int64_t b = b0 + r, column = d * s->H;
         const real *start = s->start ? s->start + d * s->start_d + b * s->start_b : 0;
         int begins = b >= rows_at(s, source); /* no step before this one, in the order of the scan */
         x->out[r] = s->out + place(s, t, b, s->out_t, s->out_b) + column;
-        x->in[r] = s->in ? s->in + place(s, t, b, s->in_t, s->in_b) + column : s->bias;
+        x->in[r] = s->in ? s->in + place(s, t, b, s->in_t, s->in_b) + column : 0;
         x->h[r] = s->backward ? s->h + place(s, t, b, s->h_t, s->h_b) + column : 0;
         x->more[r] = s->backward && begins ? start : 0;
         if (is_reset(s, t > source ? t : source, b) || (s->backward && begins))
@@ -703,12 +700,11 @@ static void compute(const struct job *j, const struct rows *x, real *scratch) {
             for (int r = 0; r < x->count; r++)
                 lay(totals + r * PANEL, x->in[r] ? x->in[r] + n : 0, x->more[r] ? x->more[r] + n : 0, n1 - n);
             if (!x->product) continue;
-            product(x->from, x->count, x->alone, x->w + n * s->K, s->K, totals);
+            product(x->from, x->count, x->alone, x->w + n * s->H, s->H, totals);
             for (int r = 0; r < x->count && s->backward; r++) /* zeros times infinite weights are not zero */
                 if (x->from[r] == j->zeros)
                     lay(totals + r * PANEL, x->in[r] ? x->in[r] + n : 0, x->more[r] ? x->more[r] + n : 0, n1 - n);
         }
-        if (s->act == NOTHING) continue;
         for (int64_t n = n0; n < n1; n += PANEL)
             for (int r = 0; r < x->count; r++)
                 end(s, scratch + (n - x->first) * s->rows + r * PANEL, s->backward ? x->h[r] + n : 0, n1 - n);
@@ -968,19 +964,19 @@ static void run(struct job *j, int64_t work_of_item) {
 /* Steps begin to end of a scan; 0, or 1 where there is no memory for it. */
 int scan(const struct scan *s) {
     int64_t panels = (s->H + PANEL - 1) / PANEL, wide = (panels + s->groups - 1) / s->groups * PANEL;
-    int64_t blocks = (s->B + s->rows - 1) / s->rows, packed = panels * PANEL * s->K;
-    struct job *j = new_job(s->D * blocks * s->groups, s->groups, s->threads, (s->D * packed + s->K) * sizeof(real),
+    int64_t blocks = (s->B + s->rows - 1) / s->rows, packed = panels * PANEL * s->H;
+    struct job *j = new_job(s->D * blocks * s->groups, s->groups, s->threads, (s->D * packed + s->H) * sizeof(real),
                             s->rows * wide * sizeof(real));
     if (!j) return 1;
     j->s = *s, j->steps = s->end - s->begin;
     j->blocks = blocks, j->panels = panels, j->wide = wide;
     j->w = j->room, j->zeros = j->w + s->D * packed;
-    memset(j->zeros, 0, s->K * sizeof(real));
+    memset(j->zeros, 0, s->H * sizeof(real));
     for (int64_t d = 0; d < s->D; d++) {
         int64_t by_k = s->backward ? s->w_n : s->w_k, by_n = s->backward ? s->w_k : s->w_n;
-        pack(s->w[d], by_k, by_n, s->K, s->H, j->w + d * packed);
+        pack(s->w[d], by_k, by_n, s->H, s->H, j->w + d * packed);
     }
-    run(j, s->rows * wide * s->K);
+    run(j, s->rows * wide * s->H);
     return 0;
 }
 
@@ -1046,11 +1042,11 @@ int affine_backward(const struct affine_backward *s) {
             put_some(dz + r * s->H + c, s->act == RELU ? pick(state <= 0, all(0), up) : up * (1 - state * state), s->H - c);
         }
     }
-    if (s->dw[0] || s->dw[1] || s->db[0] || s->db[1]) transpose(dz, s->H, s->N, s->H, by_column, sums);
+    if (s->dw[0] || s->dw[1] || s->db[0] || s->db[1]) transpose(dz, s->N, s->H, by_column, sums);
     struct affine parts[4];
     int count = 0;
     for (int i = 0; i < 2; i++) {
-        struct affine part = {.act = NOTHING, .rounding = s->rounding, .across = 1, .H = s->K[i], .out_r = s->K[i]};
+        struct affine part = {.rounding = s->rounding, .across = 1, .H = s->K[i], .out_r = s->K[i]};
         if (s->da[i]) {
             part.N = s->N, part.K[0] = part.a_r[0] = s->H, part.w_c[0] = s->w_c[i];
             part.a[0] = dz, part.w[0] = s->w[i], part.out = s->da[i];

@@ -85,7 +85,7 @@ static void test(struct shape z, int variant) {
         real *out = get_memory(rows * width * sizeof(real));
         memset(out, 0xff, rows * width * sizeof(real)); /* NaN */
         struct scan s = {
-            .backward = backward, .act = variant & WITH_RELU ? RELU : TANH, .D = z.D, .T = z.T, .B = z.B, .H = z.H, .K = z.H,
+            .backward = backward, .act = variant & WITH_RELU ? RELU : TANH, .D = z.D, .T = z.T, .B = z.B, .H = z.H,
             .end = z.T,
             .threads = PLANS[p].threads, .rows = PLANS[p].rows, .groups = PLANS[p].groups,
             .sizes = variant & PACKED ? sizes : 0, .offsets = variant & PACKED ? offsets : 0,
@@ -146,7 +146,7 @@ static void test_roundings(void) {
         for (int relu = 0; relu < 2; relu++) {
             real *out = get_memory(sizeof special), *start = numbers(H, 0), *w = numbers(H * H, 0);
             memcpy(out, special, sizeof special);
-            struct scan s = {.act = relu ? RELU : TANH, .rounding = rounding, .D = 1, .T = 1, .B = 1, .H = H, .K = H,
+            struct scan s = {.act = relu ? RELU : TANH, .rounding = rounding, .D = 1, .T = 1, .B = 1, .H = H,
                              .end = 1, .threads = 1, .rows = 1, .groups = 1, .in = out, .in_t = H, .in_b = H,
                              .out = out, .out_t = H, .out_b = H, .start = start, .start_d = H, .start_b = H,
                              .w = {w, w}, .w_n = H, .w_k = 1};
@@ -190,7 +190,7 @@ static void test_stalls(void) {
     for (stalling = 0; stalling < 2; stalling++) {
         out[stalling] = get_memory(T * B * H * sizeof(real));
         memcpy(out[stalling], in, T * B * H * sizeof(real));
-        struct scan s = {.act = TANH, .D = 1, .T = T, .B = B, .H = H, .K = H, .end = T, .threads = 3, .rows = B,
+        struct scan s = {.act = TANH, .D = 1, .T = T, .B = B, .H = H, .end = T, .threads = 3, .rows = B,
                          .groups = 3, .in = out[stalling], .in_t = B * H, .in_b = H, .out = out[stalling],
                          .out_t = B * H, .out_b = H, .start = start, .start_d = B * H, .start_b = H, .w = {w, w},
                          .w_n = H, .w_k = 1};
@@ -232,7 +232,7 @@ static void test_trouble(void) {
     real *w = numbers(H * H, 1 / sqrt(H)), *start = numbers(B * H, 1), *out = numbers(T * B * H, 1);
     team = troubled_team, member = my_number, most = whole;
     for (trouble = LATE; trouble <= ASIDE; trouble++) {
-        struct scan s = {.act = TANH, .D = 1, .T = T, .B = B, .H = H, .K = H, .end = T, .threads = 2, .rows = 1,
+        struct scan s = {.act = TANH, .D = 1, .T = T, .B = B, .H = H, .end = T, .threads = 2, .rows = 1,
                          .groups = 1, .in = out, .in_t = B * H, .in_b = H, .out = out, .out_t = B * H, .out_b = H,
                          .start = start, .start_d = B * H, .start_b = H, .w = {w, w}, .w_n = H, .w_k = 1};
         atomic_store(&busy_until, 0);
@@ -255,21 +255,6 @@ static void expect(const char *what, struct shape z, const real *got, double wan
     failures++;
 }
 
-static void test_transpose(struct shape z) {
-    int64_t rows = z.B, columns = z.H, pitch = columns + 3;
-    real *in = numbers((rows - 1) * pitch + columns, 1), *out = numbers(rows * columns, 1), *sums = numbers(columns, 1);
-    transpose(in, pitch, rows, columns, out, z.D & 1 ? sums : 0);
-    for (int64_t c = 0; c < columns; c++) {
-        double sum = 0;
-        for (int64_t r = 0; r < rows; r++) {
-            expect("transpose", z, out + c * rows + r, in[r * pitch + c]);
-            sum += in[r * pitch + c];
-        }
-        if (z.D & 1) expect("sum", z, sums + c, sum);
-    }
-    free(in), free(out), free(sums);
-}
-
 /* Memory for the numbers at p as they are stored; p gets what is left of them there. */
 static real *stored(real *p, int64_t count) {
     uint16_t *halves = get_memory(count * (stored_as ? sizeof *halves : sizeof *p));
@@ -285,9 +270,9 @@ static void fetch(real *p, int64_t count, const real *from) {
         memcpy(p, from, count * sizeof *p);
 }
 
-/* One step without a scan and its gradients, and a product as a scan of one step; T is I, D a variant. */
+/* One step without a scan and its gradients; T is I, D a variant. */
 static void test_affine(struct shape z, int64_t threads) {
-    int64_t N = z.B, K[2] = {z.T, z.D & 1 ? z.H : 0}, H = z.H, gap = 2, act = z.D & 2 ? RELU : z.D & 4 ? NOTHING : TANH;
+    int64_t N = z.B, K[2] = {z.T, z.D & 1 ? z.H : 0}, H = z.H, gap = 2, act = z.D & 2 ? RELU : TANH;
     real *a[2], *w[2], *bias[2], *da[2], *dw[2], *db[2];
     for (int i = 0; i < 2; i++) {
         int64_t k = K[i] ? K[i] : 1;
@@ -313,61 +298,46 @@ static void test_affine(struct shape z, int64_t threads) {
             double total = bias[1][c] + (z.D & 8 ? bias[0][c] : 0);
             for (int i = 0; i < 2; i++)
                 for (int64_t k = 0; k < K[i]; k++) total += (double)a[i][r * s.a_r[i] + k] * w[i][c * s.w_c[i] + k];
-            if (act != NOTHING) total = act == RELU ? (total > 0 ? total : 0) : tanh(total);
+            total = act == RELU ? (total > 0 ? total : 0) : tanh(total);
             expect("affine", z, out + r * s.out_r + c, total);
         }
-    if (act != NOTHING) {
-        int every = !(z.D & 8); /* of the gradients, or one of each pair */
-        struct affine_backward b = {.act = act, .rounding = stored_as, .threads = threads, .N = N, .H = H, .K = {K[0], K[1]}, .a_r = {s.a_r[0], s.a_r[1]},
-                                    .w_c = {s.w_c[0], s.w_c[1]}, .g_r = H + gap, .out_r = H + gap, .a = {as[0], as[1]},
-                                    .w = {ws[0], ws[1]}, .g = gs, .out = outs, .da = {das[0], K[1] && every ? das[1] : 0},
-                                    .dw = {every ? dws[0] : 0, K[1] ? dws[1] : 0}, .db = {dbs[0], every ? dbs[1] : 0},
-                                    .room = dz};
-        if (affine_backward(&b)) abort();
-        for (int i = 0; i < 2; i++) {
-            int64_t k = K[i] ? K[i] : 1;
-            fetch(da[i], N * k, das[i]), fetch(dw[i], H * k, dws[i]), fetch(db[i], H, dbs[i]);
-        }
-        for (int i = 0; i < 2; i++) {
-            for (int64_t r = 0; b.da[i] && r < N; r++)
-                for (int64_t k = 0; k < K[i]; k++) {
-                    double want = 0;
-                    for (int64_t c = 0; c < H; c++) want += (double)dz[r * H + c] * w[i][c * s.w_c[i] + k];
-                    expect("da", z, da[i] + r * K[i] + k, want);
-                }
-            for (int64_t c = 0; c < H; c++) {
-                double of_bias = 0;
-                for (int64_t r = 0; r < N; r++) {
-                    double h = out[r * s.out_r + c], x = g[r * b.g_r + c];
-                    expect("dz", z, dz + r * H + c, act == RELU ? (h > 0 ? x : 0) : x * (1 - h * h));
-                    of_bias += dz[r * H + c];
-                }
-                if (b.db[i]) expect("db", z, db[i] + c, of_bias);
-                for (int64_t k = 0; b.dw[i] && k < K[i]; k++) {
-                    double want = 0;
-                    for (int64_t r = 0; r < N; r++) want += (double)dz[r * H + c] * a[i][r * s.a_r[i] + k];
-                    expect("dw", z, dw[i] + c * K[i] + k, want);
-                }
+    int every = !(z.D & 8); /* of the gradients, or one of each pair */
+    struct affine_backward b = {.act = act, .rounding = stored_as, .threads = threads, .N = N, .H = H, .K = {K[0], K[1]}, .a_r = {s.a_r[0], s.a_r[1]},
+                                .w_c = {s.w_c[0], s.w_c[1]}, .g_r = H + gap, .out_r = H + gap, .a = {as[0], as[1]},
+                                .w = {ws[0], ws[1]}, .g = gs, .out = outs, .da = {das[0], K[1] && every ? das[1] : 0},
+                                .dw = {every ? dws[0] : 0, K[1] ? dws[1] : 0}, .db = {dbs[0], every ? dbs[1] : 0},
+                                .room = dz};
+    if (affine_backward(&b)) abort();
+    for (int i = 0; i < 2; i++) {
+        int64_t k = K[i] ? K[i] : 1;
+        fetch(da[i], N * k, das[i]), fetch(dw[i], H * k, dws[i]), fetch(db[i], H, dbs[i]);
+    }
+    for (int i = 0; i < 2; i++) {
+        for (int64_t r = 0; b.da[i] && r < N; r++)
+            for (int64_t k = 0; k < K[i]; k++) {
+                double want = 0;
+                for (int64_t c = 0; c < H; c++) want += (double)dz[r * H + c] * w[i][c * s.w_c[i] + k];
+                expect("da", z, da[i] + r * K[i] + k, want);
+            }
+        for (int64_t c = 0; c < H; c++) {
+            double of_bias = 0;
+            for (int64_t r = 0; r < N; r++) {
+                double h = out[r * s.out_r + c], x = g[r * b.g_r + c];
+                expect("dz", z, dz + r * H + c, act == RELU ? (h > 0 ? x : 0) : x * (1 - h * h));
+                of_bias += dz[r * H + c];
+            }
+            if (b.db[i]) expect("db", z, db[i] + c, of_bias);
+            for (int64_t k = 0; b.dw[i] && k < K[i]; k++) {
+                double want = 0;
+                for (int64_t r = 0; r < N; r++) want += (double)dz[r * H + c] * a[i][r * s.a_r[i] + k];
+                expect("dw", z, dw[i] + c * K[i] + k, want);
             }
         }
     }
     for (int i = 0; i < 2; i++) free(as[i]), free(ws[i]), free(biases[i]), free(das[i]), free(dws[i]), free(dbs[i]);
     free(outs), free(gs);
-    int64_t rounding = stored_as;
-    stored_as = KEEP;
-    struct scan p = {.act = NOTHING, .D = 1, .T = 1, .B = N, .H = H, .K = K[0], .end = 1, .threads = 2, .rows = 4,
-                     .groups = 2, .out = out, .out_b = H + gap, .start = a[0], .start_b = K[0] + gap, .bias = bias[0],
-                     .w = {w[0], w[0]}, .w_n = K[0] + gap, .w_k = 1};
-    if (scan(&p)) abort();
-    for (int64_t r = 0; r < N; r++)
-        for (int64_t c = 0; c < H; c++) {
-            double want = bias[0][c];
-            for (int64_t k = 0; k < K[0]; k++) want += (double)a[0][r * p.start_b + k] * w[0][c * p.w_n + k];
-            expect("product", z, out + r * p.out_b + c, want);
-        }
     for (int i = 0; i < 2; i++) free(a[i]), free(w[i]), free(bias[i]), free(da[i]), free(dw[i]), free(db[i]);
     free(out), free(g), free(dz);
-    stored_as = rounding;
 }
 
 int main(int argc, char **argv) {
@@ -380,7 +350,6 @@ int main(int argc, char **argv) {
             for (stored_as = KEEP; stored_as <= (sizeof(real) == 4 ? FLOAT16 : KEEP); stored_as++)
                 test_affine(z, 1 + z.D % 3);
             stored_as = KEEP;
-            test_transpose(z);
         }
     for (int tries = 0; tries < 1000 && stalls < 4 && !failures; tries++) test_stalls();
     if (stalls < 4) failures++;

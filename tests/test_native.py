@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import elman
-from elman import compiled, native
+from elman import compiled, cores, native
 from tests.helpers import DTYPES, Problem, check, dtype_name, error, forward, make, run
 from tests.tolerances import TIMES_NN_RNN, tolerance
 
@@ -36,7 +36,7 @@ def force(monkeypatch):
     """Has all calls shared out in one way."""
 
     def plan(*numbers: int) -> None:
-        monkeypatch.setattr(native, "plan", lambda *_: native.Plan(*numbers))
+        monkeypatch.setattr(native, "plan", lambda *_: cores.Plan(*numbers))
 
     return plan
 
@@ -116,19 +116,6 @@ def test_bits_do_not_depend_on_where_a_row_lies(force, dtype, nonlinearity):
     for found in (output, dz):
         assert torch.equal(found, found[:, :1].expand_as(found))
         assert found.count_nonzero() > 0
-
-
-@EACH_DTYPE
-@pytest.mark.parametrize(("T", "B"), [(400, 1), (5, 80)])
-def test_bits_of_a_row_do_not_depend_on_how_many_a_sequence_has(dtype, T, B):
-    """Whether its input products are short or not. A scan has two orders: of one row, and of more."""
-    p = make(T=T, B=B, I=64, H=64, dtype=dtype)
-    weights = list(p.weights.values())
-    assert T * B * 64 * 64 > native.SHORT
-    whole, _ = forward("native", p, p.x, p.hx, weights)
-    for steps, rows in {(2, B), (40, B), (T, min(B, 2)), (T, min(B, 3)), (T, min(B, 40))}:
-        part, _ = forward("native", p, p.x[:steps, :rows], p.hx[:, :rows], weights)
-        assert torch.equal(part, whole[:steps, :rows]), (steps, rows)
 
 
 def transposed(t: Tensor) -> Tensor:
@@ -584,55 +571,6 @@ def test_the_backward_scan_s_arguments_are_checked(wrong):
     assert call(**right).shape == (3, 4, 6)
     with pytest.raises(RuntimeError, match="expected"):
         call(**{**right, **wrong})
-
-
-PRODUCTS = {
-    "dz": (3, 4, 6),
-    "x": (3, 4, 5),
-    "h0": (1, 4, 6),
-    "w_ih": (1, 6, 5),
-    "w_hh": (1, 6, 6),
-    "output": (3, 4, 6),
-}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"dz": (3, 1, 6)},
-        {"dz": (3, 4, 3)},
-        {"x": (3, 4, 6)},
-        {"x": (2, 4, 5)},
-        {"h0": (1, 1, 6)},
-        {"w_ih": (1, 6, 8)},
-        {"w_hh": (1, 2, 2)},
-        {"output": (1, 4, 6)},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("backend", ["eager", "native"])
-def test_the_products_arguments_are_checked(backend, wrong):
-    def call(**shapes):
-        tensors = [torch.randn(shape) for shape in shapes.values()]
-        with torch.no_grad():
-            return torch.ops.elman.layer_products(*tensors, None, None, [True] * 5, backend)
-
-    assert [t.shape for t in call(**PRODUCTS)[:4]] == [PRODUCTS[n] for n in ("x", "h0", "w_ih", "w_hh")]
-    with pytest.raises(RuntimeError):
-        call(**{**PRODUCTS, **wrong})
-
-
-@pytest.mark.parametrize("which", PRODUCTS)
-@pytest.mark.parametrize("layout", [transposed, apart, negated])
-def test_the_products_do_not_depend_on_the_layout(layout, which):
-    tensors = {name: torch.randn(1, *shape[1:]) for name, shape in PRODUCTS.items()}
-    other = {**tensors, which: layout(tensors[which])}
-    with torch.no_grad():
-        expected, found = (
-            torch.ops.elman.layer_products(*given.values(), None, None, [True] * 5, "native")
-            for given in (tensors, other)
-        )
-    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("offset", [0, 8])
