@@ -196,10 +196,13 @@ _teams: list[Callable[..., Any]] = []
 
 def _openmp() -> list[ctypes.c_void_p | None]:
     """The functions of the OpenMP library that torch has loaded which `use_team` takes, or None thrice."""
-    maps = _PROCESS / "maps"
-    if not maps.exists() or _is_forked():
+    try:
+        maps, forked = (_PROCESS / "maps").read_text(errors="replace"), _is_forked()
+    except OSError:  # not Linux, or a process that may not read of itself
         return [None, None, None]
-    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines()}
+    if forked:
+        return [None, None, None]
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines()}
     loaded = sorted(path for path in paths if "libgomp" in os.path.basename(path))
     if len(loaded) != 1 or not os.path.exists(loaded[0]):  # an update may have taken the file away
         return [None, None, None]
@@ -274,7 +277,8 @@ def _run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         out, err = process.communicate(timeout=PATIENCE)
     finally:
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):  # nothing of its group is left, as it should be
+            # Nothing of its group is left, as it should be; macOS says it otherwise until it is waited for.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             with process:  # waits, and closes the pipes
                 pass

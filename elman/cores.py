@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-#: Multiply-adds up to which one step of two directions is C's, on one core.
+#: Multiply-adds up to which one step that `native.Step` can't take, as of two directions, is one core's in C.
 SHORT = 2**20
-#: Up to how many a step is one core's: more are worth the moment that another one takes to begin.
+#: Up to how many any other step is one core's: more are worth the moment that another one takes to begin.
 SHARED = 2**18
 LARGEST = 32  # ROWS of the C source: rows of a work item, at most
 NARROWEST = 64  # columns of a group: PANEL of the C source, at most

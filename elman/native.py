@@ -85,8 +85,8 @@ def _forward(
         _step(x[0], _readable(h0), w_ih, w_hh, b_ih, b_hh, output, nonlinearity, rounding)
         return output
     # torch itself reads what was freed, and crashes.
-    x, w_ih = _in_memory(x), [_in_memory(w) for w in w_ih]
-    b_ih, b_hh = (None if some is None else [_in_memory(b) for b in some] for some in (b_ih, b_hh))
+    x, w_ih = in_memory(x), [in_memory(w) for w in w_ih]
+    b_ih, b_hh = (None if some is None else [in_memory(b) for b in some] for some in (b_ih, b_hh))
     if b_ih is not None and b_hh is not None:
         b_ih = [b + b_too for b, b_too in zip(b_ih, b_hh, strict=True)]
     output = products.project(x, join(w_ih), None if b_ih is None else join(b_ih))
@@ -102,13 +102,14 @@ class Step:
 
     def __init__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor], nonlinearity: str) -> None:
         (B, I), H, self.nonlinearity = x.shape[-2:], h.shape[-1], nonlinearity
-        self.shape, self.dtype = (*x.shape[:-1], H), x.dtype
+        self.shape, self.dtype, self.compute = (*x.shape[:-1], H), x.dtype, COMPUTE.get(x.dtype, x.dtype)
         (w_ih, w_hh), self.biased = weights[:2], len(weights) == 4
         strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), H
         self.constant = _CONSTANT.pack(_ACTS[nonlinearity], _ROUNDING.get(x.dtype, 0), B, H, I, H, *strides)
         library = compiled.library(x.dtype == torch.float64)
         self.function, self.backward_function = library.affine, library.affine_backward
         self.sizes = B, I, H
+        self.no_memory = f"no memory for a step of {B} rows, {I} x {H}; free some, or use 'eager'"
         self.shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, self.shape
         self.is_short = B * H * (I + H) <= SHARED
         self.has_backward = B <= MOST
@@ -149,9 +150,7 @@ class Step:
             x, h = x.reshape(1, *x.shape[-2:]), h.reshape(1, *h.shape[-2:])
             return plain_forward(x, h, weights, 1, None, None, self.nonlinearity).reshape(self.shape)
         if self.function(self.constant + _POINTERS.pack(*tensors, threads, 0)):
-            raise MemoryError(
-                f"no memory for the threads of a step of {self.sizes}; free some, or use 'eager'"
-            )
+            raise MemoryError(self.no_memory)
         return out
 
     def backward(
@@ -160,7 +159,7 @@ class Step:
         """The gradients that `needs` names, of x, h and the weights, from g, that of `new`."""
         (B, I, H), (w_ih, w_hh) = self.sizes, weights
         g = _readable(g)
-        room = g.new_empty(2 * B + 1, H, dtype=COMPUTE.get(g.dtype, g.dtype))
+        room = g.new_empty(2 * B + 1, H, dtype=self.compute)
         found = [_like(t) if needed else None for t, needed in zip((x, h, w_ih, w_hh), needs, strict=False)]
         found += [g.new_empty(H) if needed else None for needed in needs[4:]]
         pointers = _pointers(x, h, w_ih, w_hh, g, new, *found)
@@ -169,9 +168,7 @@ class Step:
         pointers += [0] * (12 - len(pointers))
         threads = 1 if self.is_short_backward else torch.get_num_threads()
         if self.backward_function(_BACKWARD.pack(*numbers, *pointers, room.data_ptr(), threads)):
-            raise MemoryError(
-                f"no memory for the threads of a step of {self.sizes}; free some, or use 'eager'"
-            )
+            raise MemoryError(self.no_memory)
         return found
 
 
@@ -216,14 +213,22 @@ def check(sequence: Tensor, sizes: Tensor | None, resets: Tensor | None, **tenso
             f"{D} directions came with a sequence of {sequence.dim()} dimensions; expected 1 or 2, with 3 "
             "dimensions or, where it is packed, 2"
         )
-    B = rows[1] if sizes is None else int(sizes[0]) if sizes.numel() else 0
+    if sizes is not None:
+        right = sizes.dim() == 1 and sizes.dtype == torch.int64 and sizes.is_cpu and sizes.numel() > 0
+        if not right or sizes[-1] < 1 or int(sizes.sum()) != rows[0] or bool((sizes.diff() > 0).any()):
+            raise RuntimeError(
+                f"the packed rows' sizes are {sizes.dtype} of {tuple(sizes.shape)}; expected torch.int64 on "
+                f"the CPU, none above the one before, at least 1, and {rows[0]} together, as the input has "
+                "rows"
+            )
+    B = rows[1] if sizes is None else int(sizes[0])
     expected = {
         "h0": (D, B, H),
         "g_hn": (D, B, H),
         "w_ih": (D, H, sequence.shape[-1]),
         "w_hh": (D, H, H),
         "bias": (D, H),
-        **dict.fromkeys(("g_out", "output", "dz"), (*rows, D * H)),
+        **dict.fromkeys(("g_out", "output"), (*rows, D * H)),
     }
     for name, t in tensors.items():
         if t is not None and (t.shape != expected[name] or t.device.type != "cpu"):
@@ -234,14 +239,6 @@ def check(sequence: Tensor, sizes: Tensor | None, resets: Tensor | None, **tenso
         raise RuntimeError(
             f"resets is {resets.device}, {resets.dtype} of {tuple(resets.shape)}; expected cpu, torch.bool "
             f"of {rows}"
-        )
-    if sizes is None:
-        return
-    right = sizes.dim() == 1 and sizes.dtype == torch.int64 and sizes.is_cpu and sizes.numel() > 0
-    if not right or sizes[-1] < 1 or int(sizes.sum()) != rows[0] or bool((sizes.diff() > 0).any()):
-        raise RuntimeError(
-            f"the packed rows' sizes are {sizes.dtype} of {tuple(sizes.shape)}; expected torch.int64 on the "
-            f"CPU, none above the one before, at least 1, and {rows[0]} together, as the input has rows"
         )
 
 
@@ -295,8 +292,8 @@ def _scan(
     if not (T and B and H):
         return
     given, h, start = (None if t is None else _readable(t) for t in (given, h, start))
-    resets = None if resets is None else _in_memory(resets)
-    w_hh = [_in_memory(w) for w in w_hh]
+    resets = None if resets is None else in_memory(resets)
+    w_hh = [in_memory(w) for w in w_hh]
     if D == 2 and w_hh[0].stride() != w_hh[1].stride():
         w_hh = [w.contiguous() for w in w_hh]
     starts = (0, 0, 0) if start is None else (start.data_ptr(), *start.stride()[:2])
@@ -326,8 +323,8 @@ def _steps(B: int, H: int, D: int, itemsize: int) -> int:
 
 
 def _readable(t: Tensor) -> Tensor:
-    """With a row's columns side by side, as `_in_memory`."""
-    t = _in_memory(t)
+    """With a row's columns side by side, as `in_memory`."""
+    t = in_memory(t)
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
@@ -336,7 +333,7 @@ def _has_memory(t: Tensor) -> bool:
     return t.data_ptr() != t.storage_offset() * t.element_size()
 
 
-def _in_memory(t: Tensor) -> Tensor:
+def in_memory(t: Tensor) -> Tensor:
     """With its numbers in memory, as they are."""
     if t.is_neg():
         t = t.resolve_neg()

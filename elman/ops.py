@@ -149,17 +149,21 @@ class _RecordedStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_hn: Tensor | None = None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
+        saved = ctx.saved_tensors
+        dtype, compute = saved[0].dtype, ctx.step.compute
         if g is None:
             g = g_hn
         elif g_hn is not None:
-            g = g + g_hn
+            g = g.to(compute) + g_hn.to(compute)
         if g is None:
             return (None,) * len(needs)
-        x, h, w_ih, w_hh, new = saved = ctx.saved_tensors
-        plain = not torch.is_grad_enabled() and is_unobserved((g, *saved))
-        if plain and not _stands_for_another(g) and ctx.step.may_read(x, h, w_ih, w_hh, new):
-            return None, *ctx.step.backward(g, new, x, h, (w_ih, w_hh), needs[1:])
+        if is_unobserved((g, *saved)) and not _stands_for_another(g):
+            if not torch.is_grad_enabled() and g.dtype == dtype and ctx.step.may_read(*saved):
+                x, h, w_ih, w_hh, new = saved
+                return None, *ctx.step.backward(g, new, x, h, (w_ih, w_hh), needs[1:])
+            saved = tuple(map(native.in_memory, saved))  # torch reads what was freed, and crashes
         with _uncast(g.device):
+            g, x, h, w_ih, w_hh, new = (t.to(compute) for t in (g, *saved))
             if ctx.step.nonlinearity == "relu":
                 dz = torch.ops.aten.threshold_backward(g, new, 0)
             else:
@@ -172,14 +176,14 @@ class _RecordedStep(torch.autograd.Function):
                 None if db is None or not needed else db.clone() if i else db
                 for i, needed in enumerate(needs[5:])
             ]
-            return (
-                None,
+            found = (
                 dz @ w_ih if needs[1] else None,
                 dz @ w_hh if needs[2] else None,
                 by_row @ x_rows if needs[3] else None,
                 by_row @ h_rows if needs[4] else None,
                 *dbs,
             )
+            return None, *(None if t is None else t.to(dtype) for t in found)
 
 
 def _plain_layer(

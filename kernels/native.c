@@ -4,15 +4,16 @@
     backward    dz_t = act'(h_t) (g_t + W^T dz_{t+1})     g the output's gradient, h the output
 
 Both are one loop: a step's rows begin with what is known before (z_t or g_t), a product with the rows of the
-step before is added, and a function of each element ends it.
+step before is added, and a function of each element ends it. A single step with its input product, and its
+gradients, are functions of their own, which pack W only where it is used often enough.
 
     columns     PANEL at a time. W lies in panels [k][PANEL], packed once a call, so that a step reads it in order.
     k           in blocks of 64, each a sum of its own: the block of a panel stays in the first cache while up to
                 32 rows use it, and a long sum rounds less in short ones.
     rows        up to 6 at a time, whose sums of PANEL columns fill the registers.
 
-A sum's order depends on H and on the rows that a step has, and on nothing else: not on threads, not on the tile
-that a row fell into. So the bits don't either.
+A sum's order depends on H, a step's rows and, in a single step, on its input size; not on threads, nor on the
+tile that a row fell into. So the bits don't either.
 
 Compiled for float, or with -DDOUBLE for double; elman/native.py compiles it and packs the arguments. -ffast-math
 must not be given: NaN and infinity count, and linking with it makes the whole process flush denormals.
@@ -124,6 +125,11 @@ INLINE vec tanh_of(vec x) {
     return (vec)((mask)(m / (m + 2)) | sign);
 }
 
+enum { TANH, RELU };
+INLINE vec act_of(int64_t act, vec v) { return act == RELU ? pick(v < 0, all(0), v) : tanh_of(v); }
+/* The gradient of v, from g, that of h = act(v). */
+INLINE vec before_act(int64_t act, vec g, vec h) { return act == RELU ? pick(h <= 0, all(0), g) : g * (1 - h * h); }
+
 /* A float rounded to the nearest of bfloat16 or float16, ties to even. */
 enum { KEEP, BFLOAT16, FLOAT16 };
 INLINE vec round_to(vec x, int64_t rounding) {
@@ -175,7 +181,7 @@ static void narrow(real *from, int64_t n, int64_t rounding, uint16_t *to) {
             half = size == 0x7f800000 ? 0x7c00 : (size - (112 << 23)) >> 13;
             if (small) half = (uint32_t)(int)((sign ? -wide : wide) * 0x1p24f);
         }
-        to[i] = (uint16_t)(sign >> 16 | (none ? 0x7e00 | half : half));
+        to[i] = (uint16_t)(sign >> 16 | (none ? 0x7fc0 | half : half)); /* a NaN stays one in either */
     }
 }
 
@@ -240,7 +246,7 @@ typedef word four_words __attribute__((vector_size(4 * sizeof(real))));
 #endif
 
 /* to (4, PANEL) = from (4, 4)^T, whose rows lie `pitch` apart. */
-INLINE void turn(const real *from, int64_t pitch, real *to) {
+INLINE void transpose_4(const real *from, int64_t pitch, real *to) {
     four r[4];
     UNROLL for (int i = 0; i < 4; i++) memcpy(r + i, from + i * pitch, sizeof *r);
     four a = SHUFFLE(r[0], r[1], 0, 4, 1, 5), b = SHUFFLE(r[2], r[3], 0, 4, 1, 5);
@@ -264,16 +270,16 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
             for (int64_t k0 = 0; k0 < K; k0 += 16) {
                 int64_t end = at_most(k0 + 16, K), whole = by_k == 1 && end == k0 + 16 ? width / 4 * 4 : 0;
                 for (int j = 0; j < whole; j += 4)
-                    for (int64_t k = k0; k < end; k += 4) turn(from + j * by_n + k, by_n, panels + k * PANEL + j);
+                    for (int64_t k = k0; k < end; k += 4)
+                        transpose_4(from + j * by_n + k, by_n, panels + k * PANEL + j);
                 for (int64_t j = whole; j < width; j++)
                     for (int64_t k = k0; k < end; k++) panels[k * PANEL + j] = from[j * by_n + k * by_k];
             }
     }
 }
 
-/* ---- Few rows, as in a single step: out = act(a_1 w_1^T + a_2 w_2^T + b_1 + b_2), and W is not packed ---- */
+/* ---- A single step: out = act(a_1 w_1^T + a_2 w_2^T + b_1 + b_2), and products for its gradients ---- */
 
-enum { TANH, RELU };
 enum { TILE_ROWS = 3, TILE_COLUMNS = 4, WIDE = 4, STRETCH = 32 * LANES }; /* STRETCH: summands whose sums are vectors */
 
 INLINE real sum_of(vec v) {
@@ -322,7 +328,8 @@ INLINE four sums_of(const vec *v) {
             }                                                                                                 \
         }                                                                                                     \
     }
-DEFINE_DOTS(1, 1, 4) DEFINE_DOTS(1, 4, 2) DEFINE_DOTS(2, 1, 2) DEFINE_DOTS(2, 4, 1) DEFINE_DOTS(3, 1, 2) DEFINE_DOTS(3, 4, 1)
+DEFINE_DOTS(1, 1, 4) DEFINE_DOTS(2, 1, 2) DEFINE_DOTS(3, 1, 2)
+DEFINE_DOTS(1, 4, 2) DEFINE_DOTS(2, 4, 1) DEFINE_DOTS(3, 4, 1)
 
 typedef void dots(const real *, int64_t, const real *, int64_t, int64_t, vec *);
 static dots *const DOTS[][2] = {{0}, {dots_1_1, dots_1_4}, {dots_2_1, dots_2_4}, {dots_3_1, dots_3_4}};
@@ -357,13 +364,13 @@ static struct affine columns_of(const struct affine *s, int64_t c, int64_t wide)
 }
 
 enum {
-    FEW = 12,      /* rows that don't repay packing the weights */
-    FEW_ACROSS = 4 /* and where w's rows are what is added up: rows, or summands */
+    FEW_ROWS = 12, /* that don't repay packing the weights */
+    FEW_ACROSS = 4 /* rows, or summands, that don't, where w's rows are what is added up */
 };
 
 INLINE int is_packed(const struct affine *s) {
     if (s->across) return s->N > FEW_ACROSS && s->K[0] > FEW_ACROSS;
-    return s->N > FEW;
+    return s->N > FEW_ROWS;
 }
 
 /* For more rows than a few: each panel of the weights is packed and then used by all of them. */
@@ -389,9 +396,7 @@ static void by_panels(const struct affine *s, real *room) {
             if (s->K[1]) product(from[1], rows, 0, room + s->K[0] * PANEL, s->K[1], totals);
             for (int r = 0; r < rows; r++)
                 for (int64_t e = 0; e < width; e += LANES) {
-                    vec v = get(totals + r * PANEL + e);
-                    if (s->act == RELU) v = pick(v < 0, all(0), v);
-                    else v = tanh_of(v);
+                    vec v = act_of(s->act, get(totals + r * PANEL + e));
                     put_some(s->out + (r0 + r) * s->out_r + n + e, v, width - e);
                 }
         }
@@ -400,24 +405,31 @@ static void by_panels(const struct affine *s, real *room) {
 
 /* Sums along w's rows, which are read once and in order: of a few rows a. */
 static void few_rows(const struct affine *s) {
-    enum { CHUNK = 32 * LANES, ROWS_OF_W = 4 };
+    enum { CHUNK = 32 * LANES, AT_ONCE = 4 };
     for (int64_t c0 = 0; c0 < s->H; c0 += CHUNK) {
-        int64_t width = at_most(CHUNK, s->H - c0), k = 0;
+        int64_t width = at_most(CHUNK, s->H - c0);
         vec totals[FEW_ACROSS][CHUNK / LANES] = {{{0}}};
-        for (; k + ROWS_OF_W <= s->K[0]; k += ROWS_OF_W)
-            for (int64_t c = 0; c < width; c += LANES) {
-                vec w[ROWS_OF_W];
-                UNROLL for (int i = 0; i < ROWS_OF_W; i++) w[i] = get_some(s->w[0] + (k + i) * s->w_c[0] + c0 + c, width - c);
-                for (int64_t r = 0; r < s->N; r++) {
-                    const real *a = s->a[0] + r * s->a_r[0] + k;
-                    totals[r][c / LANES] += (a[0] * w[0] + a[1] * w[1]) + (a[2] * w[2] + a[3] * w[3]);
+        for (int64_t k0 = 0; k0 < s->K[0]; k0 += BLOCK) {
+            int64_t k = k0, k1 = at_most(k0 + BLOCK, s->K[0]);
+            vec sums[FEW_ACROSS][CHUNK / LANES] = {{{0}}};
+            for (; k + AT_ONCE <= k1; k += AT_ONCE)
+                for (int64_t c = 0; c < width; c += LANES) {
+                    const real *from = s->w[0] + k * s->w_c[0] + c0 + c;
+                    vec w[AT_ONCE];
+                    UNROLL for (int i = 0; i < AT_ONCE; i++) w[i] = get_some(from + i * s->w_c[0], width - c);
+                    for (int64_t r = 0; r < s->N; r++) {
+                        const real *a = s->a[0] + r * s->a_r[0] + k;
+                        sums[r][c / LANES] += (a[0] * w[0] + a[1] * w[1]) + (a[2] * w[2] + a[3] * w[3]);
+                    }
                 }
-            }
-        for (; k < s->K[0]; k++)
-            for (int64_t c = 0; c < width; c += LANES) {
-                vec w = get_some(s->w[0] + k * s->w_c[0] + c0 + c, width - c);
-                for (int64_t r = 0; r < s->N; r++) totals[r][c / LANES] += s->a[0][r * s->a_r[0] + k] * w;
-            }
+            for (; k < k1; k++)
+                for (int64_t c = 0; c < width; c += LANES) {
+                    vec w = get_some(s->w[0] + k * s->w_c[0] + c0 + c, width - c);
+                    for (int64_t r = 0; r < s->N; r++) sums[r][c / LANES] += s->a[0][r * s->a_r[0] + k] * w;
+                }
+            for (int64_t r = 0; r < s->N; r++)
+                for (int64_t c = 0; c < width; c += LANES) totals[r][c / LANES] += sums[r][c / LANES];
+        }
         for (int64_t r = 0; r < s->N; r++)
             for (int64_t c = 0; c < width; c += LANES)
                 put_some(s->out + r * s->out_r + c0 + c, totals[r][c / LANES], width - c);
@@ -474,8 +486,10 @@ static void by_stripes(const struct affine *s, real *room) {
         }
         for (int64_t r = 0; r < rows; r++)
             for (int64_t p = 0; p < panels; p++)
-                for (int64_t c = p * PANEL; c < (p + 1) * PANEL && c < s->H; c += LANES)
-                    put_some(s->out + (r0 + r) * s->out_r + c, get(totals + (p * rows + r) * PANEL + c % PANEL), s->H - c);
+                for (int64_t c = p * PANEL; c < (p + 1) * PANEL && c < s->H; c += LANES) {
+                    vec v = get(totals + (p * rows + r) * PANEL + c % PANEL);
+                    put_some(s->out + (r0 + r) * s->out_r + c, v, s->H - c);
+                }
     }
 }
 
@@ -496,7 +510,8 @@ static void of_reals(const struct affine *s, real *room) {
             vec totals[TILE_ROWS * TILE_COLUMNS] = {{0}};
             for (int i = 0; i < 2; i++)
                 if (s->K[i])
-                    DOTS[R][C > 1](s->a[i] + r * s->a_r[i], s->a_r[i], s->w[i] + c * s->w_c[i], s->w_c[i], s->K[i], totals);
+                    DOTS[R][C > 1](s->a[i] + r * s->a_r[i], s->a_r[i], s->w[i] + c * s->w_c[i], s->w_c[i], s->K[i],
+                                   totals);
             for (int i = 0; i < R; i++) {
                 real *out = s->out + (r + i) * s->out_r + c;
                 four sums = C == 4 ? sums_of(totals + i * 4) : (four){sum_of(totals[i])};
@@ -512,9 +527,7 @@ static void of_reals(const struct affine *s, real *room) {
     for (int64_t r = 0; r < s->N; r++)
         for (int64_t c = 0; c < s->H; c += LANES) {
             real *p = s->out + r * s->out_r + c;
-            int64_t some = s->H - c < LANES ? s->H - c : LANES;
-            vec v = get_some(p, some);
-            put_some(p, s->act == RELU ? pick(v < 0, all(0), v) : tanh_of(v), some);
+            put_some(p, act_of(s->act, get_some(p, s->H - c)), s->H - c);
         }
 }
 
@@ -523,9 +536,9 @@ INLINE int64_t widened(const struct affine *s) { return s->across ? 4 * PANEL : 
 
 /* Room that all_columns needs, in reals. */
 static int64_t room_for(const struct affine *s) {
-    int64_t room = 0;
+    int64_t room = 0, columns = s->rounding ? at_most(s->H, widened(s)) : s->H;
     if (is_packed(s)) room = (s->K[0] + s->K[1] + ROWS) * PANEL;
-    if (is_packed(s) && s->across) room = (at_most(s->N, STRIPE_ROWS) + BLOCK) * (s->H + PANEL);
+    if (is_packed(s) && s->across) room = (at_most(s->N, STRIPE_ROWS) + BLOCK) * (columns + PANEL);
     return s->rounding ? room + widened(s) * (s->K[0] + s->K[1] + s->N) : room;
 }
 
@@ -561,7 +574,8 @@ static void transpose(const real *in, int64_t rows, int64_t columns, real *out, 
         sums[c] = 0;
         for (int64_t r0 = 0; r0 < rows; r0 += STRETCH) { /* short sums, as of a product */
             vec total = {0};
-            for (int64_t r = r0; r < r0 + STRETCH && r < rows; r += LANES) total += get_some(out + c * rows + r, rows - r);
+            for (int64_t r = r0; r < r0 + STRETCH && r < rows; r += LANES)
+                total += get_some(out + c * rows + r, rows - r);
             sums[c] += sum_of(total);
         }
     }
@@ -603,9 +617,9 @@ struct job {
     int64_t slices;
     int64_t items, groups, threads, steps;
     int64_t blocks, panels, wide;        /* of rows, of columns, of a group's columns */
-    int hired;                           /* threads that were made for it */
+    int hired;                           /* threads that were made for it, or a team's others */
     int missed;                          /* whether a thread seemed to have lost its core */
-    int redone;                          /* whether an item is one step's, which two threads may do at once */
+    int redone;                          /* whether two threads may do an item at once: who comes first writes */
     int64_t chunk;                       /* steps that a thread does of an item before it looks for another one */
     fenv_t environment;                  /* of a team's caller */
     int64_t since;                       /* in a team: when it was called, and when the caller had nothing left to do */
@@ -674,16 +688,14 @@ INLINE void lay(real *total, const real *in, const real *more, int64_t width) {
     }
 }
 
-INLINE void end(const struct scan *s, real *total, const real *h, int64_t width) {
+INLINE void end_row(const struct scan *s, real *total, const real *h, int64_t width) {
     UNROLL for (int e = 0; e < PANEL; e += LANES) {
         if (e >= width) break;
         vec v = get(total + e);
         if (!s->backward)
-            v = round_to(s->act == RELU ? pick(v < 0, all(0), v) : tanh_of(v), s->rounding);
-        else {
-            vec state = get_some(h + e, width - e);
-            v = s->act == RELU ? pick(state <= 0, all(0), v) : v * (1 - state * state);
-        }
+            v = round_to(act_of(s->act, v), s->rounding);
+        else
+            v = before_act(s->act, v, get_some(h + e, width - e));
         put(total + e, v);
     }
 }
@@ -707,7 +719,7 @@ static void compute(const struct job *j, const struct rows *x, real *scratch) {
         }
         for (int64_t n = n0; n < n1; n += PANEL)
             for (int r = 0; r < x->count; r++)
-                end(s, scratch + (n - x->first) * s->rows + r * PANEL, s->backward ? x->h[r] + n : 0, n1 - n);
+                end_row(s, scratch + (n - x->first) * s->rows + r * PANEL, s->backward ? x->h[r] + n : 0, n1 - n);
     }
 }
 
@@ -927,9 +939,9 @@ static struct job *new_job(int64_t items, int64_t groups, int64_t threads, size_
     return j;
 }
 
-/* All of a job, whose items take some `work` multiply-adds each, by threads that are made for it. */
-static void run(struct job *j, int64_t work_of_item) {
-    j->redone = j->groups > 1 || (j->steps == 1 && !j->parts->across);
+/* All of a job, whose items take some multiply-adds each, by a team or by threads that are made for it. */
+static void run(struct job *j, int64_t work_of_item, int redone) {
+    j->redone = redone;
     j->chunk = j->redone ? 1 : at_most(1 + 3000000 / (1 + work_of_item), j->steps); /* some 0.1 ms */
     j->patience = 20000 + j->chunk * work_of_item / 8; /* several times what a thread does of an item at once */
     atomic_init(&j->references, 1);
@@ -940,8 +952,10 @@ static void run(struct job *j, int64_t work_of_item) {
             j->hired = (int)j->threads - 1;
             fegetenv(&j->environment);
             j->since = now();
-            /* As many as torch takes, though some have nothing to do: libgomp ends those that a smaller team leaves out. */
-            team(work_in_team, j, (unsigned)at_least(j->threads, most()), 0);
+            /* As many as torch takes, though some have nothing to do: libgomp ends those that a smaller team lacks. */
+            int64_t members = at_least(j->threads, most());
+            j->patience += 2000 * members; /* they wake one after another */
+            team(work_in_team, j, (unsigned)members, 0);
             break;
         }
         if (!team) hire(j);
@@ -976,14 +990,19 @@ int scan(const struct scan *s) {
         int64_t by_k = s->backward ? s->w_n : s->w_k, by_n = s->backward ? s->w_k : s->w_n;
         pack(s->w[d], by_k, by_n, s->H, s->H, j->w + d * packed);
     }
-    run(j, s->rows * wide * s->H);
+    run(j, s->rows * wide * s->H, s->groups > 1);
     return 0;
 }
 
 /* Some affine maps, whose columns are shared out over threads; 0, or 1 where there is no memory for that. */
 static int all_of(const struct affine *parts, int count, int64_t threads) {
-    int64_t room = 0, slices = threads > 1 ? 2 * threads : 1;
-    for (int i = 0; i < count; i++) room = at_least(room, room_for(parts + i));
+    int64_t room = 0, work = 0, slices = threads > 1 ? 2 * threads : 1;
+    for (int i = 0; i < count; i++) {
+        const struct affine *s = parts + i; /* a number of w or out that is read or written once takes as long as 16 */
+        int64_t K = s->K[0] + s->K[1], once = s->across ? s->N + K : K;
+        room = at_least(room, room_for(s));
+        work = at_least(work, width_of(s, slices) * (s->N * K + 16 * once));
+    }
     if (threads <= 1) {
         real *packed = room ? aligned_alloc(LINE, rounded(room * sizeof(real))) : 0;
         if (room && !packed) return 1;
@@ -991,12 +1010,12 @@ static int all_of(const struct affine *parts, int count, int64_t threads) {
         free(packed);
         return 0;
     }
-    int64_t size = parts->N * width_of(parts, slices); /* of a slice's result, which is kept apart if it may be redone */
+    int64_t size = parts->N * width_of(parts, slices); /* of a slice's result: kept apart if it may be redone */
     struct job *j = new_job(count * slices, 1, threads, 0, (room + (parts->across ? 0 : size)) * sizeof(real));
     if (!j) return 1;
     memcpy(j->parts, parts, count * sizeof *parts);
     j->slices = slices, j->steps = 1;
-    run(j, size * (parts->K[0] + parts->K[1]));
+    run(j, work, !parts->across);
     return 0;
 }
 
@@ -1024,8 +1043,8 @@ struct affine_backward { /* of one step, out = act(...): gradients, each where t
     int64_t act, rounding, N, H;
     int64_t K[2], a_r[2], w_c[2], g_r, out_r;
     const real *a[2], *w[2], *g, *out;
-    real *da[2], *dw[2], *db[2]; /* all these of 16 bits where rounding isn't KEEP */
-    real *room;                  /* (2 N + 1, H), of use to nobody else */
+    real *da[2], *dw[2], *db[2]; /* a, w, g, out and these are of 16 bits where rounding isn't KEEP */
+    real *room;                  /* (2 N + 1, H), of use to nobody else, never of 16 bits */
     int64_t threads;
 };
 
@@ -1038,8 +1057,8 @@ int affine_backward(const struct affine_backward *s) {
             widen((const uint16_t *)s->out + r * s->out_r, s->H, s->rounding, sums), h = sums;
         }
         for (int64_t c = 0; c < s->H; c += LANES) {
-            vec up = get_some(g + c, s->H - c), state = get_some(h + c, s->H - c);
-            put_some(dz + r * s->H + c, s->act == RELU ? pick(state <= 0, all(0), up) : up * (1 - state * state), s->H - c);
+            vec v = before_act(s->act, get_some(g + c, s->H - c), get_some(h + c, s->H - c));
+            put_some(dz + r * s->H + c, v, s->H - c);
         }
     }
     if (s->dw[0] || s->dw[1] || s->db[0] || s->db[1]) transpose(dz, s->N, s->H, by_column, sums);

@@ -1,4 +1,4 @@
-/* Scans of kernels/native.c in memory of exactly their size, for the compiler's sanitizers: tests/test_native.py
+/* Scans and single steps of kernels/native.c in memory of exactly their size, for the compiler's sanitizers: tests/test_native.py
 compiles and runs it. Each result is compared with a plain loop, and with the bits of the other plans. An argument:
 how many of SHAPES. */
 #include <pthread.h>
@@ -129,7 +129,8 @@ static void test(struct shape z, int variant) {
                         if (!(off <= worst)) worst = off; /* NaN too */
                     }
         if (!(worst < (sizeof(real) == 4 ? 1e-5 : 1e-14))) {
-            printf("T=%d B=%d H=%d D=%d variant %d: off by %g\n", (int)z.T, (int)z.B, (int)z.H, (int)z.D, variant, worst);
+            printf("T=%d B=%d H=%d D=%d variant %d: off by %g\n", (int)z.T, (int)z.B, (int)z.H, (int)z.D, variant,
+                   worst);
             failures++;
         }
     }
@@ -279,9 +280,10 @@ static void test_affine(struct shape z, int64_t threads) {
         a[i] = numbers((N - 1) * (k + gap) + k, 1), w[i] = numbers((H - 1) * (k + gap) + k, 1 / sqrt(k));
         bias[i] = numbers(H, 1), db[i] = numbers(H, 1), da[i] = numbers(N * k, 1), dw[i] = numbers(H * k, 1);
     }
-    real *out = numbers((N - 1) * (H + gap) + H, 1), *g = numbers((N - 1) * (H + gap) + H, 1), *dz = numbers((2 * N + 1) * H, 1);
+    int64_t size = (N - 1) * (H + gap) + H;
+    real *out = numbers(size, 1), *g = numbers(size, 1), *dz = numbers((2 * N + 1) * H, 1);
     real *as[2], *ws[2], *biases[2], *das[2], *dws[2], *dbs[2];
-    real *outs = stored(out, (N - 1) * (H + gap) + H), *gs = stored(g, (N - 1) * (H + gap) + H);
+    real *outs = stored(out, size), *gs = stored(g, size);
     for (int i = 0; i < 2; i++) {
         int64_t k = K[i] ? K[i] : 1;
         as[i] = stored(a[i], (N - 1) * (k + gap) + k), ws[i] = stored(w[i], (H - 1) * (k + gap) + k);
@@ -289,10 +291,11 @@ static void test_affine(struct shape z, int64_t threads) {
         das[i] = stored(da[i], N * k), dws[i] = stored(dw[i], H * k);
     }
     struct affine s = {.act = act, .rounding = stored_as, .threads = threads, .N = N, .H = H, .K = {K[0], K[1]},
-                       .a_r = {K[0] + gap, K[1] + gap}, .w_c = {K[0] + gap, K[1] + gap}, .out_r = H + gap, .a = {as[0], as[1]}, .w = {ws[0], ws[1]},
+                       .a_r = {K[0] + gap, K[1] + gap}, .w_c = {K[0] + gap, K[1] + gap}, .out_r = H + gap,
+                       .a = {as[0], as[1]}, .w = {ws[0], ws[1]},
                        .bias = {z.D & 8 ? biases[0] : 0, biases[1]}, .out = outs};
     if (affine(&s)) abort();
-    fetch(out, (N - 1) * (H + gap) + H, outs);
+    fetch(out, size, outs);
     for (int64_t r = 0; r < N; r++)
         for (int64_t c = 0; c < H; c++) {
             double total = bias[1][c] + (z.D & 8 ? bias[0][c] : 0);
@@ -302,7 +305,8 @@ static void test_affine(struct shape z, int64_t threads) {
             expect("affine", z, out + r * s.out_r + c, total);
         }
     int every = !(z.D & 8); /* of the gradients, or one of each pair */
-    struct affine_backward b = {.act = act, .rounding = stored_as, .threads = threads, .N = N, .H = H, .K = {K[0], K[1]}, .a_r = {s.a_r[0], s.a_r[1]},
+    struct affine_backward b = {.act = act, .rounding = stored_as, .threads = threads, .N = N, .H = H,
+                                .K = {K[0], K[1]}, .a_r = {s.a_r[0], s.a_r[1]},
                                 .w_c = {s.w_c[0], s.w_c[1]}, .g_r = H + gap, .out_r = H + gap, .a = {as[0], as[1]},
                                 .w = {ws[0], ws[1]}, .g = gs, .out = outs, .da = {das[0], K[1] && every ? das[1] : 0},
                                 .dw = {every ? dws[0] : 0, K[1] ? dws[1] : 0}, .db = {dbs[0], every ? dbs[1] : 0},
@@ -344,7 +348,8 @@ int main(int argc, char **argv) {
     int scans = 0, shapes = argc > 1 ? atoi(argv[1]) : COUNT(SHAPES);
     for (int i = 0; i < shapes; i++)
         for (int variant = 0; variant < VARIANTS; variant++, scans++) test(SHAPES[i], variant);
-    static const struct shape steps[] = {{1, 1, 1, 0}, {3, 5, 4, 0}, {40, 1, 17, 0}, {17, 3, 70, 0}, {1100, 4, 6, 0}, {2, 600, 9, 0}, {9, 11, 140, 0}};
+    static const struct shape steps[] = {{1, 1, 1, 0}, {3, 5, 4, 0},   {40, 1, 17, 0},  {17, 3, 70, 0},
+                                         {1100, 4, 6, 0}, {2, 600, 9, 0}, {9, 11, 140, 0}, {13, 70, 37, 0}};
     for (int i = 0; i < COUNT(steps); i++)
         for (struct shape z = steps[i]; z.D < 16; z.D++, scans++) {
             for (stored_as = KEEP; stored_as <= (sizeof(real) == 4 ? FLOAT16 : KEEP); stored_as++)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import elman
-from elman import compiled, cores, native
+from elman import compiled, cores, functional, native
 from tests.helpers import DTYPES, Problem, check, dtype_name, error, forward, make, run
 from tests.tolerances import TIMES_NN_RNN, tolerance
 
@@ -87,20 +87,53 @@ def test_bits_are_the_same_for_any_plan(force, dtype, nonlinearity, resets):
 
 @pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize(("B", "D"), [(32, 1), (3, 2)])
-def test_bits_are_the_same_for_any_number_of_torch_s_threads(dtype, B, D):
-    """By the plans that native makes itself, of products too, none of which are torch's at these sizes."""
+def test_bits_are_the_same_for_any_number_of_torch_s_threads(monkeypatch, dtype, B, D):
+    """By the plans that native makes itself; torch's products around a scan are of one thread here."""
     p = make(T=1200 // B, B=B, I=64, H=96, directions=D, dtype=dtype)
     found, plans = [], set()
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            plans.add(native.plan(B, 96, 1200 // B, D))
-            found.append(run("native", p))
-    finally:
-        torch.set_num_threads(1)
+    for threads in (1, 2, 3, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        plans.add(native.plan(B, 96, 1200 // B, D))
+        found.append(run("native", p))
     assert len(plans) > 1
     for other in found[1:]:
         assert_same_bits(other, found[0])
+
+
+@pytest.mark.usefixtures("nan_memory")
+@EACH_DTYPE
+@pytest.mark.parametrize("B", [1, 4, 5, 12, 13, 97, 192])
+def test_bits_of_a_step_are_the_same_for_any_number_of_threads(monkeypatch, dtype, B):
+    monkeypatch.setattr(native, "SHARED", 0)  # so that each step is shared out
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(functional, "_checked", {})
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        found.append(run("native", make(T=1, B=B, I=37, H=130, dtype=dtype)))
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["", "create_graph"])
+@pytest.mark.parametrize("B", [native.MOST, native.MOST + 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+def test_gradients_of_a_step_in_16_bits_are_computed_in_float32(dtype, B, twice):
+    """Whichever code makes them: rounded once, at the end."""
+
+    def gradients(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        layer = elman.Elman(70, 64, dtype=dtype, backend=backend)
+        layer.load_state_dict(weights)
+        given = [t.to(dtype).requires_grad_() for t in (x, h0)]
+        output, h_n = layer(*given)
+        total = (output * g.to(dtype)).sum() + (h_n * g.to(dtype)).sum()
+        return list(torch.autograd.grad(total, [*given, *layer.parameters()], create_graph=twice))
+
+    weights = elman.Elman(70, 64, dtype=dtype).state_dict()
+    x, h0, g = (torch.randn(1, B, n, dtype=dtype) for n in (70, 64, 64))
+    for found, eager, right in zip(
+        gradients("native", dtype), gradients("eager", dtype), gradients("eager", F64), strict=True
+    ):
+        error, allowed = ((t.double() - right).norm() for t in (found, eager))
+        assert error <= 1.1 * allowed
 
 
 @BOTH
@@ -412,7 +445,7 @@ def test_sanitizers_find_nothing(tmp_path, options):
     program = sanitized(tmp_path, DRIVER, *options)
     done = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "496 scans, 0 wrong\n"
+    assert done.stdout == "512 scans, 0 wrong\n"
 
 
 @pytest.mark.parametrize(
@@ -465,14 +498,20 @@ def test_a_tensor_without_memory(T, which, offset):
 
 @pytest.mark.parametrize("offset", [0, 8])
 @pytest.mark.parametrize("T", [1, 3])
-def test_a_saved_tensor_without_memory(T, offset):
-    layer, x = elman.Elman(4, 6, backend="native"), torch.randn(T, 3, 4)
+@pytest.mark.parametrize("which", range(5))
+def test_a_saved_tensor_without_memory(which, T, offset):
+    layer, x, kept = elman.Elman(4, 6, backend="native"), torch.randn(T, 3, 4), []
 
-    def unpack(t: Tensor) -> Tensor:
-        return _freed(t, offset) if t.shape == x.shape else t
+    def pack(t: Tensor) -> int:
+        kept.append(t.detach())
+        return len(kept) - 1
 
-    with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, unpack):
+    def unpack(i: int) -> Tensor:
+        return _freed(kept[i], offset) if i == which else kept[i]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         output, _ = layer(x)
+    assert len(kept) == 5
     with pytest.raises(RuntimeError, match=r"no memory|storage|not allocated"):
         output.sum().backward()
 
