@@ -25,8 +25,8 @@ _ACTS = {"tanh": 0, "relu": 1}
 PER_CALL = 4e8
 #: No tensor lies below, as a rule, and no storage is as long: what does is asked whether it has memory.
 LOW = 2**36
-#: Rows of a step up to which its gradients are C's too: torch's products of more are as quick, or quicker.
-MOST = 192
+#: Rows, or multiply-adds, up to which a step's gradients are C's too: torch's products of more are as quick.
+MOST, FEW = 192, 2**22
 
 
 def forward(
@@ -112,7 +112,7 @@ class Step:
         self.no_memory = f"no memory for a step of {B} rows, {I} x {H}; free some, or use 'eager'"
         self.shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, self.shape
         self.is_short = B * H * (I + H) <= SHARED
-        self.has_backward = B <= MOST
+        self.has_backward = B <= MOST or B * H * (I + H) <= FEW
         # A weight's gradient takes as long to write as one row's products.
         self.is_short_backward = (1 + B) * H * (I + H) <= SHARED
 

@@ -163,7 +163,9 @@ class _RecordedStep(torch.autograd.Function):
                 return None, *ctx.step.backward(g, new, x, h, (w_ih, w_hh), needs[1:])
             saved = tuple(map(native.in_memory, saved))  # torch reads what was freed, and crashes
         with _uncast(g.device):
-            g, x, h, w_ih, w_hh, new = (t.to(compute) for t in (g, *saved))
+            if compute != dtype:
+                g, *saved = (t.to(compute) for t in (g, *saved))
+            x, h, w_ih, w_hh, new = saved
             if ctx.step.nonlinearity == "relu":
                 dz = torch.ops.aten.threshold_backward(g, new, 0)
             else:
@@ -183,7 +185,7 @@ class _RecordedStep(torch.autograd.Function):
                 by_row @ h_rows if needs[4] else None,
                 *dbs,
             )
-            return None, *(None if t is None else t.to(dtype) for t in found)
+            return None, *(found if compute == dtype else (None if t is None else t.to(dtype) for t in found))
 
 
 def _plain_layer(
