@@ -75,15 +75,14 @@ def _forward(
     dtype, D, (H, I) = x.dtype, len(w_hh), w_ih[0].shape
     rounding, compute = _ROUNDING.get(dtype, 0), COMPUTE.get(dtype, dtype)
     one_step = sizes is None and resets is None and len(x) == 1
-    work = D * h0.shape[1] * H * (I + H)
-    if compute != dtype and not (one_step and work <= SHORT):
-        x, h0 = x.to(compute), h0.to(compute)
-        w_ih, w_hh = [w.to(compute) for w in w_ih], [w.to(compute) for w in w_hh]
-        b_ih, b_hh = (None if some is None else [b.to(compute) for b in some] for some in (b_ih, b_hh))
-    if one_step and work <= SHORT:
+    if one_step and D * h0.shape[1] * H * (I + H) <= SHORT:
         output = x.new_empty(*x.shape[:-1], D * H)
         _step(x[0], _readable(h0), w_ih, w_hh, b_ih, b_hh, output, nonlinearity, rounding)
         return output
+    if compute != dtype:
+        x, h0 = x.to(compute), h0.to(compute)
+        w_ih, w_hh = [w.to(compute) for w in w_ih], [w.to(compute) for w in w_hh]
+        b_ih, b_hh = (None if some is None else [b.to(compute) for b in some] for some in (b_ih, b_hh))
     # torch itself reads what was freed, and crashes.
     x, w_ih = in_memory(x), [in_memory(w) for w in w_ih]
     b_ih, b_hh = (None if some is None else [in_memory(b) for b in some] for some in (b_ih, b_hh))

@@ -318,7 +318,7 @@ INLINE four sums_of(const vec *v) {
                     }                                                                                         \
                 }                                                                                             \
             for (; k < k0 + n; k += LANES) {                                                                  \
-                int64_t some = k0 + n - k < LANES ? k0 + n - k : LANES;                                       \
+                int64_t some = k0 + n - k;                                                                    \
                 UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)                         \
                     sum[0][r][c] += get_some(a + r * a_r + k, some) * get_some(w + c * w_c + k, some);        \
             }                                                                                                 \
@@ -363,6 +363,13 @@ static struct affine columns_of(const struct affine *s, int64_t c, int64_t wide)
     return part;
 }
 
+INLINE real bias_of(const struct affine *s, int64_t column) {
+    real b = 0;
+    for (int i = 0; i < 2; i++)
+        if (s->bias[i]) b += s->bias[i][column];
+    return b;
+}
+
 enum {
     FEW_ROWS = 12, /* that don't repay packing the weights */
     FEW_ACROSS = 4 /* rows, or summands, that don't, where w's rows are what is added up */
@@ -385,12 +392,7 @@ static void by_panels(const struct affine *s, real *room) {
             const real *from[2][ROWS];
             for (int r = 0; r < rows; r++) {
                 for (int i = 0; i < 2; i++) from[i][r] = s->a[i] + (r0 + r) * s->a_r[i];
-                for (int64_t e = 0; e < PANEL; e++) {
-                    real b = 0;
-                    for (int i = 0; i < 2; i++)
-                        if (s->bias[i] && e < width) b += s->bias[i][n + e];
-                    totals[r * PANEL + e] = b;
-                }
+                for (int64_t e = 0; e < PANEL; e++) totals[r * PANEL + e] = e < width ? bias_of(s, n + e) : 0;
             }
             product(from[0], rows, 0, room, s->K[0], totals);
             if (s->K[1]) product(from[1], rows, 0, room + s->K[0] * PANEL, s->K[1], totals);
@@ -462,7 +464,7 @@ enum { STRIPE_ROWS = 96 };
 static void by_stripes(const struct affine *s, real *room) {
     int64_t panels = (s->H + PANEL - 1) / PANEL;
     for (int64_t r0 = 0; r0 < s->N; r0 += STRIPE_ROWS) {
-        int64_t rows = at_most(STRIPE_ROWS, s->N - r0), tiles = (rows + TILE - 1) / TILE;
+        int64_t rows = at_most(STRIPE_ROWS, s->N - r0);
         real *totals = room, *stripe = room + rows * panels * PANEL;
         memset(totals, 0, rows * panels * PANEL * sizeof(real));
         for (int64_t k0 = 0; k0 < s->K[0]; k0 += BLOCK) {
@@ -475,14 +477,10 @@ static void by_stripes(const struct affine *s, real *room) {
                 for (int64_t c = p * PANEL; c < p * PANEL + PANEL && p < panels; c++)
                     stripe[(p * BLOCK + k) * PANEL + c % PANEL] = c < s->H ? from[c] : 0;
             }
+            const real *from[STRIPE_ROWS];
+            for (int64_t r = 0; r < rows; r++) from[r] = s->a[0] + (r0 + r) * s->a_r[0] + k0;
             for (int64_t p = 0; p < panels; p++)
-                for (int64_t i = 0, r = 0; i < tiles; i++) {
-                    int size = (int)((rows - r + tiles - i - 1) / (tiles - i)); /* as even as can be */
-                    const real *from[TILE];
-                    for (int j = 0; j < size; j++) from[j] = s->a[0] + (r0 + r + j) * s->a_r[0];
-                    TILES[size](from, k0, stripe + p * BLOCK * PANEL, n, totals + (p * rows + r) * PANEL);
-                    r += size;
-                }
+                product(from, (int)rows, 0, stripe + p * BLOCK * PANEL, n, totals + p * rows * PANEL);
         }
         for (int64_t r = 0; r < rows; r++)
             for (int64_t p = 0; p < panels; p++)
@@ -515,12 +513,7 @@ static void of_reals(const struct affine *s, real *room) {
             for (int i = 0; i < R; i++) {
                 real *out = s->out + (r + i) * s->out_r + c;
                 four sums = C == 4 ? sums_of(totals + i * 4) : (four){sum_of(totals[i])};
-                for (int e = 0; e < C; e++) {
-                    real b = 0;
-                    for (int n = 0; n < 2; n++)
-                        if (s->bias[n]) b += s->bias[n][c + e];
-                    out[e] = sums[e] + b;
-                }
+                for (int e = 0; e < C; e++) out[e] = sums[e] + bias_of(s, c + e);
             }
         }
     }
@@ -998,7 +991,8 @@ int scan(const struct scan *s) {
 static int all_of(const struct affine *parts, int count, int64_t threads) {
     int64_t room = 0, work = 0, slices = threads > 1 ? 2 * threads : 1;
     for (int i = 0; i < count; i++) {
-        const struct affine *s = parts + i; /* a number of w or out that is read or written once takes as long as 16 */
+        const struct affine *s = parts + i;
+        /* To read a number of w, or to write one of a gradient, takes as long as 16 multiply-adds. */
         int64_t K = s->K[0] + s->K[1], once = s->across ? s->N + K : K;
         room = at_least(room, room_for(s));
         work = at_least(work, width_of(s, slices) * (s->N * K + 16 * once));
