@@ -70,6 +70,7 @@ def environment() -> dict[str, str]:
     """A process's of a group, as a launch has it."""
     kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONWARNINGS")}
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    kept["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"  # see the fixture fresh_compiler
     if sys.platform == "linux":
         kept["GLOO_SOCKET_IFNAME"] = "lo"  # the machine may not know its own name
     return kept
