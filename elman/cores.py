@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-#: Multiply-adds up to which one step that `native.Step` can't take, as of two directions, is one core's in C.
-SHORT = 2**20
-#: Up to how many any other step is one core's: more are worth the moment that another one takes to begin.
+from .reference import COMPUTE
+
+#: Multiply-adds up to which a product is one core's: more are worth the moment that another one takes to begin.
 SHARED = 2**18
+#: Rows of all steps up to which W_hh is read where it lies: copied into panels it is read faster, more often.
+UNPACKED = 16
 LARGEST = 32  # ROWS of the C source: rows of a work item, at most
 NARROWEST = 64  # columns of a group: PANEL of the C source, at most
 
@@ -77,15 +79,13 @@ def explain(
     B: int, I: int, H: int, T: int, D: int, dtype: torch.dtype, plain: bool
 ) -> tuple[dict[str, int], str]:
     """How a forward pass is shared out, and why, in words; plain: it has no lengths and no resets."""
-    if T == 1 and plain:
-        is_whole = D == 1  # for `native.Step`
-        work, most = D * B * H * (I + H), SHARED if is_whole else SHORT
-        text = f"one step is no scan: its {work} multiply-adds are on"
-        if work <= most:
-            return {"threads": 1}, f"{text} one thread, as up to {most} are"
-        if is_whole:
-            n = torch.get_num_threads()
-            return {"threads": n}, f"{text} as many threads as torch has, {n}, as more than {most} are"
+    if plain and (T == 1 or (T * B <= UNPACKED and dtype not in COMPUTE)):
+        work = B * H * (H + I * (T == 1))
+        n = 1 if work <= SHARED else torch.get_num_threads()
+        return {"threads": n}, (
+            f"{T * B} rows in all are no scan: a step's {work} multiply-adds are on {n} of torch's threads, as "
+            f"{'up to' if work <= SHARED else 'more than'} {SHARED} are"
+        )
     itemsize = 8 if dtype == torch.float64 else 4
     found = estimates(B, H, T, D, itemsize, torch.get_num_threads())
     chosen, one = plan(B, H, T, D, itemsize), next(iter(found))

@@ -194,48 +194,64 @@ def _call(
     batch_first: bool,
 ) -> Callable[..., Any]:
     """What makes output and h_n of such tensors."""
-    if route.backend == "native" and options.num_layers == 1 and not options.bidirectional and x.dim() == 3:
-        x = x.transpose(0, 1) if batch_first else x
-        h = x.new_zeros(1, x.shape[1], weights[1].shape[0]) if hx is None else hx
-        if len(x) == 1 and native.Step.fits(x, h, weights):
-            step = native.Step(x, h, weights, options.nonlinearity)
-            return partial(_run_one, step=step, batch_first=batch_first)
-    return partial(_run_whole, route=route, options=options, batch_first=batch_first, plain=True)
+    layers = None
+    if route.backend == "native":
+        layers = _layers(*_whole(x, hx, weights, options, batch_first), weights, options)
+    return partial(_run_whole, layers=layers, route=route, options=options, batch_first=batch_first)
 
 
-def _run_one(
-    x: Tensor,
-    hx: Tensor | None,
-    weights: list[Tensor],
-    step: native.Step,
-    batch_first: bool,
+def _layers(
+    x: Tensor, hx: Tensor, weights: list[Tensor], options: cudnn.Options
+) -> list[native.Layer] | None:
+    """The native layers for such tensors; None where one of them doesn't fit."""
+    D, size, layers = 1 + options.bidirectional, len(weights) // options.num_layers, []
+    for n, h0 in enumerate(hx.split(D)):
+        own = weights[n * size : (n + 1) * size]
+        if not native.Layer.fits(x, h0, own, D):
+            return None
+        layers.append(native.Layer(x, h0, own, options.nonlinearity))
+        x = x.new_empty(layers[-1].shape)
+    return layers
+
+
+def _whole(
+    x: Tensor, hx: Tensor | None, weights: list[Tensor], options: cudnn.Options, batch_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output and h_n of a sequence of one step."""
-    x = x.transpose(0, 1) if batch_first else x
-    h = x.new_zeros(1, x.shape[1], weights[1].shape[0]) if hx is None else hx
-    output, h_n = ops.plain_step(step, x, h, weights)
-    return output.transpose(0, 1) if batch_first else output, h_n
-
-
-def _run_whole(
-    x: Any,
-    hx: Tensor | None,
-    weights: list[Tensor],
-    route: routing.Route,
-    options: cudnn.Options,
-    batch_first: bool,
-    plain: bool,
-) -> tuple[Any, Tensor]:
-    """The output and h_n of checked tensors, rows having T steps each; plain: `ops.is_unobserved`."""
-    batched = x.dim() == 3
-    if not batched:
+    """x (T, B, I) and hx (L * D, B, H), zeros for None."""
+    if x.dim() == 2:
         x, hx = x.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
     elif batch_first:
         x = x.transpose(0, 1)
     if hx is None:
         groups = options.num_layers * (1 + options.bidirectional)
         hx = x.new_zeros(groups, x.shape[1], weights[1].shape[0])
-    x, h_n = _run(x, hx, weights, None, None, route, options, plain)
+    return x, hx
+
+
+def _run_whole(
+    x: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    layers: list[native.Layer] | None,
+    route: routing.Route,
+    options: cudnn.Options,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output and h_n of checked tensors of which `ops.is_unobserved`, rows having T steps each."""
+    batched = x.dim() == 3
+    x, hx = _whole(x, hx, weights, options, batch_first)
+    if layers is None:
+        x, h_n = _run(x, hx, weights, None, None, route, options, plain=True)
+    elif len(layers) == 1:
+        x, h_n = ops.prepared_layer(layers[0], x, hx, weights)
+    else:
+        states, size = [], len(weights) // len(layers)
+        for n, (layer, h0) in enumerate(zip(layers, hx.split(1 + options.bidirectional), strict=True)):
+            if n and options.dropout:
+                x = F.dropout(x, options.dropout, options.training)
+            x, h = ops.prepared_layer(layer, x, h0, weights[n * size : (n + 1) * size])
+            states.append(h)
+        h_n = torch.cat(states)
     if not batched:
         return x.squeeze(1), h_n.squeeze(1)
     return x.transpose(0, 1) if batch_first else x, h_n
@@ -369,23 +385,23 @@ def elman_step(
         if route.backend == "native":
             rows = x if x.dim() == 2 else x[None]
             state = x.new_zeros(B, weights[1].shape[0]) if h is None else h if h.dim() == 2 else h[None]
-            if native.Step.fits(rows, state, weights):
-                step = native.Step(rows, state, weights, nonlinearity)
+            if native.Layer.fits(rows, state, weights, 1):
+                layer = native.Layer(rows, state, weights, nonlinearity)
                 whole = h is not None and x.dim() == 2
-                call = partial(ops.plain_step, step) if whole else partial(_run_cell, step=step)
+                call = partial(ops.prepared_layer, layer) if whole else partial(_run_cell, layer=layer)
         return _remember(key, call)(x, h, weights)
     with plain:
         return _run_step(x, h, weights, nonlinearity, route)
 
 
-def _run_cell(x: Tensor, h: Tensor | None, weights: list[Tensor], step: native.Step) -> Tensor:
+def _run_cell(x: Tensor, h: Tensor | None, weights: list[Tensor], layer: native.Layer) -> Tensor:
     """The state after one step of checked tensors, x (B, I) or (I,), h None for zeros."""
     batched = x.dim() == 2
     if not batched:
         x, h = x[None], None if h is None else h[None]
     if h is None:
         h = x.new_zeros(x.shape[0], weights[1].shape[0])
-    new = ops.plain_step(step, x, h, weights)
+    new = ops.prepared_layer(layer, x, h, weights)
     return new if batched else new.squeeze(0)
 
 

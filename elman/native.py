@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 
 from . import compiled, products
-from .cores import SHARED, SHORT, plan
+from .cores import SHARED, UNPACKED, plan
 from .reference import COMPUTE, join
 
-# The structs of the C source, all fields of 8 bytes: scan, affine in two parts, affine_backward.
-_SCAN, _BACKWARD = struct.Struct("33q"), struct.Struct("26q")
-_CONSTANT, _POINTERS = struct.Struct("11q"), struct.Struct("9q")
+# The structs of the C source, all fields of 8 bytes: scan and affine, each in two parts, and affine_backward.
+_SCAN, _SCANNED = struct.Struct("19q"), struct.Struct("15q")
+_AFFINE, _MAPPED = struct.Struct("12q"), struct.Struct("9q")
+_BACKWARD = struct.Struct("28q")
 _ROUNDING = {torch.bfloat16: 1, torch.float16: 2}
 _ACTS = {"tanh": 0, "relu": 1}
+_NO_ACT = 2
 #: Nanoseconds of one call into C; Python sees Ctrl-C after it.
 PER_CALL = 4e8
 #: No tensor lies below, as a rule, and no storage is as long: what does is asked whether it has memory.
 LOW = 2**36
-#: Rows, or multiply-adds, up to which a step's gradients are C's too: torch's products of more are as quick.
-MOST, FEW = 192, 2**22
+#: Rows of all steps up to which the products beside a scan are C's too: torch's of more are as quick.
+MOST = 512
 
 
 def forward(
@@ -72,13 +74,14 @@ def _forward(
     nonlinearity: str,
 ) -> Tensor:
     """The output; weights and biases for each direction. Without b_hh, b_ih is the sum of both."""
-    dtype, D, (H, I) = x.dtype, len(w_hh), w_ih[0].shape
+    dtype, D = x.dtype, len(w_hh)
     rounding, compute = _ROUNDING.get(dtype, 0), COMPUTE.get(dtype, dtype)
-    one_step = sizes is None and resets is None and len(x) == 1
-    if one_step and D * h0.shape[1] * H * (I + H) <= SHORT:
-        output = x.new_empty(*x.shape[:-1], D * H)
-        _step(x[0], _readable(h0), w_ih, w_hh, b_ih, b_hh, output, nonlinearity, rounding)
-        return output
+    if sizes is None and resets is None:
+        kinds = [kind for kind in (w_ih, w_hh, b_ih, b_hh) if kind is not None]
+        weights = [_readable(kind[d]) for d in range(D) for kind in kinds]
+        x, h0 = _readable(x), _readable(h0)
+        if Layer.fits(x, h0, weights, D):
+            return Layer(x, h0, weights, nonlinearity)(x, h0, weights)[0]
     if compute != dtype:
         x, h0 = x.to(compute), h0.to(compute)
         w_ih, w_hh = [w.to(compute) for w in w_ih], [w.to(compute) for w in w_hh]
@@ -93,82 +96,173 @@ def _forward(
     return output.to(dtype)
 
 
-class Step:
-    """One step of tensors whose shapes, strides and dtype are known: what it is made from, and no others.
+class Layer:
+    """A layer for tensors whose shapes, strides and dtype are known: what it is made from, and no others.
 
-    x (B, I) and h (B, H), or each with a 1 before; weights w_ih, w_hh and, with biases, b_ih and b_hh.
+    x (T, B, I) and h (D, B, H), or of a cell (B, I) and (B, H); weights w_ih, w_hh and, with biases, b_ih and
+    b_hh, of each direction, or in place of both biases their sum.
     """
 
     def __init__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor], nonlinearity: str) -> None:
-        (B, I), H, self.nonlinearity = x.shape[-2:], h.shape[-1], nonlinearity
-        self.shape, self.dtype, self.compute = (*x.shape[:-1], H), x.dtype, COMPUTE.get(x.dtype, x.dtype)
-        (w_ih, w_hh), self.biased = weights[:2], len(weights) == 4
-        strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), H
-        self.constant = _CONSTANT.pack(_ACTS[nonlinearity], _ROUNDING.get(x.dtype, 0), B, H, I, H, *strides)
-        library = compiled.library(x.dtype == torch.float64)
-        self.function, self.backward_function = library.affine, library.affine_backward
-        self.sizes = B, I, H
-        self.no_memory = f"no memory for a step of {B} rows, {I} x {H}; free some, or use 'eager'"
-        self.shapes = x.shape, h.shape, w_ih.shape, w_hh.shape, self.shape
-        self.is_short = B * H * (I + H) <= SHARED
-        self.has_backward = B <= MOST or B * H * (I + H) <= FEW
+        self.is_cell = x.dim() == 2
+        T, B, I = (1, *x.shape) if self.is_cell else x.shape
+        D, _, H = (1, *h.shape) if self.is_cell else h.shape
+        self.sizes, self.D, self.nonlinearity, self.dtype = (T, B, I, D, H), D, nonlinearity, x.dtype
+        self.shape = (B, H) if self.is_cell else (T, B, D * H)
+        self.compute, self.per_direction = COMPUTE.get(x.dtype, x.dtype), len(weights) // D
+        w_ih, w_hh = weights[:2]
+        self.shapes = (x.shape, h.shape, self.shape, *(w_ih.shape, w_hh.shape) * D)
+        act, by_d = _ACTS[nonlinearity], 0 if D == 1 else h.stride(0)
+        # One step adds both products and ends with act; of several it is W_ih x + b, and the scan comes after.
+        last, K, by_h, by_w = (act, H, h.stride(-2), w_hh.stride(0)) if T == 1 else (_NO_ACT, 0, 0, 0)
+        by_x, rounding = _row_stride(x), _ROUNDING.get(x.dtype, 0)
+        self.is_even = by_x is not None
+        self.affine = _AFFINE.pack(
+            *(last, rounding, T * B, H, I, K, I if by_x is None else by_x, by_h, w_ih.stride(0), by_w, D * H, 0)
+        )
+        apart = B * D * H, D * H
+        strides = 0, 0, *apart, 0, 0, *apart, by_d, h.stride(-2), *w_hh.stride()
+        self.scan = _SCAN.pack(False, act, 0, D, T, B, H, *strides)
+        self.bytes_of_h, self.bytes_of_row = by_d * x.element_size(), H * x.element_size()
+        self.library = compiled.library(x.dtype == torch.float64)
+        self.no_memory = f"no memory for a layer of {B} rows, {D} x {H} x ({I} + {H}); free some, or use 'eager'"
+        self.has_products = T * B <= MOST
+        self.is_short = T * B * H * (I + K) <= SHARED
         # A weight's gradient takes as long to write as one row's products.
-        self.is_short_backward = (1 + B) * H * (I + H) <= SHARED
+        self.is_short_backward = (1 + T * B) * H * (I + H) <= SHARED
+        self.per_call = _steps(B, H, D, x.element_size())
 
     @staticmethod
-    def fits(x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> bool:
-        """Whether C can do it at once: nothing of size 0, the tensors as they lie."""
-        return h.numel() * x.shape[-1] > 0 and all(t.stride(-1) == 1 for t in (x, h, *weights))
+    def fits(x: Tensor, h: Tensor, weights: Sequence[Tensor], D: int) -> bool:
+        """Whether C takes them as they lie: nothing of size 0, and several steps in their own precision alone."""
+        if x.dtype in COMPUTE and x.dim() == 3 and x.shape[0] > 1:
+            return False
+        n = len(weights) // D
+        alike = D == 1 or all(weights[i].stride() == weights[n + i].stride() for i in (0, 1))
+        return alike and x.numel() * h.numel() > 0 and all(t.stride(-1) == 1 for t in (x, h, *weights))
 
-    def may_read(self, x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, new: Tensor) -> bool:
+    def may_read(self, saved: Sequence[Tensor]) -> bool:
         """Whether `backward` is for these: a hook for saved tensors may bring others back, of any kind.
 
-        Not so the gradient: torch itself sees to its shape, dtype and device.
+        Not so the gradients: torch itself sees to their shape, dtype and device.
         """
-        if not self.has_backward or self.shapes != (x.shape, h.shape, w_ih.shape, w_hh.shape, new.shape):
-            return False
-        return all(
-            t.is_cpu
-            and t.dtype == self.dtype
-            and t.stride(-1) == 1
-            and not t.is_neg()
-            and (t.data_ptr() >= LOW or _has_memory(t))
-            for t in (x, h, w_ih, w_hh, new)
+        return (
+            self.has_products
+            and self.shapes == tuple([t.shape for t in saved])
+            and all(
+                t.is_cpu
+                and t.dtype == self.dtype
+                and t.stride(-1) == 1
+                and not t.is_neg()
+                and (t.data_ptr() >= LOW or _has_memory(t))
+                for t in saved
+            )
         )
 
-    def __call__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        out = _like(h)  # its shape, and created in half of new_empty's time
-        if self.biased:
-            w_ih, w_hh, b_ih, b_hh = weights
-            biases = b_ih.data_ptr(), b_hh.data_ptr()
+    def __call__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The output and h_n (D, B, H); of a cell the state, twice."""
+        T, B, _, D, H = self.sizes
+        pointers = [t.data_ptr() for t in (x, h, *weights)]
+        if min(pointers) < LOW and not all(map(_has_memory, (x, h, *weights))):
+            x, h, *weights = (in_memory(t).contiguous() for t in (x, h, *weights))
+            return Layer(x, h, weights, self.nonlinearity)(x, h, weights)
+        if not self.is_even:
+            x = x.contiguous()
+            pointers[0] = x.data_ptr()
+        n = self.per_direction
+        if T == 1 or self.has_products:
+            output = x.new_empty(self.shape)
+            threads = 1 if self.is_short else torch.get_num_threads()
+            at_x, at_h, at = *pointers[:2], output.data_ptr()
+            for i in range(2, len(pointers), n):
+                w_ih, w_hh, b_ih, b_hh, *_ = *pointers[i : i + n], 0, 0
+                mapped = _MAPPED.pack(at_x, at_h, w_ih, w_hh, b_ih, b_hh, at, threads, 0)
+                if self.library.affine(self.affine + mapped):
+                    raise MemoryError(self.no_memory)
+                at_h, at = at_h + self.bytes_of_h, at + self.bytes_of_row
         else:
-            (w_ih, w_hh), biases = weights, (0, 0)
-        threads = 1 if self.is_short else torch.get_num_threads()
-        tensors = x.data_ptr(), h.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), *biases, out.data_ptr()
-        if min(tensors[: 6 if self.biased else 4]) < LOW and not all(map(_has_memory, (x, h, *weights))):
-            x, h = x.reshape(1, *x.shape[-2:]), h.reshape(1, *h.shape[-2:])
-            return plain_forward(x, h, weights, 1, None, None, self.nonlinearity).reshape(self.shape)
-        if self.function(self.constant + _POINTERS.pack(*tensors, threads, 0)):
-            raise MemoryError(self.no_memory)
-        return out
+            biases = [join(weights[i::n]) for i in range(2, n)]
+            output = products.project(x, join(weights[::n]), sum(biases[1:], *biases[:1]) if biases else None)
+        if T == 1:
+            if self.is_cell:
+                return output, output
+            return output, output.clone() if D == 1 else output.view(B, D, H).transpose(0, 1).contiguous()
+        h_n = x.new_empty(D, B, H)
+        if T * B <= UNPACKED:
+            shared = 1 if B * H * H <= SHARED else torch.get_num_threads(), B, 0
+        else:
+            shared = plan(B, H, T, D, x.element_size())
+        out = output.data_ptr()
+        tensors = 0, 0, 0, out, 0, out, pointers[1], pointers[3], pointers[1 - n], h_n.data_ptr()
+        for begin in range(0, T, self.per_call):
+            end = min(begin + self.per_call, T)
+            if self.library.scan(self.scan + _SCANNED.pack(begin, end, *shared, *tensors)):
+                raise MemoryError(self.no_memory)
+        return output, h_n
 
     def backward(
-        self, g: Tensor, new: Tensor, x: Tensor, h: Tensor, weights: Sequence[Tensor], needs: Sequence[bool]
+        self, g_out: Tensor | None, g_hn: Tensor | None, saved: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """The gradients that `needs` names, of x, h and the weights, from g, that of `new`."""
-        (B, I, H), (w_ih, w_hh) = self.sizes, weights
-        g = _readable(g)
-        room = g.new_empty(2 * B + 1, H, dtype=self.compute)
-        found = [_like(t) if needed else None for t, needed in zip((x, h, w_ih, w_hh), needs, strict=False)]
-        found += [g.new_empty(H) if needed else None for needed in needs[4:]]
-        pointers = _pointers(x, h, w_ih, w_hh, g, new, *found)
-        strides = x.stride(-2), h.stride(-2), w_ih.stride(0), w_hh.stride(0), g.stride(-2), new.stride(-2)
-        numbers = (_ACTS[self.nonlinearity], _ROUNDING.get(g.dtype, 0), B, H, I, H, *strides)
-        pointers += [0] * (12 - len(pointers))
-        threads = 1 if self.is_short_backward else torch.get_num_threads()
-        if self.backward_function(_BACKWARD.pack(*numbers, *pointers, room.data_ptr(), threads)):
-            raise MemoryError(self.no_memory)
+        """The gradients that `needs` names, of x, h and the weights.
+
+        saved: x, h, the output, and each direction's w_ih and w_hh, for all of which `may_read` holds. At
+        least one of g_out and g_hn is there, both only in the precision that is computed in.
+        """
+        (T, B, I, D, H), n, act = self.sizes, self.per_direction, _ACTS[self.nonlinearity]
+        x, h, output, *weights = saved
+        if T == 1:  # g; of several steps what is before act
+            g_out, g_hn = (None if g is None else in_memory(g) for g in (g_out, g_hn))
+            if g_hn is not None and D == 2:
+                g_hn = g_hn.transpose(0, 1).reshape(self.shape)
+            g = g_hn if g_out is None else g_out if g_hn is None else g_out + g_hn
+        else:
+            g = _like(output)
+            _scan(True, self.nonlinearity, 0, g_out, output, g, g_hn, weights[1::2], None, None)
+        (x, by_x), (output, by_output), (g, by_g) = _evenly(x), _evenly(output), _evenly(_readable(g))
+        dx, dh = (_like(t) if needed else None for t, needed in zip((x, h), needs, strict=False))
+        found, room = [dx, dh], x.new_empty(2 * T * B + 1, H, dtype=self.compute)
+        size, threads = x.element_size(), 1 if self.is_short_backward else torch.get_num_threads()
+        for d in range(D):
+            w_ih, w_hh = weights[2 * d : 2 * d + 2]
+            into = _like(x) if d and dx is not None else dx
+            own = [None if not needed else _like(w) for w, needed in zip((w_ih, w_hh), needs[2 + d * n :])]
+            own += [x.new_empty(H) if needed else None for needed in needs[4 + d * n : 2 + d * n + n]]
+            found += own
+            at_x, at_h, at_g, at_out, *places = _pointers(x, h, g, output, into, dh, *own)
+            if d:
+                at_h += h.stride(0) * size
+                at_g, at_out = at_g + H * size, at_out + H * size
+                places[1] += 0 if dh is None else B * H * size
+            strides = by_x, h.stride(-2), w_ih.stride(0), w_hh.stride(0), by_g, by_output
+            failed = self.library.affine_backward(
+                _BACKWARD.pack(
+                    *(act, _ROUNDING.get(self.dtype, 0), T * B, H, I, H, *strides, B, d),
+                    *(at_x, at_h, w_ih.data_ptr(), w_hh.data_ptr(), at_g, at_out),
+                    *(places if n == 4 else [*places, 0, 0]),
+                    *(room.data_ptr(), threads),
+                )
+            )
+            if failed:
+                raise MemoryError(self.no_memory)
+            if d and dx is not None:
+                dx += into
         return found
+
+
+def _row_stride(t: Tensor) -> int | None:
+    """How far apart the rows of all steps are, or None where that is not one number."""
+    if t.dim() == 2:
+        return t.stride(0)
+    (steps, rows, _), (by_step, by_row, _) = t.shape, t.stride()
+    if rows == 1 and steps > 1:
+        return by_step
+    return by_row if steps == 1 or by_step == rows * by_row else None
+
+
+def _evenly(t: Tensor) -> tuple[Tensor, int]:
+    """t with its rows evenly apart, and how far."""
+    stride = _row_stride(t)
+    return (t, stride) if stride is not None else (t.contiguous(), t.shape[-1])
 
 
 def _like(t: Tensor) -> Tensor:
@@ -241,31 +335,6 @@ def check(sequence: Tensor, sizes: Tensor | None, resets: Tensor | None, **tenso
         )
 
 
-def _step(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    b_ih: Sequence[Tensor] | None,
-    b_hh: Sequence[Tensor] | None,
-    out: Tensor,
-    nonlinearity: str,
-    rounding: int,
-) -> None:
-    """out (1, B, D * H) = act(x w_ih^T + h w_hh^T + b_ih + b_hh) for x (B, I) and h (D, B, H)."""
-    x, (B, I), H, size = _readable(x), x.shape, h.shape[2], out.element_size()
-    function = compiled.library(out.dtype == torch.float64).affine
-    for d in range(len(w_ih)):
-        w, w_too = _readable(w_ih[d]), _readable(w_hh[d])
-        biases = [None if some is None else _readable(some[d]) for some in (b_ih, b_hh)]
-        strides = x.stride(0), h.stride(1), w.stride(0), w_too.stride(0), len(w_ih) * H
-        pointers = [x.data_ptr(), h.data_ptr() + d * h.stride(0) * size, w.data_ptr(), w_too.data_ptr()]
-        pointers += [*_pointers(*biases), out.data_ptr() + d * H * size, 1, 0]
-        constant = _CONSTANT.pack(_ACTS[nonlinearity], rounding, B, H, I, H, *strides)
-        if function(constant + _POINTERS.pack(*pointers)):
-            raise MemoryError(f"no memory for a copy of {I} x {H} weights; free some, or use 'eager'")
-
-
 def _scan(
     backward: bool,
     nonlinearity: str,
@@ -295,21 +364,19 @@ def _scan(
     w_hh = [in_memory(w) for w in w_hh]
     if D == 2 and w_hh[0].stride() != w_hh[1].stride():
         w_hh = [w.contiguous() for w in w_hh]
-    starts = (0, 0, 0) if start is None else (start.data_ptr(), *start.stride()[:2])
-    weights = w_hh[0].data_ptr(), w_hh[-1].data_ptr(), *w_hh[0].stride()
     shared = plan(B, H, T, D, out.element_size())
-    tensors = (
-        *rows_of_steps,
-        *(i for t in (resets, given, h, out) for i in _rows(t, sizes)),
-        *starts,
-        *weights,
+    strides = [stride for t in (resets, given, h, out) for stride in _strides(t, sizes)]
+    constant = _SCAN.pack(
+        *(backward, _ACTS[nonlinearity], rounding, D, T, B, H, *strides),
+        *((0, 0) if start is None else start.stride()[:2]),
+        *w_hh[0].stride(),
     )
+    tensors = *rows_of_steps, *_pointers(resets, given, h, out, start, w_hh[0], w_hh[-1]), 0
     per_call = _steps(B, H, D, out.element_size())
     function = compiled.library(out.dtype == torch.float64).scan
     for begin in range(0, T, per_call):
         end = min(begin + per_call, T)
-        numbers = (backward, _ACTS[nonlinearity], rounding, D, T, B, H, begin, end)
-        if function(_SCAN.pack(*numbers, *shared, *tensors)):
+        if function(constant + _SCANNED.pack(begin, end, *shared, *tensors)):
             raise MemoryError(
                 f"no memory for a scan's copy of W_hh, {D} x {H} x {H}; free some, or use 'eager'"
             )
@@ -346,9 +413,8 @@ def in_memory(t: Tensor) -> Tensor:
     return t
 
 
-def _rows(t: Tensor | None, sizes: Tensor | None) -> tuple[int, ...]:
-    """Where it begins, and how far apart its steps and rows are, in elements."""
+def _strides(t: Tensor | None, sizes: Tensor | None) -> tuple[int, int]:
+    """How far apart its steps and rows are, in elements."""
     if t is None:
-        return 0, 0, 0
-    strides = t.stride()
-    return (t.data_ptr(), 0, strides[0]) if sizes is not None else (t.data_ptr(), *strides[:2])
+        return 0, 0
+    return (t.stride(0), t.stride(1)) if sizes is None else (0, t.stride(0))

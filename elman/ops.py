@@ -123,69 +123,16 @@ def plain_layer(
     """
     arguments: tuple[Any, ...] = (x, h0, counts, resets, nonlinearity, kernel, precision, D, *weights)
     if torch.is_grad_enabled():
-        return _Recorded.apply(*arguments)
+        return _Recorded.apply(None, *arguments)
     return _plain_layer(*arguments)
 
 
-def plain_step(step: native.Step, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Any:
-    """The state (B, H) after a step, where `is_unobserved`; of a sequence of one step, output and h_n."""
+def prepared_layer(layer: native.Layer, x: Tensor, h0: Tensor, weights: Sequence[Tensor]) -> Any:
+    """As `plain_layer`, by what was prepared for such tensors; of a cell, x (B, I), the state (B, H)."""
     if torch.is_grad_enabled():
-        return _RecordedStep.apply(step, x, h, *weights)
-    new = step(x, h, weights)
-    return (new, new.clone()) if new.dim() == 3 else new
-
-
-class _RecordedStep(torch.autograd.Function):
-    """`plain_step` with its derivative, in operators that torch can differentiate again."""
-
-    @staticmethod
-    def forward(ctx: Any, step: native.Step, x: Tensor, h: Tensor, *weights: Tensor) -> Any:
-        new = step(x, h, weights)
-        ctx.step = step
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, weights[0], weights[1], new)
-        return (new, new.clone()) if new.dim() == 3 else new
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, g_hn: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
-        saved = ctx.saved_tensors
-        dtype, compute = saved[0].dtype, ctx.step.compute
-        if g is None:
-            g = g_hn
-        elif g_hn is not None:
-            g = g.to(compute) + g_hn.to(compute)
-        if g is None:
-            return (None,) * len(needs)
-        if is_unobserved((g, *saved)) and not _stands_for_another(g):
-            if not torch.is_grad_enabled() and g.dtype == dtype and ctx.step.may_read(*saved):
-                x, h, w_ih, w_hh, new = saved
-                return None, *ctx.step.backward(g, new, x, h, (w_ih, w_hh), needs[1:])
-            saved = tuple(map(native.in_memory, saved))  # torch reads what was freed, and crashes
-        with _uncast(g.device):
-            if compute != dtype:
-                g, *saved = (t.to(compute) for t in (g, *saved))
-            x, h, w_ih, w_hh, new = saved
-            if ctx.step.nonlinearity == "relu":
-                dz = torch.ops.aten.threshold_backward(g, new, 0)
-            else:
-                dz = torch.ops.aten.tanh_backward(g, new)
-            rows, x_rows, h_rows = (dz, x, h) if dz.dim() == 2 else (dz[0], x[0], h[0])
-            by_row = rows.t()
-            db = rows.sum(0) if any(needs[5:]) else None
-            # Both biases get memory of their own: what works on gradients in place would else do it twice.
-            dbs = [
-                None if db is None or not needed else db.clone() if i else db
-                for i, needed in enumerate(needs[5:])
-            ]
-            found = (
-                dz @ w_ih if needs[1] else None,
-                dz @ w_hh if needs[2] else None,
-                by_row @ x_rows if needs[3] else None,
-                by_row @ h_rows if needs[4] else None,
-                *dbs,
-            )
-            return None, *(found if compute == dtype else (None if t is None else t.to(dtype) for t in found))
+        return _Recorded.apply(layer, x, h0, None, None, layer.nonlinearity, "native", "ieee", layer.D, *weights)
+    output, h_n = layer(x, h0, weights)
+    return output if layer.is_cell else (output, h_n)
 
 
 def _plain_layer(
@@ -207,38 +154,77 @@ def _plain_layer(
 
 
 class _Recorded(torch.autograd.Function):
-    """`_plain_layer` with its derivative, the operator's."""
+    """`plain_layer` and `prepared_layer` with their derivative: C's where it was prepared, or the operator's."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        x, h0, counts, resets, ctx.nonlinearity, ctx.kernel, ctx.precision, ctx.D, *weights = arguments
-        output, h_n = _plain_layer(*arguments)
+    def forward(ctx: Any, layer: native.Layer | None, x: Tensor, h0: Tensor, *rest: Any) -> Any:
+        counts, resets, ctx.nonlinearity, ctx.kernel, ctx.precision, ctx.D, *weights = rest
+        output, h_n = _plain_layer(x, h0, *rest) if layer is None else layer(x, h0, weights)
+        ctx.layer, ctx.size = layer, len(weights) // ctx.D
         ctx.set_materialize_grads(False)
         # Not the biases: who writes into one before the backward pass changes nothing that it reads.
-        ctx.size = len(weights) // ctx.D
         kept = [w for i, w in enumerate(weights) if i % ctx.size < 2]
-        ctx.save_for_backward(x, h0, counts, resets, output, *kept)
-        return output, h_n
+        ctx.save_for_backward(counts, resets, x, h0, output, *kept)
+        return output if layer is not None and layer.is_cell else (output, h_n)
 
     @staticmethod
-    def backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h0, counts, resets, output, *weights = ctx.saved_tensors
-        D, size, needs = ctx.D, ctx.size, ctx.needs_input_grad
-        # Joined here again, so that second derivatives find their way to the weights.
-        w_ih, w_hh = reference.join(weights[::2]), reference.join(weights[1::2])
-        of_biases = size == 4 and any(needs[10::4] + needs[11::4])
-        wanted = [*needs[:2], any(needs[8::size]), any(needs[9::size]), of_biases]
-        arguments = (g_out, g_hn, x, h0, w_ih, w_hh, counts, resets, output)
-        dx, dh0, *found = _gradients(*arguments, ctx.nonlinearity, ctx.kernel, ctx.precision, wanted)
-        by_weight: list[Tensor | None] = []
-        for d in range(D):
-            dw_ih, dw_hh, db = (None if g is None else g[d] for g in found)
-            by_weight += [dw_ih, dw_hh]
-            if size == 4:
-                # Both get memory of their own: what works on gradients in place would else do it twice.
-                by_weight += [db, None if db is None or not needs[11 + d * size] else db.clone()]
-        by_weight = [g if needed else None for g, needed in zip(by_weight, needs[8:], strict=True)]
-        return dx, dh0, None, None, None, None, None, None, *by_weight
+    def backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        counts, resets, *saved = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad[1:3], *ctx.needs_input_grad[9:])
+        if g_out is None and g_hn is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if ctx.layer is not None and _may_call(ctx.layer, g_out, g_hn, saved):
+            dx, dh0, *by_weight = ctx.layer.backward(g_out, g_hn, saved, needs)
+        else:
+            dx, dh0, *by_weight = _by_weight(ctx, g_out, g_hn, counts, resets, saved, needs)
+        return None, dx, dh0, None, None, None, None, None, None, *by_weight
+
+
+def _may_call(
+    layer: native.Layer, g_out: Tensor | None, g_hn: Tensor | None, saved: Sequence[Tensor]
+) -> bool:
+    """Whether C's gradients are for these: torch shall not differentiate them again, nor look on."""
+    given = [g for g in (g_out, g_hn) if g is not None]
+    return (
+        not torch.is_grad_enabled()
+        and (len(given) == 1 or layer.dtype == layer.compute)  # their sum is not rounded
+        and all(g.dtype == layer.dtype and not _stands_for_another(g) for g in given)
+        and is_unobserved((*given, *saved))
+        and layer.may_read(saved)
+    )
+
+
+def _by_weight(
+    ctx: Any,
+    g_out: Tensor | None,
+    g_hn: Tensor | None,
+    counts: Tensor | None,
+    resets: Tensor | None,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, h0 and nn.RNN's own weights, by the operator's derivative."""
+    D, size, is_cell = ctx.D, ctx.size, ctx.layer is not None and ctx.layer.is_cell
+    (x, h0, output), weights = saved[:3], saved[3:]
+    if is_cell:
+        x, h0, output = x[None], h0[None], output[None]
+        g_out = None if g_out is None else g_out[None]
+    # Joined here again, so that second derivatives find their way to the weights.
+    w_ih, w_hh = reference.join(weights[::2]), reference.join(weights[1::2])
+    of_biases = size == 4 and any(needs[4::4] + needs[5::4])
+    wanted = [*needs[:2], any(needs[2::size]), any(needs[3::size]), of_biases]
+    arguments = (g_out, g_hn, x, h0, w_ih, w_hh, counts, resets, output)
+    dx, dh0, *found = _gradients(*arguments, ctx.nonlinearity, ctx.kernel, ctx.precision, wanted)
+    if is_cell:
+        dx, dh0 = (None if g is None else g[0] for g in (dx, dh0))
+    by_weight: list[Tensor | None] = []
+    for d in range(D):
+        dw_ih, dw_hh, db = (None if g is None else g[d] for g in found)
+        by_weight += [dw_ih, dw_hh]
+        if size == 4:
+            # Both get memory of their own: what works on gradients in place would else do it twice.
+            by_weight += [db, None if db is None or not needs[5 + d * size] else db.clone()]
+    return [dx, dh0, *(g if needed else None for g, needed in zip(by_weight, needs[2:], strict=True))]
 
 
 def _tell_counters() -> None:

@@ -125,8 +125,8 @@ INLINE vec tanh_of(vec x) {
     return (vec)((mask)(m / (m + 2)) | sign);
 }
 
-enum { TANH, RELU };
-INLINE vec act_of(int64_t act, vec v) { return act == RELU ? pick(v < 0, all(0), v) : tanh_of(v); }
+enum { TANH, RELU, NONE };
+INLINE vec act_of(int64_t act, vec v) { return act == NONE ? v : act == RELU ? pick(v < 0, all(0), v) : tanh_of(v); }
 /* The gradient of v, from g, that of h = act(v). */
 INLINE vec before_act(int64_t act, vec g, vec h) { return act == RELU ? pick(h <= 0, all(0), g) : g * (1 - h * h); }
 
@@ -338,7 +338,7 @@ struct affine {
     int64_t act, rounding;        /* where it isn't KEEP, w and out are of 16 bits; in affine()'s argument all are */
     int64_t N, H;                 /* rows, columns of the result */
     int64_t K[2], a_r[2], w_c[2]; /* summands; how far apart rows of a and of w lie */
-    int64_t out_r;
+    int64_t out_r, bias_r;        /* bias[0] has rows so far apart, too; 0: one for all */
     const real *a[2], *w[2], *bias[2]; /* (N, K), (H, K), (H,) or NULL */
     real *out;
     int64_t threads;
@@ -363,11 +363,9 @@ static struct affine columns_of(const struct affine *s, int64_t c, int64_t wide)
     return part;
 }
 
-INLINE real bias_of(const struct affine *s, int64_t column) {
-    real b = 0;
-    for (int i = 0; i < 2; i++)
-        if (s->bias[i]) b += s->bias[i][column];
-    return b;
+INLINE real bias_of(const struct affine *s, int64_t row, int64_t column) {
+    real b = s->bias[0] ? s->bias[0][row * s->bias_r + column] : 0;
+    return s->bias[1] ? b + s->bias[1][column] : b;
 }
 
 enum {
@@ -391,8 +389,8 @@ static void by_panels(const struct affine *s, real *room) {
             int rows = (int)at_most(ROWS, s->N - r0);
             const real *from[2][ROWS];
             for (int r = 0; r < rows; r++) {
-                for (int i = 0; i < 2; i++) from[i][r] = s->a[i] + (r0 + r) * s->a_r[i];
-                for (int64_t e = 0; e < PANEL; e++) totals[r * PANEL + e] = e < width ? bias_of(s, n + e) : 0;
+                for (int i = 0; i < 2 && s->K[i]; i++) from[i][r] = s->a[i] + (r0 + r) * s->a_r[i];
+                for (int64_t e = 0; e < PANEL; e++) totals[r * PANEL + e] = e < width ? bias_of(s, r0 + r, n + e) : 0;
             }
             product(from[0], rows, 0, room, s->K[0], totals);
             if (s->K[1]) product(from[1], rows, 0, room + s->K[0] * PANEL, s->K[1], totals);
@@ -513,11 +511,11 @@ static void of_reals(const struct affine *s, real *room) {
             for (int i = 0; i < R; i++) {
                 real *out = s->out + (r + i) * s->out_r + c;
                 four sums = C == 4 ? sums_of(totals + i * 4) : (four){sum_of(totals[i])};
-                for (int e = 0; e < C; e++) out[e] = sums[e] + bias_of(s, c + e);
+                for (int e = 0; e < C; e++) out[e] = sums[e] + bias_of(s, r + i, c + e);
             }
         }
     }
-    for (int64_t r = 0; r < s->N; r++)
+    for (int64_t r = 0; r < s->N && s->act != NONE; r++)
         for (int64_t c = 0; c < s->H; c += LANES) {
             real *p = s->out + r * s->out_r + c;
             put_some(p, act_of(s->act, get_some(p, s->H - c)), s->H - c);
@@ -558,11 +556,11 @@ static void all_columns(const struct affine *s, real *room) {
 }
 
 /* out (columns, rows) = in (rows, columns)^T, and the sums of in's columns. */
-static void transpose(const real *in, int64_t rows, int64_t columns, real *out, real *sums) {
+static void transpose(const real *in, int64_t in_r, int64_t rows, int64_t columns, real *out, real *sums) {
     for (int64_t c0 = 0; c0 < columns; c0 += 16)
         for (int64_t r0 = 0; r0 < rows; r0 += 16)
             for (int64_t c = c0; c < c0 + 16 && c < columns; c++)
-                for (int64_t r = r0; r < r0 + 16 && r < rows; r++) out[c * rows + r] = in[r * columns + c];
+                for (int64_t r = r0; r < r0 + 16 && r < rows; r++) out[c * rows + r] = in[r * in_r + c];
     for (int64_t c = 0; c < columns; c++) {
         sums[c] = 0;
         for (int64_t r0 = 0; r0 < rows; r0 += STRETCH) { /* short sums, as of a product */
@@ -578,24 +576,22 @@ static void transpose(const real *in, int64_t rows, int64_t columns, real *out, 
 
 struct scan {
     int64_t backward, act, rounding;
-    int64_t D, T, B, H;     /* directions, steps, rows, columns */
+    int64_t D, T, B, H;                /* directions, steps, rows, columns */
+    int64_t resets_t, resets_b;        /* how far apart steps and rows lie */
+    int64_t in_t, in_b, h_t, h_b, out_t, out_b;
+    int64_t start_d, start_b, w_n, w_k;
     int64_t begin, end;     /* which steps to do, counted in the order of the scan */
     int64_t threads;        /* the most that may work, this one among them */
-    int64_t rows, groups;   /* a work item: so many rows, and one of so many groups of panels */
+    int64_t rows, groups;   /* a work item: so many rows, and one of so many groups of panels; 0: see by_steps */
     const int64_t *sizes;   /* packed rows: how many rows step t has, never more than the one before; or NULL */
     const int64_t *offsets; /* then: how many rows lie before step t's */
     const uint8_t *resets;  /* where a row begins anew; or NULL */
-    int64_t resets_t, resets_b;
-    const real *in; /* z or g, D * H columns; NULL: zeros */
-    int64_t in_t, in_b;
-    const real *h; /* backward: the output */
-    int64_t h_t, h_b;
+    const real *in;         /* z or g, D * H columns; NULL: zeros */
+    const real *h;          /* backward: the output */
     real *out;
-    int64_t out_t, out_b;
-    const real *start; /* (D, B, H): h0; or the gradient of h_n or NULL */
-    int64_t start_d, start_b;
-    const real *w[2]; /* for each direction (H, H) */
-    int64_t w_n, w_k;
+    const real *start;      /* (D, B, H): h0; or the gradient of h_n or NULL */
+    const real *w[2];       /* for each direction (H, H) */
+    real *last;             /* (D, B, H): the states after T steps, of rows that have them; or NULL */
 };
 
 struct item { /* one direction's rows and columns, with the steps that are done */
@@ -968,8 +964,29 @@ static void run(struct job *j, int64_t work_of_item, int redone) {
     leave(j);
 }
 
-/* Steps begin to end of a scan; 0, or 1 where there is no memory for it. */
-int scan(const struct scan *s) {
+static int all_of(const struct affine *, int, int64_t);
+
+/* Few steps of few rows, forward and neither packed nor reset: W is read where it lies, w_k being 1. */
+static int by_steps(const struct scan *s) {
+    for (int64_t step = s->begin; step < s->end; step++) {
+        struct affine parts[2];
+        for (int64_t d = 0; d < s->D; d++) {
+            int64_t t = d ? s->T - 1 - step : step, column = d * s->H;
+            const real *start = s->start + d * s->start_d, *before = s->out + (d ? t + 1 : t - 1) * s->out_t + column;
+            parts[d] = (struct affine){
+                .act = s->act, .N = s->B, .H = s->H, .K = {s->H},
+                .a = {step ? before : start}, .a_r = {step ? s->out_b : s->start_b},
+                .w = {s->w[d]}, .w_c = {s->w_n},
+                .bias = {s->in + t * s->in_t + column}, .bias_r = s->in_b,
+                .out = s->out + t * s->out_t + column, .out_r = s->out_b,
+            };
+        }
+        if (all_of(parts, (int)s->D, s->threads)) return 1;
+    }
+    return 0;
+}
+
+static int by_items(const struct scan *s) {
     int64_t panels = (s->H + PANEL - 1) / PANEL, wide = (panels + s->groups - 1) / s->groups * PANEL;
     int64_t blocks = (s->B + s->rows - 1) / s->rows, packed = panels * PANEL * s->H;
     struct job *j = new_job(s->D * blocks * s->groups, s->groups, s->threads, (s->D * packed + s->H) * sizeof(real),
@@ -984,6 +1001,16 @@ int scan(const struct scan *s) {
         pack(s->w[d], by_k, by_n, s->H, s->H, j->w + d * packed);
     }
     run(j, s->rows * wide * s->H, s->groups > 1);
+    return 0;
+}
+
+/* Steps begin to end of a scan; 0, or 1 where there is no memory for it. */
+int scan(const struct scan *s) {
+    if (s->groups ? by_items(s) : by_steps(s)) return 1;
+    for (int64_t d = 0; s->last && s->end == s->T && d < s->D; d++)
+        for (int64_t b = 0; b < s->B; b++)
+            memcpy(s->last + (d * s->B + b) * s->H, s->out + place(s, d ? 0 : s->T - 1, b, s->out_t, s->out_b) + d * s->H,
+                   s->H * sizeof(real));
     return 0;
 }
 
@@ -1033,41 +1060,67 @@ int affine(const struct affine *s) {
     return failed;
 }
 
-struct affine_backward { /* of one step, out = act(...): gradients, each where there is a place for it */
-    int64_t act, rounding, N, H;
+struct affine_backward { /* of one direction, out = act(...): gradients, each where there is a place for it */
+    int64_t act, rounding, N, H; /* rows of all steps */
     int64_t K[2], a_r[2], w_c[2], g_r, out_r;
-    const real *a[2], *w[2], *g, *out;
+    int64_t rows;           /* of one step; where there are several, g is already before act */
+    int64_t reversed;       /* then: whether the last step is the one that begins */
+    const real *a[2], *w[2], *g, *out; /* a: x of all rows, and h of those of the step that begins */
     real *da[2], *dw[2], *db[2]; /* a, w, g, out and these are of 16 bits where rounding isn't KEEP */
     real *room;                  /* (2 N + 1, H), of use to nobody else, never of 16 bits */
     int64_t threads;
 };
 
-int affine_backward(const struct affine_backward *s) {
-    real *dz = s->room, *by_column = dz + s->N * s->H, *sums = by_column + s->N * s->H;
+/* room (N, H) = the states before each step. */
+static void states_before(const struct affine_backward *s, real *room) {
+    int64_t later = s->N - s->rows, begins = s->reversed ? later : 0;
+    for (int64_t r = 0; r < s->rows; r++)
+        memcpy(room + (begins + r) * s->H, s->a[1] + r * s->a_r[1], s->H * sizeof(real));
+    for (int64_t r = 0; r < later; r++) {
+        const real *out = s->out + (s->reversed ? r + s->rows : r) * s->out_r;
+        memcpy(room + (s->reversed ? r : r + s->rows) * s->H, out, s->H * sizeof(real));
+    }
+}
+
+/* room (N, H) = g before act, for one step. */
+static void before_step(const struct affine_backward *s, real *room, real *row) {
     for (int64_t r = 0; r < s->N; r++) {
         const real *g = s->g + r * s->g_r, *h = s->out + r * s->out_r;
-        if (s->rounding) { /* there is room, which the transpose overwrites */
-            widen((const uint16_t *)s->g + r * s->g_r, s->H, s->rounding, dz + r * s->H), g = dz + r * s->H;
-            widen((const uint16_t *)s->out + r * s->out_r, s->H, s->rounding, sums), h = sums;
+        if (s->rounding) {
+            widen((const uint16_t *)s->g + r * s->g_r, s->H, s->rounding, room + r * s->H), g = room + r * s->H;
+            widen((const uint16_t *)s->out + r * s->out_r, s->H, s->rounding, row), h = row;
         }
         for (int64_t c = 0; c < s->H; c += LANES) {
             vec v = before_act(s->act, get_some(g + c, s->H - c), get_some(h + c, s->H - c));
-            put_some(dz + r * s->H + c, v, s->H - c);
+            put_some(room + r * s->H + c, v, s->H - c);
         }
     }
-    if (s->dw[0] || s->dw[1] || s->db[0] || s->db[1]) transpose(dz, s->N, s->H, by_column, sums);
+}
+
+int affine_backward(const struct affine_backward *s) {
+    real *by_row = s->room, *by_column = by_row + s->N * s->H, *sums = by_column + s->N * s->H;
+    const real *dz = by_row, *a[2] = {s->a[0], s->a[1]};
+    int64_t dz_r = s->H, a_r[2] = {s->a_r[0], s->a_r[1]};
+    if (s->rows == s->N)
+        before_step(s, by_row, sums);
+    else {
+        dz = s->g, dz_r = s->g_r;
+        states_before(s, by_row);
+        a[1] = by_row, a_r[1] = s->H;
+    }
+    if (s->dw[0] || s->dw[1] || s->db[0] || s->db[1]) transpose(dz, dz_r, s->N, s->H, by_column, sums);
     struct affine parts[4];
     int count = 0;
     for (int i = 0; i < 2; i++) {
         struct affine part = {.rounding = s->rounding, .across = 1, .H = s->K[i], .out_r = s->K[i]};
         if (s->da[i]) {
-            part.N = s->N, part.K[0] = part.a_r[0] = s->H, part.w_c[0] = s->w_c[i];
-            part.a[0] = dz, part.w[0] = s->w[i], part.out = s->da[i];
+            part.N = i ? s->rows : s->N, part.K[0] = s->H, part.a_r[0] = dz_r, part.w_c[0] = s->w_c[i];
+            part.a[0] = i && s->reversed ? dz + (s->N - s->rows) * dz_r : dz, part.w[0] = s->w[i], part.out = s->da[i];
             parts[count++] = part;
         }
         if (s->dw[i]) {
-            part.N = s->H, part.K[0] = part.a_r[0] = s->N, part.w_c[0] = s->a_r[i];
-            part.a[0] = by_column, part.w[0] = s->a[i], part.out = s->dw[i];
+            part.N = s->H, part.K[0] = part.a_r[0] = s->N, part.w_c[0] = a_r[i];
+            part.a[0] = by_column, part.w[0] = a[i], part.out = s->dw[i];
             parts[count++] = part;
         }
         if (s->db[i] && s->rounding) narrow(sums, s->H, s->rounding, (uint16_t *)s->db[i]);

@@ -20,7 +20,7 @@ static const struct shape SHAPES[] = {
 };
 static const struct {
     int64_t threads, rows, groups;
-} PLANS[] = {{1, 32, 1}, {1, 1, 1}, {2, 8, 1}, {3, 5, 2}, {4, 32, 3}, {2, 7, 40}};
+} PLANS[] = {{1, 32, 1}, {1, 1, 1}, {2, 8, 1}, {3, 5, 2}, {4, 32, 3}, {2, 7, 40}, {1, 32, 0}, {3, 32, 0}};
 #define COUNT(array) ((int)(sizeof array / sizeof *array))
 enum { PACKED = 1, RESETS = 2, WITH_RELU = 4, BACKWARD = 8, EXPANDED = 16, NO_START = 32, VARIANTS = 64 };
 
@@ -80,8 +80,11 @@ static void test(struct shape z, int variant) {
     int in_rows = !(variant & EXPANDED), by_b = width + gap;
     real *in = numbers(in_rows ? (rows - 1) * by_b + width : width, 1);
     real *h = numbers(rows * width, 1), *start = numbers(z.D * z.B * z.H, 1);
-    real *w = numbers(z.D * z.H * z.H, 1 / sqrt(z.H)), *first = 0;
+    real *w = numbers(z.D * z.H * z.H, 1 / sqrt(z.H)), *firsts[2] = {0}; /* of plans with W in panels, and without */
     for (int p = 0; p < COUNT(PLANS); p++) {
+        int panels = PLANS[p].groups > 0;
+        if (!panels && variant & (PACKED | RESETS | BACKWARD | NO_START)) continue;
+        real *first = firsts[panels], *last = get_memory(z.D * z.B * z.H * sizeof(real));
         real *out = get_memory(rows * width * sizeof(real));
         memset(out, 0xff, rows * width * sizeof(real)); /* NaN */
         struct scan s = {
@@ -95,6 +98,7 @@ static void test(struct shape z, int variant) {
             .out = out, .out_t = z.B * width, .out_b = width,
             .start = start, .start_d = z.B * z.H, .start_b = z.H,
             .w = {w, w + (z.D - 1) * z.H * z.H}, .w_n = z.H, .w_k = 1,
+            .last = variant & (PACKED | BACKWARD) ? 0 : last,
         };
         if (backward && variant & NO_START) s.start = 0, s.in = expanded ? 0 : s.in;
         if (!backward && variant & NO_START) s.w_n = 1, s.w_k = z.H; /* a transposed W instead */
@@ -107,6 +111,15 @@ static void test(struct shape z, int variant) {
             part.end = part.begin ? z.T : (z.T + 1) / 2;
             if (scan(&part)) abort();
         }
+        for (int64_t i = 0; s.last && i < z.D * z.B * z.H; i++) {
+            int64_t d = i / z.H / z.B, t = d ? 0 : z.T - 1;
+            if (last[i] != out[place(&s, t, i / z.H % z.B, s.out_t, s.out_b) + d * z.H + i % z.H]) {
+                printf("T=%d B=%d H=%d D=%d variant %d: plan %d has another last state\n", (int)z.T, (int)z.B, (int)z.H,
+                       (int)z.D, variant, p);
+                failures++;
+            }
+        }
+        free(last);
         if (first && memcmp(first, out, rows * width * sizeof(real))) {
             printf("T=%d B=%d H=%d D=%d variant %d: plan %d has other bits\n", (int)z.T, (int)z.B, (int)z.H, (int)z.D,
                    variant, p);
@@ -116,7 +129,7 @@ static void test(struct shape z, int variant) {
             free(out);
             continue;
         }
-        first = out;
+        firsts[panels] = out;
         const real *known = s.in;
         if (known) known = in, s.in_t = in_rows ? z.B * by_b : 0, s.in_b = in_rows ? by_b : 0;
         double worst = 0;
@@ -134,7 +147,7 @@ static void test(struct shape z, int variant) {
             failures++;
         }
     }
-    free(first), free(in), free(h), free(start), free(w), free(resets), free(sizes), free(offsets);
+    free(firsts[0]), free(firsts[1]), free(in), free(h), free(start), free(w), free(resets), free(sizes), free(offsets);
 }
 
 #ifndef DOUBLE
@@ -272,7 +285,8 @@ static void fetch(real *p, int64_t count, const real *from) {
 
 /* One step without a scan and its gradients; T is I, D a variant. */
 static void test_affine(struct shape z, int64_t threads) {
-    int64_t N = z.B, K[2] = {z.T, z.D & 1 ? z.H : 0}, H = z.H, gap = 2, act = z.D & 2 ? RELU : TANH;
+    int64_t N = z.B, K[2] = {z.T, z.D & 1 ? z.H : 0}, H = z.H, gap = 2;
+    int64_t act = z.D & 2 ? RELU : z.D & 4 ? NONE : TANH;
     real *a[2], *w[2], *bias[2], *da[2], *dw[2], *db[2];
     for (int i = 0; i < 2; i++) {
         int64_t k = K[i] ? K[i] : 1;
@@ -300,12 +314,12 @@ static void test_affine(struct shape z, int64_t threads) {
             double total = bias[1][c] + (z.D & 8 ? bias[0][c] : 0);
             for (int i = 0; i < 2; i++)
                 for (int64_t k = 0; k < K[i]; k++) total += (double)a[i][r * s.a_r[i] + k] * w[i][c * s.w_c[i] + k];
-            total = act == RELU ? (total > 0 ? total : 0) : tanh(total);
+            total = act == NONE ? total : act == RELU ? (total > 0 ? total : 0) : tanh(total);
             expect("affine", z, out + r * s.out_r + c, total);
         }
     int every = !(z.D & 8); /* of the gradients, or one of each pair */
     struct affine_backward b = {.act = act, .rounding = stored_as, .threads = threads, .N = N, .H = H,
-                                .K = {K[0], K[1]}, .a_r = {s.a_r[0], s.a_r[1]},
+                                .rows = N, .K = {K[0], K[1]}, .a_r = {s.a_r[0], s.a_r[1]},
                                 .w_c = {s.w_c[0], s.w_c[1]}, .g_r = H + gap, .out_r = H + gap, .a = {as[0], as[1]},
                                 .w = {ws[0], ws[1]}, .g = gs, .out = outs, .da = {das[0], K[1] && every ? das[1] : 0},
                                 .dw = {every ? dws[0] : 0, K[1] ? dws[1] : 0}, .db = {dbs[0], every ? dbs[1] : 0},
@@ -343,10 +357,54 @@ static void test_affine(struct shape z, int64_t threads) {
     free(out), free(g), free(dz);
 }
 
+/* Gradients of a sequence, one direction of z.D, whose dz is known; z.T steps of z.B rows. */
+static void test_sequence(struct shape z, int64_t threads) {
+    int64_t N = z.T * z.B, H = z.H, I = 7, width = z.D * H, apart[2] = {I + 2, H + 1};
+    real *x = numbers((N - 1) * apart[0] + I, 1), *h0 = numbers((z.B - 1) * apart[1] + H, 1);
+    real *dz = numbers(N * width, 1), *out = numbers(N * width, 1), *room = get_memory((2 * N + 1) * H * sizeof *room);
+    real *w[2] = {numbers(H * I, 1), numbers(H * H, 1)}, *da[2] = {numbers(N * I, 1), numbers(z.B * H, 1)};
+    real *dw[2] = {numbers(H * I, 1), numbers(H * H, 1)}, *db = numbers(H, 1);
+    for (int64_t d = 0; d < z.D; d++) {
+        struct affine_backward b = {.N = N, .H = H, .K = {I, H}, .a_r = {apart[0], apart[1]}, .w_c = {I, H}, .g_r = width,
+                                    .out_r = width, .rows = z.B, .reversed = d, .a = {x, h0}, .w = {w[0], w[1]},
+                                    .g = dz + d * H, .out = out + d * H, .da = {da[0], da[1]}, .dw = {dw[0], dw[1]},
+                                    .db = {db, 0}, .room = room, .threads = threads};
+        if (affine_backward(&b)) abort();
+        struct shape told = {I, N, H, 100 + d};
+        for (int64_t c = 0; c < H; c++) {
+            double of_bias = 0;
+            for (int64_t r = 0; r < N; r++) of_bias += b.g[r * width + c];
+            expect("db", told, db + c, of_bias);
+            for (int i = 0; i < 2; i++)
+                for (int64_t k = 0; k < b.K[i]; k++) {
+                    double want = 0;
+                    for (int64_t r = 0; r < N; r++) {
+                        int64_t before = d ? r + z.B : r - z.B, begins = d ? r - (N - z.B) : r;
+                        const real *h = before >= 0 && before < N ? b.out + before * width : h0 + begins * apart[1];
+                        want += (double)b.g[r * width + c] * (i ? h[k] : x[r * apart[0] + k]);
+                    }
+                    expect("dw", told, dw[i] + c * b.K[i] + k, want);
+                }
+        }
+        for (int i = 0; i < 2; i++)
+            for (int64_t r = 0; r < (i ? z.B : N); r++)
+                for (int64_t k = 0; k < b.K[i]; k++) {
+                    double want = 0;
+                    const real *row = b.g + (i && d ? N - z.B + r : r) * width;
+                    for (int64_t c = 0; c < H; c++) want += (double)row[c] * w[i][c * b.K[i] + k];
+                    expect("da", told, da[i] + r * b.K[i] + k, want);
+                }
+    }
+    for (int i = 0; i < 2; i++) free(w[i]), free(da[i]), free(dw[i]);
+    free(x), free(h0), free(dz), free(out), free(room), free(db);
+}
+
 int main(int argc, char **argv) {
     int scans = 0, shapes = argc > 1 ? atoi(argv[1]) : COUNT(SHAPES);
     for (int i = 0; i < shapes; i++)
         for (int variant = 0; variant < VARIANTS; variant++, scans++) test(SHAPES[i], variant);
+    for (int i = 0; i < shapes; i++)
+        if (SHAPES[i].T > 1) test_sequence(SHAPES[i], 1 + i % 3);
     static const struct shape steps[] = {{1, 1, 1, 0}, {3, 5, 4, 0},   {40, 1, 17, 0},  {17, 3, 70, 0},
                                          {1100, 4, 6, 0}, {2, 600, 9, 0}, {9, 11, 140, 0}, {13, 70, 37, 0}};
     for (int i = 0; i < COUNT(steps); i++)
