@@ -13,7 +13,7 @@ import torch
 
 from .reference import COMPUTE
 
-#: Multiply-adds up to which a product is one core's: more are worth the moment that another one takes to begin.
+#: Multiply-adds up to which a product is one core's: more repay the moment that another one takes to begin.
 SHARED = 2**18
 #: Rows of all steps up to which W_hh is read where it lies: copied into panels it is read faster, more often.
 UNPACKED = 16
@@ -82,10 +82,9 @@ def explain(
     if plain and (T == 1 or (T * B <= UNPACKED and dtype not in COMPUTE)):
         work = B * H * (H + I * (T == 1))
         n = 1 if work <= SHARED else torch.get_num_threads()
-        return {"threads": n}, (
-            f"{T * B} rows in all are no scan: a step's {work} multiply-adds are on {n} of torch's threads, as "
-            f"{'up to' if work <= SHARED else 'more than'} {SHARED} are"
-        )
+        few = "one step is" if T == 1 else f"{T * B} rows in all are"
+        which = "one thread, as up to" if n == 1 else f"as many threads as torch has, {n}, as more than"
+        return {"threads": n}, f"{few} no scan: a step's {work} multiply-adds are on {which} {SHARED} are"
     itemsize = 8 if dtype == torch.float64 else 4
     found = estimates(B, H, T, D, itemsize, torch.get_num_threads())
     chosen, one = plan(B, H, T, D, itemsize), next(iter(found))

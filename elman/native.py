@@ -113,28 +113,30 @@ class Layer:
         w_ih, w_hh = weights[:2]
         self.shapes = (x.shape, h.shape, self.shape, *(w_ih.shape, w_hh.shape) * D)
         act, by_d = _ACTS[nonlinearity], 0 if D == 1 else h.stride(0)
-        # One step adds both products and ends with act; of several it is W_ih x + b, and the scan comes after.
-        last, K, by_h, by_w = (act, H, h.stride(-2), w_hh.stride(0)) if T == 1 else (_NO_ACT, 0, 0, 0)
-        by_x, rounding = _row_stride(x), _ROUNDING.get(x.dtype, 0)
+        by_x, by_h, by_w = _row_stride(x), h.stride(-2), w_hh.stride(0)
         self.is_even = by_x is not None
+        # One step adds both products and ends with act; of several it is W_ih x + b, and a scan comes after.
+        of_h = H if T == 1 else 0
         self.affine = _AFFINE.pack(
-            *(last, rounding, T * B, H, I, K, I if by_x is None else by_x, by_h, w_ih.stride(0), by_w, D * H, 0)
+            *(act if of_h else _NO_ACT, _ROUNDING.get(x.dtype, 0), T * B, H, I, of_h),
+            *(I if by_x is None else by_x, by_h, w_ih.stride(0), by_w, D * H, 0),
         )
         apart = B * D * H, D * H
-        strides = 0, 0, *apart, 0, 0, *apart, by_d, h.stride(-2), *w_hh.stride()
+        strides = 0, 0, *apart, 0, 0, *apart, by_d, by_h, *w_hh.stride()
         self.scan = _SCAN.pack(False, act, 0, D, T, B, H, *strides)
         self.bytes_of_h, self.bytes_of_row = by_d * x.element_size(), H * x.element_size()
         self.library = compiled.library(x.dtype == torch.float64)
-        self.no_memory = f"no memory for a layer of {B} rows, {D} x {H} x ({I} + {H}); free some, or use 'eager'"
+        self.no_memory = f"no memory for {B} rows of {D} x {H} x ({I} + {H}); free some, or use 'eager'"
         self.has_products = T * B <= MOST
-        self.is_short = T * B * H * (I + K) <= SHARED
+        self.has_backward = self.has_products and (D == 1 or self.dtype == self.compute)  # dx rounded once
+        self.is_short = T * B * H * (I + of_h) <= SHARED
         # A weight's gradient takes as long to write as one row's products.
         self.is_short_backward = (1 + T * B) * H * (I + H) <= SHARED
         self.per_call = _steps(B, H, D, x.element_size())
 
     @staticmethod
     def fits(x: Tensor, h: Tensor, weights: Sequence[Tensor], D: int) -> bool:
-        """Whether C takes them as they lie: nothing of size 0, and several steps in their own precision alone."""
+        """Whether C takes them as they lie: nothing of size 0, and 16 bits in one step alone."""
         if x.dtype in COMPUTE and x.dim() == 3 and x.shape[0] > 1:
             return False
         n = len(weights) // D
@@ -147,7 +149,7 @@ class Layer:
         Not so the gradients: torch itself sees to their shape, dtype and device.
         """
         return (
-            self.has_products
+            self.has_backward
             and self.shapes == tuple([t.shape for t in saved])
             and all(
                 t.is_cpu
@@ -172,17 +174,11 @@ class Layer:
         n = self.per_direction
         if T == 1 or self.has_products:
             output = x.new_empty(self.shape)
-            threads = 1 if self.is_short else torch.get_num_threads()
-            at_x, at_h, at = *pointers[:2], output.data_ptr()
-            for i in range(2, len(pointers), n):
-                w_ih, w_hh, b_ih, b_hh, *_ = *pointers[i : i + n], 0, 0
-                mapped = _MAPPED.pack(at_x, at_h, w_ih, w_hh, b_ih, b_hh, at, threads, 0)
-                if self.library.affine(self.affine + mapped):
-                    raise MemoryError(self.no_memory)
-                at_h, at = at_h + self.bytes_of_h, at + self.bytes_of_row
+            self._project(pointers, output.data_ptr())
         else:
             biases = [join(weights[i::n]) for i in range(2, n)]
-            output = products.project(x, join(weights[::n]), sum(biases[1:], *biases[:1]) if biases else None)
+            bias = biases[0] + biases[1] if n == 4 else biases[0] if biases else None
+            output = products.project(x, join(weights[::n]), bias)
         if T == 1:
             if self.is_cell:
                 return output, output
@@ -200,6 +196,16 @@ class Layer:
                 raise MemoryError(self.no_memory)
         return output, h_n
 
+    def _project(self, pointers: list[int], out: int) -> None:
+        """W_ih x + b of all steps, or all of a single step, into memory at `out`."""
+        at_x, at_h, threads = *pointers[:2], 1 if self.is_short else torch.get_num_threads()
+        for i in range(2, len(pointers), self.per_direction):
+            w_ih, w_hh, b_ih, b_hh, *_ = *pointers[i : i + self.per_direction], 0, 0
+            mapped = _MAPPED.pack(at_x, at_h, w_ih, w_hh, b_ih, b_hh, out, threads, 0)
+            if self.library.affine(self.affine + mapped):
+                raise MemoryError(self.no_memory)
+            at_h, out = at_h + self.bytes_of_h, out + self.bytes_of_row
+
     def backward(
         self, g_out: Tensor | None, g_hn: Tensor | None, saved: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
@@ -215,18 +221,20 @@ class Layer:
             if g_hn is not None and D == 2:
                 g_hn = g_hn.transpose(0, 1).reshape(self.shape)
             g = g_hn if g_out is None else g_out if g_hn is None else g_out + g_hn
+            assert g is not None
         else:
             g = _like(output)
             _scan(True, self.nonlinearity, 0, g_out, output, g, g_hn, weights[1::2], None, None)
         (x, by_x), (output, by_output), (g, by_g) = _evenly(x), _evenly(output), _evenly(_readable(g))
-        dx, dh = (_like(t) if needed else None for t, needed in zip((x, h), needs, strict=False))
+        dx, dh = _like(x) if needs[0] else None, _like(h) if needs[1] else None
         found, room = [dx, dh], x.new_empty(2 * T * B + 1, H, dtype=self.compute)
         size, threads = x.element_size(), 1 if self.is_short_backward else torch.get_num_threads()
         for d in range(D):
             w_ih, w_hh = weights[2 * d : 2 * d + 2]
-            into = _like(x) if d and dx is not None else dx
-            own = [None if not needed else _like(w) for w, needed in zip((w_ih, w_hh), needs[2 + d * n :])]
-            own += [x.new_empty(H) if needed else None for needed in needs[4 + d * n : 2 + d * n + n]]
+            into = _like(x) if d and dx is not None else dx  # dx is the sum over both directions
+            of_w_ih, of_w_hh, *of_biases = needs[2 + d * n : 2 + d * n + n]
+            own = [_like(w_ih) if of_w_ih else None, _like(w_hh) if of_w_hh else None]
+            own += [x.new_empty(H) if needed else None for needed in of_biases]
             found += own
             at_x, at_h, at_g, at_out, *places = _pointers(x, h, g, output, into, dh, *own)
             if d:
@@ -244,7 +252,7 @@ class Layer:
             )
             if failed:
                 raise MemoryError(self.no_memory)
-            if d and dx is not None:
+            if d and dx is not None and into is not None:
                 dx += into
         return found
 

@@ -130,7 +130,8 @@ def plain_layer(
 def prepared_layer(layer: native.Layer, x: Tensor, h0: Tensor, weights: Sequence[Tensor]) -> Any:
     """As `plain_layer`, by what was prepared for such tensors; of a cell, x (B, I), the state (B, H)."""
     if torch.is_grad_enabled():
-        return _Recorded.apply(layer, x, h0, None, None, layer.nonlinearity, "native", "ieee", layer.D, *weights)
+        options = (layer.nonlinearity, "native", "ieee", layer.D)
+        return _Recorded.apply(layer, x, h0, None, None, *options, *weights)
     output, h_n = layer(x, h0, weights)
     return output if layer.is_cell else (output, h_n)
 
@@ -154,7 +155,7 @@ def _plain_layer(
 
 
 class _Recorded(torch.autograd.Function):
-    """`plain_layer` and `prepared_layer` with their derivative: C's where it was prepared, or the operator's."""
+    """`plain_layer` and `prepared_layer` with their derivative: if prepared C's, else the operator's."""
 
     @staticmethod
     def forward(ctx: Any, layer: native.Layer | None, x: Tensor, h0: Tensor, *rest: Any) -> Any:
@@ -201,7 +202,7 @@ def _by_weight(
     counts: Tensor | None,
     resets: Tensor | None,
     saved: Sequence[Tensor],
-    needs: Sequence[bool],
+    needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """The gradients of x, h0 and nn.RNN's own weights, by the operator's derivative."""
     D, size, is_cell = ctx.D, ctx.size, ctx.layer is not None and ctx.layer.is_cell
