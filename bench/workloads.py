@@ -228,12 +228,13 @@ SWEEPS = {
             for workload in _square(B, 668, 64, 256, 512, 1024)
         ),
     ),
-    # One step: what generation and reinforcement learning call, once a token or a frame.
+    # One step, or a few: what generation and reinforcement learning call, once a token or a frame.
     "step": Sweep(
         (
             *(Workload(B, 1, 256, 256, cell=True) for B in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
             *(Workload(B, 1, H, H, cell=True) for H in (64, 1024) for B in (1, 16, 256)),
             *(Workload(B, 1, H, H) for H in (256, 1024) for B in (1, 16, 256)),
+            *(Workload(B, T, H, H) for H in (64, 256) for B in (1, 16, 128) for T in (2, 4, 8)),
         ),
         seconds=0.5,
     ),

@@ -1,6 +1,6 @@
 """The backend native: a layer on a CPU by kernels/native.c, with eager's arguments and results.
 
-Scans are C, and so are single steps with their gradients; a sequence's products are torch's, see products.py.
+Scans are C, and so are all products of up to MOST rows; those of more are torch's, see products.py.
 Nothing here sets torch's number of threads: a scan takes at most as many, and one where that is best.
 """
 

@@ -5,8 +5,8 @@
     sums_of_products    a^T b over all rows: the gradients of the weights
 
 They are the vendor's library's work: cuBLAS on a GPU; on a CPU MKL, as in nn.RNN, or oneDNN where that is
-faster, see `_onednn_pays`. What is written out here is how a sum is split, so that no error exceeds 1.5 times
-nn.RNN's.
+faster, see `_onednn_pays`; those of a few hundred rows native makes itself. What is written out here is how a
+sum is split, so that no error exceeds 1.5 times nn.RNN's.
 """
 
 from __future__ import annotations

@@ -4,16 +4,16 @@
     backward    dz_t = act'(h_t) (g_t + W^T dz_{t+1})     g the output's gradient, h the output
 
 Both are one loop: a step's rows begin with what is known before (z_t or g_t), a product with the rows of the
-step before is added, and a function of each element ends it. A single step with its input product, and its
-gradients, are functions of their own, which pack W only where it is used often enough.
+step before is added, and a function of each element ends it. A product of few rows, as of a single step or of its
+gradients, is a function of its own, which packs a weight only where it is used often enough.
 
     columns     PANEL at a time. W lies in panels [k][PANEL], packed once a call, so that a step reads it in order.
     k           in blocks of 64, each a sum of its own: the block of a panel stays in the first cache while up to
                 32 rows use it, and a long sum rounds less in short ones.
     rows        up to 6 at a time, whose sums of PANEL columns fill the registers.
 
-A sum's order depends on H, a step's rows and, in a single step, on its input size; not on threads, nor on the
-tile that a row fell into. So the bits don't either.
+A sum's order depends on H, a step's rows, whether W is packed and, in a single step, on its input size; not on
+threads, nor on the tile that a row fell into. So the bits don't either.
 
 Compiled for float, or with -DDOUBLE for double; elman/native.py compiles it and packs the arguments. -ffast-math
 must not be given: NaN and infinity count, and linking with it makes the whole process flush denormals.
@@ -278,7 +278,7 @@ static void pack(const real *m, int64_t by_k, int64_t by_n, int64_t K, int64_t N
     }
 }
 
-/* ---- A single step: out = act(a_1 w_1^T + a_2 w_2^T + b_1 + b_2), and products for its gradients ---- */
+/* ---- Products of few rows: out = act(a_1 w_1^T + a_2 w_2^T + b_1 + b_2), and those for gradients ---- */
 
 enum { TILE_ROWS = 3, TILE_COLUMNS = 4, WIDE = 4, STRETCH = 32 * LANES }; /* STRETCH: summands whose sums are vectors */
 
@@ -1014,7 +1014,7 @@ int scan(const struct scan *s) {
     return 0;
 }
 
-/* Some affine maps, whose columns are shared out over threads; 0, or 1 where there is no memory for that. */
+/* Some affine maps, whose columns are shared out over threads; 0, or 1 where there is no memory for it. */
 static int all_of(const struct affine *parts, int count, int64_t threads) {
     int64_t room = 0, work = 0, slices = threads > 1 ? 2 * threads : 1;
     for (int i = 0; i < count; i++) {
@@ -1040,7 +1040,7 @@ static int all_of(const struct affine *parts, int count, int64_t threads) {
     return 0;
 }
 
-/* One step; 0, or 1 where there is no memory for it. */
+/* One product or two; 0, or 1 where there is no memory for it. */
 int affine(const struct affine *s) {
     if (!s->rounding) return all_of(s, 1, s->threads);
     struct affine wide = *s;

@@ -100,17 +100,26 @@ def test_bits_are_the_same_for_any_number_of_torch_s_threads(monkeypatch, dtype,
         assert_same_bits(other, found[0])
 
 
+FEW_STEPS = [(1, B) for B in (1, 4, 5, 12, 13, 97, 192)]
+# On both sides of what has W packed, and of what has its products in C.
+FEW_STEPS += [(T, B) for T in (2, 4, 16) for B in (native.UNPACKED // T, native.UNPACKED // T + 1)]
+FEW_STEPS += [(8, native.MOST // 8), (3, native.MOST // 3 + 1)]
+
+
 @pytest.mark.usefixtures("nan_memory")
 @EACH_DTYPE
-@pytest.mark.parametrize("B", [1, 4, 5, 12, 13, 97, 192])
-def test_bits_of_a_step_are_the_same_for_any_number_of_threads(monkeypatch, dtype, B):
-    monkeypatch.setattr(native, "SHARED", 0)  # so that each step is shared out
-    found = []
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize(("T", "B"), FEW_STEPS)
+def test_bits_of_a_few_steps_are_the_same_for_any_number_of_threads(monkeypatch, dtype, T, B, D):
+    """And they are near the truth."""
+    monkeypatch.setattr(native, "SHARED", 0)  # so that each product is shared out
+    p, found = make(T=T, B=B, I=37, H=130, directions=D, dtype=dtype), []
     for threads in (1, 3):
         monkeypatch.setattr(functional, "_checked", {})
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        found.append(run("native", make(T=1, B=B, I=37, H=130, dtype=dtype)))
+        found.append(run("native", p))
     assert_same_bits(*found)
+    check(found[0], run("reference", p.double()), tolerance(dtype), floor=1e-2)
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["", "create_graph"])
@@ -365,7 +374,7 @@ PRECISE = [
     (100, 33, 96, 2),
     (60, 1, 1024, 1),
 ]
-PRECISE += [(25, 33, 512, 1), (20, 4, 1024, 1)]
+PRECISE += [(25, 33, 512, 1), (20, 4, 1024, 1), (2, 1, 512, 6), (4, 4, 256, 4), (8, 64, 256, 1)]
 
 
 @pytest.mark.parametrize(("T", "B", "H", "seeds"), PRECISE)
