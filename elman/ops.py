@@ -123,15 +123,14 @@ def plain_layer(
     """
     arguments: tuple[Any, ...] = (x, h0, counts, resets, nonlinearity, kernel, precision, D, *weights)
     if torch.is_grad_enabled():
-        return _Recorded.apply(None, *arguments)
+        return _Recorded.apply(*arguments)
     return _plain_layer(*arguments)
 
 
 def prepared_layer(layer: native.Layer, x: Tensor, h0: Tensor, weights: Sequence[Tensor]) -> Any:
     """As `plain_layer`, by what was prepared for such tensors; of a cell, x (B, I), the state (B, H)."""
     if torch.is_grad_enabled():
-        options = (layer.nonlinearity, "native", "ieee", layer.D)
-        return _Recorded.apply(layer, x, h0, None, None, *options, *weights)
+        return _Prepared.apply(layer, x, h0, *weights)
     output, h_n = layer(x, h0, weights)
     return output if layer.is_cell else (output, h_n)
 
@@ -155,36 +154,62 @@ def _plain_layer(
 
 
 class _Recorded(torch.autograd.Function):
-    """`plain_layer` and `prepared_layer` with their derivative: if prepared C's, else the operator's."""
+    """`plain_layer` with its derivative, the operator's."""
 
     @staticmethod
-    def forward(ctx: Any, layer: native.Layer | None, x: Tensor, h0: Tensor, *rest: Any) -> Any:
-        counts, resets, ctx.nonlinearity, ctx.kernel, ctx.precision, ctx.D, *weights = rest
-        output, h_n = _plain_layer(x, h0, *rest) if layer is None else layer(x, h0, weights)
-        ctx.layer, ctx.size = layer, len(weights) // ctx.D
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        x, h0, counts, resets, *ctx.options, ctx.D = arguments[:8]
+        weights = arguments[8:]
+        output, h_n = _plain_layer(*arguments)
         ctx.set_materialize_grads(False)
         # Not the biases: who writes into one before the backward pass changes nothing that it reads.
+        ctx.size = len(weights) // ctx.D
         kept = [w for i, w in enumerate(weights) if i % ctx.size < 2]
         ctx.save_for_backward(counts, resets, x, h0, output, *kept)
-        return output if layer is not None and layer.is_cell else (output, h_n)
+        return output, h_n
+
+    @staticmethod
+    def backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
+        counts, resets, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[8:]
+        dx, dh0, *rest = _by_weight(g_out, g_hn, saved, counts, resets, ctx.D, ctx.size, ctx.options, needs)
+        return dx, dh0, None, None, None, None, None, None, *rest
+
+
+class _Prepared(torch.autograd.Function):
+    """`prepared_layer` with its derivative: C's, or the operator's where more than autograd looks on."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: native.Layer, x: Tensor, h0: Tensor, *weights: Tensor) -> Any:
+        output, h_n = layer(x, h0, weights)
+        ctx.layer = layer
+        ctx.set_materialize_grads(False)
+        n = layer.per_direction
+        kept = weights[:2] if layer.D == 1 else (*weights[:2], *weights[n : n + 2])
+        ctx.save_for_backward(x, h0, output, *kept)
+        return output if layer.is_cell else (output, h_n)
 
     @staticmethod
     def backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        counts, resets, *saved = ctx.saved_tensors
-        needs = (*ctx.needs_input_grad[1:3], *ctx.needs_input_grad[9:])
+        layer, saved, needs = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if g_out is None and g_hn is None:
-            return (None,) * len(ctx.needs_input_grad)
-        if ctx.layer is not None and _may_call(ctx.layer, g_out, g_hn, saved):
-            dx, dh0, *by_weight = ctx.layer.backward(g_out, g_hn, saved, needs)
-        else:
-            dx, dh0, *by_weight = _by_weight(ctx, g_out, g_hn, counts, resets, saved, needs)
-        return None, dx, dh0, None, None, None, None, None, None, *by_weight
+            return (None,) * (1 + len(needs))
+        if _may_call(layer, g_out, g_hn, saved):
+            return None, *layer.backward(g_out, g_hn, saved, needs)
+        if layer.is_cell:  # for the operator a sequence of one step
+            saved = [*(t[None] for t in saved[:3]), *saved[3:]]
+            g_out = None if g_out is None else g_out[None]
+        options = layer.nonlinearity, "native", "ieee"
+        found = _by_weight(g_out, g_hn, saved, None, None, layer.D, layer.per_direction, options, needs)
+        if layer.is_cell:
+            found[:2] = [None if g is None else g[0] for g in found[:2]]
+        return None, *found
 
 
 def _may_call(
     layer: native.Layer, g_out: Tensor | None, g_hn: Tensor | None, saved: Sequence[Tensor]
 ) -> bool:
-    """Whether C's gradients are for these: torch shall not differentiate them again, nor look on."""
+    """Whether C's gradients are for these: torch shall not differentiate them again, and nothing look on."""
     given = [g for g in (g_out, g_hn) if g is not None]
     return (
         not torch.is_grad_enabled()
@@ -196,28 +221,27 @@ def _may_call(
 
 
 def _by_weight(
-    ctx: Any,
     g_out: Tensor | None,
     g_hn: Tensor | None,
+    saved: Sequence[Tensor],
     counts: Tensor | None,
     resets: Tensor | None,
-    saved: Sequence[Tensor],
+    D: int,
+    size: int,
+    options: Sequence[str],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """The gradients of x, h0 and nn.RNN's own weights, by the operator's derivative."""
-    D, size, is_cell = ctx.D, ctx.size, ctx.layer is not None and ctx.layer.is_cell
-    (x, h0, output), weights = saved[:3], saved[3:]
-    if is_cell:
-        x, h0, output = x[None], h0[None], output[None]
-        g_out = None if g_out is None else g_out[None]
+    """The gradients of x, h0 and nn.RNN's own weights, `size` a direction, by the operator's derivative.
+
+    saved: x, h0, the output, and each direction's w_ih and w_hh; options: nonlinearity, kernel, precision.
+    """
+    x, h0, output, *weights = saved
     # Joined here again, so that second derivatives find their way to the weights.
     w_ih, w_hh = reference.join(weights[::2]), reference.join(weights[1::2])
     of_biases = size == 4 and any(needs[4::4] + needs[5::4])
     wanted = [*needs[:2], any(needs[2::size]), any(needs[3::size]), of_biases]
-    arguments = (g_out, g_hn, x, h0, w_ih, w_hh, counts, resets, output)
-    dx, dh0, *found = _gradients(*arguments, ctx.nonlinearity, ctx.kernel, ctx.precision, wanted)
-    if is_cell:
-        dx, dh0 = (None if g is None else g[0] for g in (dx, dh0))
+    arguments: tuple[Any, ...] = (g_out, g_hn, x, h0, w_ih, w_hh, counts, resets, output, *options, wanted)
+    dx, dh0, *found = _gradients(*arguments)
     by_weight: list[Tensor | None] = []
     for d in range(D):
         dw_ih, dw_hh, db = (None if g is None else g[d] for g in found)

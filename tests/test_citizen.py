@@ -26,8 +26,8 @@ from torch.utils.checkpoint import (
 
 import elman
 from elman import eager
-from tests.helpers import BACKENDS, DEVICE, copy_of, dtype_name
-from tests.tolerances import LOSS_CURVE
+from tests.helpers import BACKENDS, DEVICE, check, copy_of, dtype_name
+from tests.tolerances import LOSS_CURVE, tolerance
 
 HALVES = [torch.float16, torch.bfloat16]
 EACH_HALF = pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
@@ -262,7 +262,9 @@ def test_what_was_saved_may_be_written_over_where_that_is_allowed(own_backend):
             for p in ours.parameters():
                 p.zero_()
         loss.backward()
-    assert_equal({"input": x.grad, **{name: p.grad for name, p in ours.named_parameters()}}, expected)
+    found = {"input": x.grad, **{name: p.grad for name, p in ours.named_parameters()}}
+    # torch sees each operation there: the products for native's gradients are torch's then, not C's.
+    check(found, expected, tolerance(torch.float32))
 
 
 def test_a_retained_graph_serves_twice_and_no_third_time(own_backend):
