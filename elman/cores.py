@@ -1,4 +1,4 @@
-"""How native shares its work out over cores: a scan by a model of its time, one step by its multiply-adds.
+"""How native shares its work out over cores: a scan by a model of its time, a product by its multiply-adds.
 
 One core does all of a scan, or each thread has rows of its own, or columns of its own. The first two need no
 synchronisation; for the third the threads synchronise at every step.
@@ -82,9 +82,9 @@ def explain(
     if plain and (T == 1 or (T * B <= UNPACKED and dtype not in COMPUTE)):
         work = B * H * (H + I * (T == 1))
         n = 1 if work <= SHARED else torch.get_num_threads()
-        few = "one step is" if T == 1 else f"{T * B} rows in all are"
+        few = "one step is no scan:" if T == 1 else f"W_hh, which {T * B} rows use, is read where it lies:"
         which = "one thread, as up to" if n == 1 else f"as many threads as torch has, {n}, as more than"
-        return {"threads": n}, f"{few} no scan: a step's {work} multiply-adds are on {which} {SHARED} are"
+        return {"threads": n}, f"{few} a step's {work} multiply-adds are on {which} {SHARED} are"
     itemsize = 8 if dtype == torch.float64 else 4
     found = estimates(B, H, T, D, itemsize, torch.get_num_threads())
     chosen, one = plan(B, H, T, D, itemsize), next(iter(found))

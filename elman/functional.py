@@ -197,6 +197,8 @@ def _call(
     layers = None
     if route.backend == "native":
         layers = _layers(*_whole(x, hx, weights, options, batch_first), weights, options)
+        if layers and len(layers) == 1 and hx is not None and x.dim() == 3 and not batch_first:
+            return partial(ops.prepared_layer, layers[0])  # with nothing around it
     return partial(_run_whole, layers=layers, route=route, options=options, batch_first=batch_first)
 
 
@@ -240,18 +242,10 @@ def _run_whole(
     """The output and h_n of checked tensors of which `ops.is_unobserved`, rows having T steps each."""
     batched = x.dim() == 3
     x, hx = _whole(x, hx, weights, options, batch_first)
-    if layers is None:
-        x, h_n = _run(x, hx, weights, None, None, route, options, plain=True)
-    elif len(layers) == 1:
+    if layers is not None and len(layers) == 1:
         x, h_n = ops.prepared_layer(layers[0], x, hx, weights)
     else:
-        states, size = [], len(weights) // len(layers)
-        for n, (layer, h0) in enumerate(zip(layers, hx.split(1 + options.bidirectional), strict=True)):
-            if n and options.dropout:
-                x = F.dropout(x, options.dropout, options.training)
-            x, h = ops.prepared_layer(layer, x, h0, weights[n * size : (n + 1) * size])
-            states.append(h)
-        h_n = torch.cat(states)
+        x, h_n = _run(x, hx, weights, None, None, route, options, plain=True, prepared=layers)
     if not batched:
         return x.squeeze(1), h_n.squeeze(1)
     return x.transpose(0, 1) if batch_first else x, h_n
@@ -313,10 +307,11 @@ def _run(
     route: routing.Route,
     options: cudnn.Options,
     plain: bool = False,
+    prepared: list[native.Layer] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The layers' output and h_n, for x, counts and resets as `ops.layer` takes them.
 
-    plain: `ops.is_unobserved` is known to hold.
+    plain: `ops.is_unobserved` is known to hold; prepared: a `native.Layer` for each, counts and resets None.
     """
     if route.backend == "cudnn":
         return cudnn.elman(x, hx, weights, counts, options)
@@ -330,8 +325,10 @@ def _run(
     for n, (h0, layer) in enumerate(zip(h0s, layers, strict=True)):
         if n and options.dropout:
             x = F.dropout(x, options.dropout, options.training)
-        if plain:
-            own = weights[n * size : (n + 1) * size]
+        own = weights[n * size : (n + 1) * size]
+        if prepared is not None:
+            x, h = ops.prepared_layer(prepared[n], x, h0, own)
+        elif plain:
             x, h = ops.plain_layer(
                 x, h0, counts, resets, options.nonlinearity, route.kernel, precision, D, own
             )

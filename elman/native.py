@@ -78,8 +78,9 @@ def _forward(
     rounding, compute = _ROUNDING.get(dtype, 0), COMPUTE.get(dtype, dtype)
     if sizes is None and resets is None:
         kinds = [kind for kind in (w_ih, w_hh, b_ih, b_hh) if kind is not None]
-        weights = [_readable(kind[d]) for d in range(D) for kind in kinds]
-        x, h0 = _readable(x), _readable(h0)
+        weights = [kind[d] for d in range(D) for kind in kinds]
+        if not Layer.fits(x, h0, weights, D):
+            x, h0, *weights = map(_readable, (x, h0, *weights))
         if Layer.fits(x, h0, weights, D):
             return Layer(x, h0, weights, nonlinearity)(x, h0, weights)[0]
     if compute != dtype:
@@ -100,7 +101,7 @@ class Layer:
     """A layer for tensors whose shapes, strides and dtype are known: what it is made from, and no others.
 
     x (T, B, I) and h (D, B, H), or of a cell (B, I) and (B, H); weights w_ih, w_hh and, with biases, b_ih and
-    b_hh, of each direction, or in place of both biases their sum.
+    b_hh, of each direction; or, where there is no backward pass, in place of both biases their sum.
     """
 
     def __init__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor], nonlinearity: str) -> None:
@@ -121,9 +122,12 @@ class Layer:
             *(act if of_h else _NO_ACT, _ROUNDING.get(x.dtype, 0), T * B, H, I, of_h),
             *(I if by_x is None else by_x, by_h, w_ih.stride(0), by_w, D * H, 0),
         )
-        apart = B * D * H, D * H
-        strides = 0, 0, *apart, 0, 0, *apart, by_d, by_h, *w_hh.stride()
-        self.scan = _SCAN.pack(False, act, 0, D, T, B, H, *strides)
+        self.is_one, self.no_biases = T == D == 1, (0,) * (4 - self.per_direction)
+        if T > 1:
+            apart = B * D * H, D * H
+            strides = 0, 0, *apart, 0, 0, *apart, by_d, by_h, *w_hh.stride()
+            self.scan = _SCAN.pack(False, act, 0, D, T, B, H, *strides)
+            self.per_call = _steps(B, H, D, x.element_size())
         self.bytes_of_h, self.bytes_of_row = by_d * x.element_size(), H * x.element_size()
         self.library = compiled.library(x.dtype == torch.float64)
         self.no_memory = f"no memory for {B} rows of {D} x {H} x ({I} + {H}); free some, or use 'eager'"
@@ -132,7 +136,6 @@ class Layer:
         self.is_short = T * B * H * (I + of_h) <= SHARED
         # A weight's gradient takes as long to write as one row's products.
         self.is_short_backward = (1 + T * B) * H * (I + H) <= SHARED
-        self.per_call = _steps(B, H, D, x.element_size())
 
     @staticmethod
     def fits(x: Tensor, h: Tensor, weights: Sequence[Tensor], D: int) -> bool:
@@ -141,7 +144,9 @@ class Layer:
             return False
         n = len(weights) // D
         alike = D == 1 or all(weights[i].stride() == weights[n + i].stride() for i in (0, 1))
-        return alike and x.numel() * h.numel() > 0 and all(t.stride(-1) == 1 for t in (x, h, *weights))
+        tensors = (x, h, *weights)
+        in_order = all(t.stride(-1) == 1 and not t.is_neg() for t in tensors)
+        return alike and in_order and x.numel() * h.numel() > 0
 
     def may_read(self, saved: Sequence[Tensor]) -> bool:
         """Whether `backward` is for these: a hook for saved tensors may bring others back, of any kind.
@@ -163,26 +168,33 @@ class Layer:
 
     def __call__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The output and h_n (D, B, H); of a cell the state, twice."""
-        T, B, _, D, H = self.sizes
         pointers = [t.data_ptr() for t in (x, h, *weights)]
         if min(pointers) < LOW and not all(map(_has_memory, (x, h, *weights))):
             x, h, *weights = (in_memory(t).contiguous() for t in (x, h, *weights))
             return Layer(x, h, weights, self.nonlinearity)(x, h, weights)
+        if self.is_one:
+            output = _like(h)  # its shape, and made in less time than by its shape
+            threads = 1 if self.is_short else torch.get_num_threads()
+            mapped = _MAPPED.pack(*pointers, *self.no_biases, output.data_ptr(), threads, 0)
+            if self.library.affine(self.affine + mapped):  # not by _project: a call less
+                raise MemoryError(self.no_memory)
+            return output, output if self.is_cell else output.clone()
+        (T, B, _, D, H), n = self.sizes, self.per_direction
         if not self.is_even:
             x = x.contiguous()
             pointers[0] = x.data_ptr()
-        n = self.per_direction
         if T == 1 or self.has_products:
             output = x.new_empty(self.shape)
-            self._project(pointers, output.data_ptr())
+            for d in range(D):
+                own = pointers[2 + d * n : 2 + d * n + n]
+                at_h, out = pointers[1] + d * self.bytes_of_h, output.data_ptr() + d * self.bytes_of_row
+                self._project(out, pointers[0], at_h, *own)
         else:
             biases = [join(weights[i::n]) for i in range(2, n)]
             bias = biases[0] + biases[1] if n == 4 else biases[0] if biases else None
             output = products.project(x, join(weights[::n]), bias)
         if T == 1:
-            if self.is_cell:
-                return output, output
-            return output, output.clone() if D == 1 else output.view(B, D, H).transpose(0, 1).contiguous()
+            return output, output.view(B, D, H).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         h_n = x.new_empty(D, B, H)
         if T * B <= UNPACKED:
             shared = 1 if B * H * H <= SHARED else torch.get_num_threads(), B, 0
@@ -196,15 +208,11 @@ class Layer:
                 raise MemoryError(self.no_memory)
         return output, h_n
 
-    def _project(self, pointers: list[int], out: int) -> None:
-        """W_ih x + b of all steps, or all of a single step, into memory at `out`."""
-        at_x, at_h, threads = *pointers[:2], 1 if self.is_short else torch.get_num_threads()
-        for i in range(2, len(pointers), self.per_direction):
-            w_ih, w_hh, b_ih, b_hh, *_ = *pointers[i : i + self.per_direction], 0, 0
-            mapped = _MAPPED.pack(at_x, at_h, w_ih, w_hh, b_ih, b_hh, out, threads, 0)
-            if self.library.affine(self.affine + mapped):
-                raise MemoryError(self.no_memory)
-            at_h, out = at_h + self.bytes_of_h, out + self.bytes_of_row
+    def _project(self, out: int, *pointers: int) -> None:
+        """W_ih x + b of one direction and all steps, or all of its single step, into memory at `out`."""
+        threads = 1 if self.is_short else torch.get_num_threads()
+        if self.library.affine(self.affine + _MAPPED.pack(*pointers, *self.no_biases, out, threads, 0)):
+            raise MemoryError(self.no_memory)
 
     def backward(
         self, g_out: Tensor | None, g_hn: Tensor | None, saved: Sequence[Tensor], needs: Sequence[bool]
@@ -217,15 +225,15 @@ class Layer:
         (T, B, I, D, H), n, act = self.sizes, self.per_direction, _ACTS[self.nonlinearity]
         x, h, output, *weights = saved
         if T == 1:  # g; of several steps what is before act
-            g_out, g_hn = (None if g is None else in_memory(g) for g in (g_out, g_hn))
             if g_hn is not None and D == 2:
-                g_hn = g_hn.transpose(0, 1).reshape(self.shape)
-            g = g_hn if g_out is None else g_out if g_hn is None else g_out + g_hn
-            assert g is not None
+                g_hn = in_memory(g_hn).transpose(0, 1).reshape(self.shape)
+            first, *more = [g for g in (g_out, g_hn) if g is not None]
+            g = _readable(in_memory(first) + in_memory(more[0]) if more else first)
+            by_x, by_output, by_g = x.stride(-2), output.stride(-2), g.stride(-2)
         else:
-            g = _like(output)
+            g, by_g = _like(output), D * H
             _scan(True, self.nonlinearity, 0, g_out, output, g, g_hn, weights[1::2], None, None)
-        (x, by_x), (output, by_output), (g, by_g) = _evenly(x), _evenly(output), _evenly(_readable(g))
+            (x, by_x), (output, by_output) = _evenly(x), _evenly(output)
         dx, dh = _like(x) if needs[0] else None, _like(h) if needs[1] else None
         found, room = [dx, dh], x.new_empty(2 * T * B + 1, H, dtype=self.compute)
         size, threads = x.element_size(), 1 if self.is_short_backward else torch.get_num_threads()
@@ -246,7 +254,8 @@ class Layer:
                 _BACKWARD.pack(
                     *(act, _ROUNDING.get(self.dtype, 0), T * B, H, I, H, *strides, B, d),
                     *(at_x, at_h, w_ih.data_ptr(), w_hh.data_ptr(), at_g, at_out),
-                    *(places if n == 4 else [*places, 0, 0]),
+                    *places,
+                    *self.no_biases,
                     *(room.data_ptr(), threads),
                 )
             )

@@ -210,14 +210,12 @@ def _may_call(
     layer: native.Layer, g_out: Tensor | None, g_hn: Tensor | None, saved: Sequence[Tensor]
 ) -> bool:
     """Whether C's gradients are for these: torch shall not differentiate them again, and nothing look on."""
-    given = [g for g in (g_out, g_hn) if g is not None]
-    return (
-        not torch.is_grad_enabled()
-        and (len(given) == 1 or layer.dtype == layer.compute)  # their sum is not rounded
-        and all(g.dtype == layer.dtype and not _stands_for_another(g) for g in given)
-        and is_unobserved((*given, *saved))
-        and layer.may_read(saved)
-    )
+    for g in (g_out, g_hn):
+        if g is not None and (g.dtype != layer.dtype or _stands_for_another(g)):
+            return False
+    if g_out is not None and g_hn is not None and layer.dtype != layer.compute:
+        return False  # their sum is not rounded
+    return not torch.is_grad_enabled() and is_unobserved((g_out, g_hn, *saved)) and layer.may_read(saved)
 
 
 def _by_weight(
@@ -235,6 +233,10 @@ def _by_weight(
 
     saved: x, h0, the output, and each direction's w_ih and w_hh; options: nonlinearity, kernel, precision.
     """
+    if is_unobserved(saved):
+        saved = [
+            native.in_memory(t) if t.is_cpu else t for t in saved
+        ]  # torch reads what was freed, and crashes
     x, h0, output, *weights = saved
     # Joined here again, so that second derivatives find their way to the weights.
     w_ih, w_hh = reference.join(weights[::2]), reference.join(weights[1::2])

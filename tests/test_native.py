@@ -122,22 +122,67 @@ def test_bits_of_a_few_steps_are_the_same_for_any_number_of_threads(monkeypatch,
     check(found[0], run("reference", p.double()), tolerance(dtype), floor=1e-2)
 
 
+@EACH_DTYPE
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize(("T", "B"), [(1, 3), (4, 3), (3, native.MOST // 3 + 1)])
+def test_bits_of_the_operator(dtype, T, B, D):
+    """It is given the sum of both biases, and a graph's weights."""
+    p = make(T=T, B=B, I=5, H=17, directions=D, dtype=dtype)
+    weights = list(p.weights.values())
+    w_ih, w_hh, b_ih, b_hh = (torch.stack(weights[i::4]) for i in range(4))
+    bias = (b_ih.double() + b_hh.double()).to(dtype)
+    halves = [t for d in range(D) for t in (w_ih[d], w_hh[d], bias[d], torch.zeros_like(bias[d]))]
+    expected = elman.elman(p.x, p.hx, halves, bidirectional=D == 2, backend="native")
+    found = torch.ops.elman.layer(p.x, p.hx, w_ih, w_hh, bias, None, None, "tanh", "native", "ieee")
+    assert all(map(torch.equal, found, expected))
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 3), (3, 1), (3, 4)])
+def test_h_n_has_memory_of_its_own(dtype, T, B, D):
+    layer = elman.Elman(3, 4, dtype=dtype, bidirectional=D == 2, backend="native")
+    x = torch.randn(T, B, 3, dtype=dtype)
+    expected = layer(x)[0].detach()
+    output, h_n = layer(x)
+    h_n.mul_(2)
+    assert h_n.is_contiguous()
+    assert torch.equal(output, expected)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("which", ["batch first", "one direction's weights"])
+def test_rows_that_lie_unevenly(dtype, T, which):
+    p = make(T=T, B=3, I=5, H=6, directions=2, dtype=dtype)
+    expected = run("native", p)
+    if which == "batch first":
+        p = replace(p, x=p.x.transpose(0, 1).contiguous().transpose(0, 1))
+        assert_same_bits(run("native", p), expected)
+        return
+    for name in ("weight_ih_l0_reverse", "weight_hh_l0"):
+        other = replace(p, weights={**p.weights, name: apart(p.weights[name])})
+        check(run("native", other), expected, tolerance(dtype))
+
+
 @pytest.mark.parametrize("twice", [False, True], ids=["", "create_graph"])
+@pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("B", [native.MOST, native.MOST + 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
-def test_gradients_of_a_step_in_16_bits_are_computed_in_float32(dtype, B, twice):
+def test_gradients_of_a_step_in_16_bits_are_computed_in_float32(dtype, B, D, twice):
     """Whichever code makes them: rounded once, at the end."""
 
     def gradients(backend: str, dtype: torch.dtype) -> list[Tensor]:
-        layer = elman.Elman(70, 64, dtype=dtype, backend=backend)
+        layer = elman.Elman(70, 64, dtype=dtype, backend=backend, bidirectional=D == 2)
         layer.load_state_dict(weights)
         given = [t.to(dtype).requires_grad_() for t in (x, h0)]
         output, h_n = layer(*given)
-        total = (output * g.to(dtype)).sum() + (h_n * g.to(dtype)).sum()
+        total = (output * g.to(dtype)).sum() + (h_n * g_hn.to(dtype)).sum()
         return list(torch.autograd.grad(total, [*given, *layer.parameters()], create_graph=twice))
 
-    weights = elman.Elman(70, 64, dtype=dtype).state_dict()
-    x, h0, g = (torch.randn(1, B, n, dtype=dtype) for n in (70, 64, 64))
+    weights = elman.Elman(70, 64, dtype=dtype, bidirectional=D == 2).state_dict()
+    x, g = (torch.randn(1, B, n, dtype=dtype) for n in (70, D * 64))
+    h0, g_hn = (torch.randn(D, B, 64, dtype=dtype) for _ in range(2))
     for found, eager, right in zip(
         gradients("native", dtype), gradients("eager", dtype), gradients("eager", F64), strict=True
     ):
@@ -248,13 +293,20 @@ def test_a_gradient_that_is_one_number(force, dtype, which):
     check(run("native", given), run("reference", given.double()), tolerance(dtype))
 
 
-def test_bits_of_a_long_scan_in_many_calls(force, monkeypatch):
+@pytest.mark.parametrize(
+    ("B", "ragged"), [(6, True), (6, False), (1, False)], ids=["packed", "", "W_hh not packed"]
+)
+def test_bits_of_a_long_scan_in_many_calls(force, monkeypatch, B, ragged):
     """A call into C ends now and then, so that Ctrl-C stops a long scan within a second."""
     force(2, 4, 2)
-    p = make(T=23, B=6, I=3, H=40, directions=2, ragged=True)
+    p = make(T=native.UNPACKED, B=B, I=3, H=40, directions=2, ragged=ragged)
     expected = run("native", p)
+    monkeypatch.setattr(functional, "_checked", {})
     monkeypatch.setattr(native, "PER_CALL", 1)
+    scan, ends, library = compiled.library().scan, set(), compiled.library()
+    monkeypatch.setattr(library, "scan", lambda given: ends.add(given[160:168]) or scan(given))
     assert_same_bits(run("native", p), expected)
+    assert len(ends) == native.UNPACKED
 
 
 @pytest.mark.parametrize("flush", [False, True])
@@ -507,9 +559,10 @@ def test_a_tensor_without_memory(T, which, offset):
 
 @pytest.mark.parametrize("offset", [0, 8])
 @pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("which", range(5))
-def test_a_saved_tensor_without_memory(which, T, offset):
-    layer, x, kept = elman.Elman(4, 6, backend="native"), torch.randn(T, 3, 4), []
+@pytest.mark.parametrize(("D", "which"), [(D, n) for D in (1, 2) for n in range(3 + 2 * D)])
+def test_a_saved_tensor_without_memory(which, D, T, offset):
+    layer = elman.Elman(4, 6, bidirectional=D == 2, backend="native")
+    x, kept = torch.randn(T, 3, 4), []
 
     def pack(t: Tensor) -> int:
         kept.append(t.detach())
@@ -520,8 +573,8 @@ def test_a_saved_tensor_without_memory(which, T, offset):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         output, _ = layer(x)
-    assert len(kept) == 5
-    with pytest.raises(RuntimeError, match=r"no memory|storage|not allocated"):
+    assert len(kept) == 3 + 2 * D
+    with pytest.raises(RuntimeError, match="has no memory"):
         output.sum().backward()
 
 
@@ -538,7 +591,9 @@ def _by_column(t):
     return t.t().contiguous().t() if t.dim() == 2 else t
 
 
-@pytest.mark.parametrize("keep", [torch.clone, _by_column], ids=["a copy", "by column"])
+@pytest.mark.parametrize(
+    "keep", [torch.clone, _by_column, negated], ids=["a copy", "by column", "its negative"]
+)
 @pytest.mark.parametrize("T", [1, 3])
 def test_saved_tensors_that_were_kept_elsewhere(keep, T):
     p = make(T, 3, 4, 6)

@@ -557,8 +557,8 @@ STEPS = {
         3,
         "270336 multiply-adds are on as many threads as torch has, 3, as",
     ),
-    (64, torch.float32, True, False): (1, "1048576 multiply-adds are on one thread, as up to 1048576 are"),
-    (65, torch.float32, True, False): (None, "us a step on one core"),
+    (32, torch.float32, True, False): (1, "262144 multiply-adds are on one thread, as up to 262144 are"),
+    (33, torch.float32, True, False): (3, "270336 multiply-adds are on as many threads as torch has, 3, as"),
     (32, torch.float32, False, True): (None, "us a step on one core"),
 }
 
