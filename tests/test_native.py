@@ -169,7 +169,8 @@ def test_rows_that_lie_unevenly(dtype, T, which):
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("B", [native.MOST, native.MOST + 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
-def test_gradients_of_a_step_in_16_bits_are_computed_in_float32(dtype, B, D, twice):
+@pytest.mark.parametrize("ends", [True, False], ids=["both", "g_out"])
+def test_gradients_of_a_step_in_16_bits_are_computed_in_float32(dtype, B, D, twice, ends):
     """Whichever code makes them: rounded once, at the end."""
 
     def gradients(backend: str, dtype: torch.dtype) -> list[Tensor]:
@@ -177,7 +178,9 @@ def test_gradients_of_a_step_in_16_bits_are_computed_in_float32(dtype, B, D, twi
         layer.load_state_dict(weights)
         given = [t.to(dtype).requires_grad_() for t in (x, h0)]
         output, h_n = layer(*given)
-        total = (output * g.to(dtype)).sum() + (h_n * g_hn.to(dtype)).sum()
+        total = (output * g.to(dtype)).sum()
+        if ends:
+            total = total + (h_n * g_hn.to(dtype)).sum()
         return list(torch.autograd.grad(total, [*given, *layer.parameters()], create_graph=twice))
 
     weights = elman.Elman(70, 64, dtype=dtype, bidirectional=D == 2).state_dict()
@@ -187,7 +190,8 @@ def test_gradients_of_a_step_in_16_bits_are_computed_in_float32(dtype, B, D, twi
         gradients("native", dtype), gradients("eager", dtype), gradients("eager", F64), strict=True
     ):
         error, allowed = ((t.double() - right).norm() for t in (found, eager))
-        assert error <= 1.1 * allowed
+        # Of a bias 64 numbers, whose error is more of luck; rounded twice, dx has 1.25 times as much.
+        assert error <= (1.1 if right.dim() > 1 else 1.3) * allowed
 
 
 @BOTH
@@ -303,10 +307,12 @@ def test_bits_of_a_long_scan_in_many_calls(force, monkeypatch, B, ragged):
     expected = run("native", p)
     monkeypatch.setattr(functional, "_checked", {})
     monkeypatch.setattr(native, "PER_CALL", 1)
-    scan, ends, library = compiled.library().scan, set(), compiled.library()
-    monkeypatch.setattr(library, "scan", lambda given: ends.add(given[160:168]) or scan(given))
+    library, ends = compiled.library(), []
+    scan = library.scan
+    # Whether it is a backward scan, and where it ends.
+    monkeypatch.setattr(library, "scan", lambda given: ends.append(given[:8] + given[160:168]) or scan(given))
     assert_same_bits(run("native", p), expected)
-    assert len(ends) == native.UNPACKED
+    assert len(set(ends)) == 2 * native.UNPACKED
 
 
 @pytest.mark.parametrize("flush", [False, True])
