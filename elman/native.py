@@ -122,7 +122,8 @@ class Layer:
             *(act if of_h else _NO_ACT, _ROUNDING.get(x.dtype, 0), T * B, H, I, of_h),
             *(I if by_x is None else by_x, by_h, w_ih.stride(0), by_w, D * H, 0),
         )
-        self.is_one, self.no_biases = T == D == 1, (0,) * (4 - self.per_direction)
+        self.is_one, self.is_whole = T == D == 1, h.is_contiguous()
+        self.no_biases = (0,) * (4 - self.per_direction)
         if T > 1:
             apart = B * D * H, D * H
             strides = 0, 0, *apart, 0, 0, *apart, by_d, by_h, *w_hh.stride()
@@ -130,6 +131,7 @@ class Layer:
             self.per_call = _steps(B, H, D, x.element_size())
         self.bytes_of_h, self.bytes_of_row = by_d * x.element_size(), H * x.element_size()
         self.library = compiled.library(x.dtype == torch.float64)
+        self.function = self.library.affine
         self.no_memory = f"no memory for {B} rows of {D} x {H} x ({I} + {H}); free some, or use 'eager'"
         self.has_products = T * B <= MOST
         self.has_backward = self.has_products and (D == 1 or self.dtype == self.compute)  # dx rounded once
@@ -168,15 +170,15 @@ class Layer:
 
     def __call__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The output and h_n (D, B, H); of a cell the state, twice."""
-        pointers = [t.data_ptr() for t in (x, h, *weights)]
+        pointers = [*map(Tensor.data_ptr, (x, h, *weights))]
         if min(pointers) < LOW and not all(map(_has_memory, (x, h, *weights))):
             x, h, *weights = (in_memory(t).contiguous() for t in (x, h, *weights))
             return Layer(x, h, weights, self.nonlinearity)(x, h, weights)
         if self.is_one:
-            output = _like(h)  # its shape, and made in less time than by its shape
+            output = torch.empty_like(h) if self.is_whole else _like(h)  # takes less time than by a shape
             threads = 1 if self.is_short else torch.get_num_threads()
             mapped = _MAPPED.pack(*pointers, *self.no_biases, output.data_ptr(), threads, 0)
-            if self.library.affine(self.affine + mapped):  # not by _project: a call less
+            if self.function(self.affine + mapped):  # not by _project: a call less
                 raise MemoryError(self.no_memory)
             return output, output if self.is_cell else output.clone()
         (T, B, _, D, H), n = self.sizes, self.per_direction
@@ -211,7 +213,7 @@ class Layer:
     def _project(self, out: int, *pointers: int) -> None:
         """W_ih x + b of one direction and all steps, or all of its single step, into memory at `out`."""
         threads = 1 if self.is_short else torch.get_num_threads()
-        if self.library.affine(self.affine + _MAPPED.pack(*pointers, *self.no_biases, out, threads, 0)):
+        if self.function(self.affine + _MAPPED.pack(*pointers, *self.no_biases, out, threads, 0)):
             raise MemoryError(self.no_memory)
 
     def backward(
