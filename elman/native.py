@@ -111,15 +111,17 @@ class Layer:
         self.sizes, self.D, self.nonlinearity, self.dtype = (T, B, I, D, H), D, nonlinearity, x.dtype
         self.shape = (B, H) if self.is_cell else (T, B, D * H)
         self.compute, self.per_direction = COMPUTE.get(x.dtype, x.dtype), len(weights) // D
+        self.kept = tuple(d * self.per_direction + i for d in range(D) for i in (0, 1))  # for `backward`
         w_ih, w_hh = weights[:2]
         self.shapes = (x.shape, h.shape, self.shape, *(w_ih.shape, w_hh.shape) * D)
-        act, by_d = _ACTS[nonlinearity], 0 if D == 1 else h.stride(0)
+        self.act, self.rounding = _ACTS[nonlinearity], _ROUNDING.get(x.dtype, 0)
+        by_d = 0 if D == 1 else h.stride(0)
         by_x, by_h, by_w = _row_stride(x), h.stride(-2), w_hh.stride(0)
         self.is_even = by_x is not None
         # One step adds both products and ends with act; of several it is W_ih x + b, and a scan comes after.
         of_h = H if T == 1 else 0
         self.affine = _AFFINE.pack(
-            *(act if of_h else _NO_ACT, _ROUNDING.get(x.dtype, 0), T * B, H, I, of_h),
+            *(self.act if of_h else _NO_ACT, self.rounding, T * B, H, I, of_h),
             *(I if by_x is None else by_x, by_h, w_ih.stride(0), by_w, D * H, 0),
         )
         self.is_one, self.is_whole = T == D == 1, h.is_contiguous()
@@ -127,7 +129,7 @@ class Layer:
         if T > 1:
             apart = B * D * H, D * H
             strides = 0, 0, *apart, 0, 0, *apart, by_d, by_h, *w_hh.stride()
-            self.scan = _SCAN.pack(False, act, 0, D, T, B, H, *strides)
+            self.scan = _SCAN.pack(False, self.act, 0, D, T, B, H, *strides)
             self.per_call = _steps(B, H, D, x.element_size())
         self.bytes_of_h, self.bytes_of_row = by_d * x.element_size(), H * x.element_size()
         self.library = compiled.library(x.dtype == torch.float64)
@@ -224,44 +226,43 @@ class Layer:
         saved: x, h, the output, and each direction's w_ih and w_hh, for all of which `may_read` holds. At
         least one of g_out and g_hn is there, both only in the precision that is computed in.
         """
-        (T, B, I, D, H), n, act = self.sizes, self.per_direction, _ACTS[self.nonlinearity]
+        (T, B, I, D, H), n = self.sizes, self.per_direction
         x, h, output, *weights = saved
         if T == 1:  # g; of several steps what is before act
             if g_hn is not None and D == 2:
                 g_hn = in_memory(g_hn).transpose(0, 1).reshape(self.shape)
-            first, *more = [g for g in (g_out, g_hn) if g is not None]
-            g = _readable(in_memory(first) + in_memory(more[0]) if more else first)
+            if g_out is not None and g_hn is not None:
+                g = _readable(in_memory(g_out) + in_memory(g_hn))
+            else:
+                g = _readable(g_hn if g_out is None else g_out)  # type: ignore[arg-type]
             by_x, by_output, by_g = x.stride(-2), output.stride(-2), g.stride(-2)
         else:
             g, by_g = _like(output), D * H
             _scan(True, self.nonlinearity, 0, g_out, output, g, g_hn, weights[1::2], None, None)
             (x, by_x), (output, by_output) = _evenly(x), _evenly(output)
         dx, dh = _like(x) if needs[0] else None, _like(h) if needs[1] else None
-        found, room = [dx, dh], x.new_empty(2 * T * B + 1, H, dtype=self.compute)
-        size, threads = x.element_size(), 1 if self.is_short_backward else torch.get_num_threads()
+        found, room = [dx, dh], torch.empty(2 * T * B + 1, H, dtype=self.compute)
+        threads = 1 if self.is_short_backward else torch.get_num_threads()
         for d in range(D):
-            w_ih, w_hh = weights[2 * d : 2 * d + 2]
+            w_ih, w_hh = weights[2 * d], weights[2 * d + 1]
             into = _like(x) if d and dx is not None else dx  # dx is the sum over both directions
-            of_w_ih, of_w_hh, *of_biases = needs[2 + d * n : 2 + d * n + n]
-            own = [_like(w_ih) if of_w_ih else None, _like(w_hh) if of_w_hh else None]
-            own += [x.new_empty(H) if needed else None for needed in of_biases]
+            first = 2 + d * n
+            own = [_like(w_ih) if needs[first] else None, _like(w_hh) if needs[first + 1] else None]
+            if n == 4:
+                own += [x.new_empty(H) if needed else None for needed in needs[first + 2 : first + 4]]
             found += own
-            at_x, at_h, at_g, at_out, *places = _pointers(x, h, g, output, into, dh, *own)
+            at_x, at_h, at_g, at_out, at_dx, at_dh, *places = _pointers(x, h, g, output, into, dh, *own)
             if d:
-                at_h += h.stride(0) * size
-                at_g, at_out = at_g + H * size, at_out + H * size
-                places[1] += 0 if dh is None else B * H * size
-            strides = by_x, h.stride(-2), w_ih.stride(0), w_hh.stride(0), by_g, by_output
-            failed = self.library.affine_backward(
-                _BACKWARD.pack(
-                    *(act, _ROUNDING.get(self.dtype, 0), T * B, H, I, H, *strides, B, d),
-                    *(at_x, at_h, w_ih.data_ptr(), w_hh.data_ptr(), at_g, at_out),
-                    *places,
-                    *self.no_biases,
-                    *(room.data_ptr(), threads),
-                )
-            )
-            if failed:
+                row = self.bytes_of_row
+                at_h, at_g, at_out = at_h + h.stride(0) * x.element_size(), at_g + row, at_out + row
+                at_dh += 0 if dh is None else B * row
+            # All in one tuple: this is a third of what a short step's gradients take.
+            given = _BACKWARD.pack(
+                self.act, self.rounding, T * B, H, I, H, by_x, h.stride(-2), w_ih.stride(0), w_hh.stride(0),
+                by_g, by_output, B, d, at_x, at_h, w_ih.data_ptr(), w_hh.data_ptr(), at_g, at_out,
+                at_dx, at_dh, *places, *self.no_biases, room.data_ptr(), threads,
+            )  # fmt: skip
+            if self.library.affine_backward(given):
                 raise MemoryError(self.no_memory)
             if d and dx is not None and into is not None:
                 dx += into

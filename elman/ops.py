@@ -184,9 +184,7 @@ class _Prepared(torch.autograd.Function):
         output, h_n = layer(x, h0, weights)
         ctx.layer = layer
         ctx.set_materialize_grads(False)
-        n = layer.per_direction
-        kept = weights[:2] if layer.D == 1 else (*weights[:2], *weights[n : n + 2])
-        ctx.save_for_backward(x, h0, output, *kept)
+        ctx.save_for_backward(x, h0, output, *[weights[i] for i in layer.kept])
         return output if layer.is_cell else (output, h_n)
 
     @staticmethod
