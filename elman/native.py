@@ -1,6 +1,6 @@
 """The backend native: a layer on a CPU by kernels/native.c, with eager's arguments and results.
 
-Scans are C, and so are all products of up to MOST rows; those of more are torch's, see products.py.
+Scans and single steps are C; other products are C's as `Layer` says, else torch's, see products.py.
 Nothing here sets torch's number of threads: a scan takes at most as many, and one where that is best.
 """
 
@@ -102,6 +102,7 @@ class Layer:
 
     x (T, B, I) and h (D, B, H), or of a cell (B, I) and (B, H); weights w_ih, w_hh and, with biases, b_ih and
     b_hh, of each direction; or, where there is no backward pass, in place of both biases their sum.
+    Products of up to MOST rows, of all steps, are C's, and so are the gradients.
     """
 
     def __init__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor], nonlinearity: str) -> None:
@@ -124,7 +125,7 @@ class Layer:
             *(self.act if of_h else _NO_ACT, self.rounding, T * B, H, I, of_h),
             *(I if by_x is None else by_x, by_h, w_ih.stride(0), by_w, D * H, 0),
         )
-        self.is_one, self.is_whole = T == D == 1, h.is_contiguous()
+        self.is_one, self.is_whole = T == D == 1, h.stride() == ((H, 1) if self.is_cell else (B * H, H, 1))
         self.no_biases = (0,) * (4 - self.per_direction)
         if T > 1:
             apart = B * D * H, D * H
@@ -241,7 +242,7 @@ class Layer:
             _scan(True, self.nonlinearity, 0, g_out, output, g, g_hn, weights[1::2], None, None)
             (x, by_x), (output, by_output) = _evenly(x), _evenly(output)
         dx, dh = _like(x) if needs[0] else None, _like(h) if needs[1] else None
-        found, room = [dx, dh], torch.empty(2 * T * B + 1, H, dtype=self.compute)
+        found, room = [dx, dh], x.new_empty(2 * T * B + 1, H, dtype=self.compute)
         threads = 1 if self.is_short_backward else torch.get_num_threads()
         for d in range(D):
             w_ih, w_hh = weights[2 * d], weights[2 * d + 1]

@@ -195,7 +195,7 @@ class _Prepared(torch.autograd.Function):
         if _may_call(layer, g_out, g_hn, saved):
             return None, *layer.backward(g_out, g_hn, saved, needs)
         if layer.is_cell:  # for the operator a sequence of one step
-            saved = [*(t[None] for t in saved[:3]), *saved[3:]]
+            saved = [*(t[None] for t in _in_memory(saved)[:3]), *saved[3:]]
             g_out = None if g_out is None else g_out[None]
         options = layer.nonlinearity, "native", "ieee"
         found = _by_weight(g_out, g_hn, saved, None, None, layer.D, layer.per_direction, options, needs)
@@ -216,6 +216,13 @@ def _may_call(
     return not torch.is_grad_enabled() and is_unobserved((g_out, g_hn, *saved)) and layer.may_read(saved)
 
 
+def _in_memory(saved: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`saved`, after an error for what was freed: torch reads it, and crashes."""
+    if not is_unobserved(saved):
+        return saved
+    return [native.in_memory(t) if t.is_cpu else t for t in saved]
+
+
 def _by_weight(
     g_out: Tensor | None,
     g_hn: Tensor | None,
@@ -231,11 +238,7 @@ def _by_weight(
 
     saved: x, h0, the output, and each direction's w_ih and w_hh; options: nonlinearity, kernel, precision.
     """
-    if is_unobserved(saved):
-        saved = [
-            native.in_memory(t) if t.is_cpu else t for t in saved
-        ]  # torch reads what was freed, and crashes
-    x, h0, output, *weights = saved
+    x, h0, output, *weights = _in_memory(saved)
     # Joined here again, so that second derivatives find their way to the weights.
     w_ih, w_hh = reference.join(weights[::2]), reference.join(weights[1::2])
     of_biases = size == 4 and any(needs[4::4] + needs[5::4])

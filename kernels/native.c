@@ -12,8 +12,8 @@ gradients, is a function of its own, which packs a weight only where it is used 
                 32 rows use it, and a long sum rounds less in short ones.
     rows        up to 6 at a time, whose sums of PANEL columns fill the registers.
 
-A sum's order depends on H, a step's rows, whether W is packed and, in a single step, on its input size; not on
-threads, nor on the tile that a row fell into. So the bits don't either.
+A sum's order depends on the sizes, as they decide what is packed; not on threads, nor on the tile that a row fell
+into. So the bits don't either.
 
 Compiled for float, or with -DDOUBLE for double; elman/native.py compiles it and packs the arguments. -ffast-math
 must not be given: NaN and infinity count, and linking with it makes the whole process flush denormals.

@@ -148,6 +148,8 @@ def test_h_n_has_memory_of_its_own(dtype, T, B, D):
     h_n.mul_(2)
     assert h_n.is_contiguous()
     assert torch.equal(output, expected)
+    odd = torch.zeros(B, D, 4, dtype=dtype).transpose(0, 1)
+    assert [t.stride() for t in layer(x, odd)] == [t.stride() for t in (output, h_n)]
 
 
 @EACH_DTYPE
@@ -246,7 +248,7 @@ def test_bits_do_not_depend_on_the_layout(force, dtype, layout, T, D, ragged):
         weights={name: layout(w) if w.dim() == 2 else w for name, w in p.weights.items()},
     )
     found = run("native", other)
-    # Products over the sequence are torch's, which take a transposed matrix in another order.
+    # C takes no transposed matrix: torch does, in another order.
     for name, t in expected.items():
         assert error(found[name], t) <= tolerance(dtype), name
     if layout is not transposed:
@@ -564,11 +566,17 @@ def test_a_tensor_without_memory(T, which, offset):
 
 
 @pytest.mark.parametrize("offset", [0, 8])
-@pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize(("D", "which"), [(D, n) for D in (1, 2) for n in range(3 + 2 * D)])
+@pytest.mark.parametrize(
+    ("T", "D", "which"),
+    [(T, D, n) for T, D in ((None, 1), (1, 1), (1, 2), (3, 1), (3, 2)) for n in range(3 + 2 * D)],
+)
 def test_a_saved_tensor_without_memory(which, D, T, offset):
-    layer = elman.Elman(4, 6, bidirectional=D == 2, backend="native")
-    x, kept = torch.randn(T, 3, 4), []
+    """T None: of a cell."""
+    if T is None:
+        layer, x = elman.ElmanCell(4, 6, backend="native"), torch.randn(3, 4)
+    else:
+        layer, x = elman.Elman(4, 6, bidirectional=D == 2, backend="native"), torch.randn(T, 3, 4)
+    kept = []
 
     def pack(t: Tensor) -> int:
         kept.append(t.detach())
@@ -578,10 +586,10 @@ def test_a_saved_tensor_without_memory(which, D, T, offset):
         return _freed(kept[i], offset) if i == which else kept[i]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        output, _ = layer(x)
+        output = layer(x)
     assert len(kept) == 3 + 2 * D
     with pytest.raises(RuntimeError, match="has no memory"):
-        output.sum().backward()
+        (output if T is None else output[0]).sum().backward()
 
 
 @pytest.mark.parametrize("bias", [True, False])
