@@ -192,8 +192,9 @@ def test_what_is_before_a_reset_does_not_reach_what_is_after(backend):
     hx = torch.full((1, 3, 4), float("nan"), device=DEVICE)
     output, h_n = layer(x, hx, resets)
     alone, last = layer(x[2:])
-    assert torch.equal(output[2:], alone)
-    assert torch.equal(h_n, last)
+    # Not to the bit: native makes products of few rows in C, but not beside resets.
+    assert error(output[2:], alone) <= tolerance(torch.float32)
+    assert error(h_n, last) <= tolerance(torch.float32)
     resets[0] = True
     hx.requires_grad_()
     for x in (torch.randn(4, 3, 3, device=DEVICE), torch.randn(1, 3, 3, device=DEVICE)):
@@ -235,10 +236,10 @@ def test_forward_mode_derivatives():
 
 
 def test_resets_that_are_all_false():
-    """They and None give the same bits."""
+    """They and None mean the same."""
     layer, x = Elman(3, 4, bidirectional=True), torch.randn(5, 4, 3)
     none = torch.zeros(5, 4, dtype=torch.bool)
-    assert torch.equal(layer(x, None, none)[0], layer(x)[0])
+    assert error(layer(x, None, none)[0], layer(x)[0]) <= tolerance(torch.float32)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
