@@ -7,7 +7,7 @@ Nothing here sets torch's number of threads: a scan takes at most as many, and o
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -134,7 +134,6 @@ class Layer:
             self.per_call = _steps(B, H, D, x.element_size())
         self.bytes_of_h, self.bytes_of_row = by_d * x.element_size(), H * x.element_size()
         self.library = compiled.library(x.dtype == torch.float64)
-        self.function = self.library.affine
         self.no_memory = f"no memory for {B} rows of {D} x {H} x ({I} + {H}); free some, or use 'eager'"
         self.has_products = T * B <= MOST
         self.has_backward = self.has_products and (D == 1 or self.dtype == self.compute)  # dx rounded once
@@ -181,7 +180,7 @@ class Layer:
             output = torch.empty_like(h) if self.is_whole else _like(h)  # takes less time than by a shape
             threads = 1 if self.is_short else torch.get_num_threads()
             mapped = _MAPPED.pack(*pointers, *self.no_biases, output.data_ptr(), threads, 0)
-            if self.function(self.affine + mapped):  # not by _project: a call less
+            if self.library.affine(self.affine + mapped):  # not by _project: a call less
                 raise MemoryError(self.no_memory)
             return output, output if self.is_cell else output.clone()
         (T, B, _, D, H), n = self.sizes, self.per_direction
@@ -207,16 +206,14 @@ class Layer:
             shared = plan(B, H, T, D, x.element_size())
         out = output.data_ptr()
         tensors = 0, 0, 0, out, 0, out, pointers[1], pointers[3], pointers[1 - n], h_n.data_ptr()
-        for begin in range(0, T, self.per_call):
-            end = min(begin + self.per_call, T)
-            if self.library.scan(self.scan + _SCANNED.pack(begin, end, *shared, *tensors)):
-                raise MemoryError(self.no_memory)
+        if _in_calls(self.library.scan, self.scan, T, self.per_call, (*shared, *tensors)):
+            raise MemoryError(self.no_memory)
         return output, h_n
 
     def _project(self, out: int, *pointers: int) -> None:
         """W_ih x + b of one direction and all steps, or all of its single step, into memory at `out`."""
         threads = 1 if self.is_short else torch.get_num_threads()
-        if self.function(self.affine + _MAPPED.pack(*pointers, *self.no_biases, out, threads, 0)):
+        if self.library.affine(self.affine + _MAPPED.pack(*pointers, *self.no_biases, out, threads, 0)):
             raise MemoryError(self.no_memory)
 
     def backward(
@@ -393,14 +390,20 @@ def _scan(
         *w_hh[0].stride(),
     )
     tensors = *rows_of_steps, *_pointers(resets, given, h, out, start, w_hh[0], w_hh[-1]), 0
-    per_call = _steps(B, H, D, out.element_size())
     function = compiled.library(out.dtype == torch.float64).scan
-    for begin in range(0, T, per_call):
-        end = min(begin + per_call, T)
-        if function(constant + _SCANNED.pack(begin, end, *shared, *tensors)):
-            raise MemoryError(
-                f"no memory for a scan's copy of W_hh, {D} x {H} x {H}; free some, or use 'eager'"
-            )
+    per_call = _steps(B, H, D, out.element_size())
+    if _in_calls(function, constant, T, per_call, (*shared, *tensors)):
+        raise MemoryError(f"no memory for a scan's copy of W_hh, {D} x {H} x {H}; free some, or use 'eager'")
+
+
+def _in_calls(
+    function: Callable[[bytes], int], constant: bytes, T: int, per_call: int, rest: tuple[int, ...]
+) -> bool:
+    """A scan in as many calls as let Ctrl-C through; whether there was no memory for one."""
+    return any(
+        function(constant + _SCANNED.pack(begin, min(begin + per_call, T), *rest))
+        for begin in range(0, T, per_call)
+    )
 
 
 def _steps(B: int, H: int, D: int, itemsize: int) -> int:

@@ -171,6 +171,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_out: Tensor | None, g_hn: Tensor | None) -> tuple[Tensor | None, ...]:
         counts, resets, *saved = ctx.saved_tensors
+        saved = _in_memory(saved)
         needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[8:]
         dx, dh0, *rest = _by_weight(g_out, g_hn, saved, counts, resets, ctx.D, ctx.size, ctx.options, needs)
         return dx, dh0, None, None, None, None, None, None, *rest
@@ -194,8 +195,9 @@ class _Prepared(torch.autograd.Function):
             return (None,) * (1 + len(needs))
         if _may_call(layer, g_out, g_hn, saved):
             return None, *layer.backward(g_out, g_hn, saved, needs)
+        saved = _in_memory(saved)
         if layer.is_cell:  # for the operator a sequence of one step
-            saved = [*(t[None] for t in _in_memory(saved)[:3]), *saved[3:]]
+            saved = [*(t[None] for t in saved[:3]), *saved[3:]]
             g_out = None if g_out is None else g_out[None]
         options = layer.nonlinearity, "native", "ieee"
         found = _by_weight(g_out, g_hn, saved, None, None, layer.D, layer.per_direction, options, needs)
@@ -238,7 +240,7 @@ def _by_weight(
 
     saved: x, h0, the output, and each direction's w_ih and w_hh; options: nonlinearity, kernel, precision.
     """
-    x, h0, output, *weights = _in_memory(saved)
+    x, h0, output, *weights = saved
     # Joined here again, so that second derivatives find their way to the weights.
     w_ih, w_hh = reference.join(weights[::2]), reference.join(weights[1::2])
     of_biases = size == 4 and any(needs[4::4] + needs[5::4])
