@@ -6,6 +6,7 @@
     estimate(...)           shared memory, programs, waves and microseconds a step of one config, or why not
     candidates(...)         the configs that the model lets through, the one it likes best first
     choose(...)             its first choice
+    checked(...)            a config that a launcher was given, or that choice
 
 The model orders and prunes; it is not a measurement, and no table of results shows it as one.
 """
@@ -229,6 +230,37 @@ def estimate(kernel: str, config: Config, problem: Problem, chip: Chip = DEFAULT
     return judge[kernel](config, problem, chip)
 
 
+#: Why tensor cores want C = 16 * num_warps of resident.
+REPEATED = "each warp has 16 rows of a tile to itself; others would repeat its work"
+
+
+def misfit(config: Config, problem: Problem) -> str | None:
+    """Why no launcher takes the config, on whatever GPU: its blocks don't go together. None if they do."""
+    if isinstance(config, ResidentConfig) and config.BLOCK_B > 1:
+        tensor_cores = problem.dtype.itemsize == 2 or config.PRECISION != "ieee"
+        if tensor_cores and config.C != 16 * config.num_warps:
+            return REPEATED
+        if config.HELD > _ceil(problem.H, config.C):
+            return f"there are no {config.HELD} rows of tiles to hold"
+    if isinstance(config, CooperativeConfig) and config.num_warps * 16 > config.BLOCK_K:
+        return f"a chunk of {config.BLOCK_K} leaves some of {config.num_warps} warps without a part"
+    return None
+
+
+def checked(kernel: str, config: Any, problem: Problem, chip: Callable[[], Chip]) -> Any:
+    """The config, or where there is none the model's first choice for the chip.
+
+    Raises ValueError for a config whose blocks don't go together, and where no config fits.
+    """
+    if config is None:
+        return choose(kernel, problem, chip())
+    if reason := misfit(config, problem):
+        raise ValueError(
+            f"{config} is not for {problem}: {reason}; take one of configs.candidates({kernel!r}, ...)."
+        )
+    return config
+
+
 def precisions_of(kernel: str, problem: Problem, chip: Chip) -> tuple[str, ...]:
     """The kernel's PRECISIONs whose product is of the problem's class, or of a better one and quicker."""
     if problem.dtype != torch.float32:
@@ -379,15 +411,15 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
         return f"a tile of {config.C} is wider than the {problem.H} it cuts"
     if config.BLOCK_B > max(16 if amd else 8, _power_of_two(problem.B)):
         return f"{config.BLOCK_B} batch rows are more than the {problem.B} there are"
+    if reason := misfit(config, problem):
+        return reason
     if _in_tensor_cores(config, problem, chip):
         if config.C != 16 * config.num_warps:
-            return "each warp has 16 rows of a tile to itself; others would repeat its work"
+            return REPEATED
     elif (config.BLOCK_B, config.C, config.num_warps) != _without_tensor_cores(problem):
         return "without tensor cores other tiles spill"
     elif problem.dtype == torch.float64 and problem.H > 64:
         return "float64 spills above 64"
-    if config.HELD > chunks:
-        return f"there are no {config.HELD} rows of tiles to hold"
     if config.HELD and (problem.dtype.itemsize != 2 or amd):
         return "only NVIDIA's 16-bit products take an operand from registers"
     if config.HELD and config.BLOCK_B >= 32 and not (chip.unit == "wgmma" and _large(config)):
@@ -577,8 +609,8 @@ def _estimate_cooperative(config: CooperativeConfig, problem: Problem, chip: Chi
         return f"its programs meet in L2, of which {chip.name} has one for each die: never tried"
     if chip.unit == "tcgen05" and not config.FLAG and H * itemsize >= 8 * KIB:
         return "with a state so wide the counter's form spills before its loop"
-    if config.num_warps * 16 > config.BLOCK_K:
-        return f"a chunk of {config.BLOCK_K} leaves some of {config.num_warps} warps without a part"
+    if reason := misfit(config, problem):
+        return reason
     if config.PRECISION == "tf32x3" and problem.backward and config.BLOCK_K // config.num_warps > 64:
         return "a tensor core cuts too much off such long sums: 1.25 times the bar at H = 1024 on an H200"
     if chunks > 32:

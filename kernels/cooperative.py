@@ -811,7 +811,7 @@ def _options(tensor, problem, options, config):
         raise ValueError(
             "dtype torch.float64 has no cooperative kernel; expected float32 or 16 bits: use step."
         )
-    config = config or configs.choose("cooperative", problem, chip(tensor.device))
+    config = configs.checked("cooperative", config, problem, lambda: chip(tensor.device))
     bits = tl.int16 if tensor.element_size() == 2 else tl.int32
     return config, {**options, **vars(config), "WARPS": config.num_warps, "BITS": bits}
 

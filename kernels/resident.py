@@ -247,6 +247,7 @@ def forward_kernel(
     C: tl.constexpr,
     HELD: tl.constexpr,
     AHEAD: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """x is (T, B, I); or, where I is 0, it is z (T, B, D * H) in the output's own memory."""
     NC: tl.constexpr = (H + C - 1) // C
@@ -299,8 +300,11 @@ def forward_kernel(
             later = load_input(x_columns + t_next.to(tl.int64) * x_t, inside, x_i, I, BLOCK_I)
         else:
             later = load_state(x_columns + within(t + AHEAD * sign, steps) * x_t, 1, H, C, INTERPRET)
-        if HALVES:
-            tl.debug_barrier()  # else the compiler sets one between the halves, for h0's before the loop
+        if HALVES or (I == 0 and C < 16 * WARPS):
+            # HALVES: else the compiler sets one between the halves, for h0's before the loop. And warps that
+            # have the same rows need nothing of each other: one a step ahead would write over z before others
+            # read it.
+            tl.debug_barrier()
         new = ()
         for n in tl.static_range(NC):
             acc = accs[n]
@@ -511,7 +515,7 @@ def _forward(
         return output
     if resets is not None:  # in the kernel another layout of h0 would need memory that there is none of
         h0 = torch.cat([h0[:1].masked_fill(resets[0, :, None], 0), h0[1:]])
-    config = config or configs.choose("resident", problem, chip(x.device))
+    config = configs.checked("resident", config, problem, lambda: chip(x.device))
     kernel = vector.forward_kernel if config.BLOCK_B == 1 else forward_kernel
     with on_device(x):
         arguments: tuple[torch.Tensor | int, ...] = (
@@ -533,6 +537,7 @@ def _forward(
             "HAS_BIAS": bias is not None,
             "HAS_LENGTHS": lengths is not None,
             "HAS_RESETS": resets is not None,
+            "WARPS": config.num_warps,
             **vars(config),
             **launch_options(),
         }
@@ -563,7 +568,7 @@ def scan_backward(
     )
     if dz.numel() == 0:
         return
-    config = config or configs.choose("resident", problem, chip(dz.device))
+    config = configs.checked("resident", config, problem, lambda: chip(dz.device))
     options |= {**vars(config), **launch_options()}
     kernel = vector.backward_kernel if config.BLOCK_B == 1 else backward_kernel
     with on_device(dz):

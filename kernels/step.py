@@ -216,7 +216,7 @@ def scan(
     rows = row_arguments(lengths, resets, z)
     if 0 in (T, B, D, H):
         return z
-    config = config or configs.choose("step", problem, chip(z.device))
+    config = configs.checked("step", config, problem, lambda: chip(z.device))
     options |= {"H": H, "HAS_LENGTHS": lengths is not None, "HAS_RESETS": resets is not None}
     options |= {**vars(config), **launch_options()}
     h0, w_hh = h0.contiguous(), w_hh.contiguous()
@@ -251,7 +251,7 @@ def scan_backward(
     if dz.numel() == 0:
         return
     T, B, D, H = len(dz), problem.B, problem.D, problem.H
-    config = config or configs.choose("step", problem, chip(dz.device))
+    config = configs.checked("step", config, problem, lambda: chip(dz.device))
     options |= {**vars(config), **launch_options()}
     grid = (triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_N), D)
     with on_device(dz):
@@ -288,7 +288,7 @@ def cell(
     problem = problem_of(x, B, H, 1, precision, inputs=I)
     if 0 in (B, H):
         return
-    config = config or configs.choose("step", problem, chip(x.device))
+    config = configs.checked("step", config, problem, lambda: chip(x.device))
     x = x if x.stride(1) == 1 else x.contiguous()
     h = h if h.stride(1) == 1 else h.contiguous()
     with on_device(x):

@@ -130,6 +130,7 @@ def forward_kernel(
     C: tl.constexpr,
     HELD: tl.constexpr,
     AHEAD: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """x is (T, B, I); or, where I is 0, it is z (T, B, D * H) in the output's own memory."""
     BLOCK_I: tl.constexpr = 16 if I <= 16 else 32 if I <= 32 else 64

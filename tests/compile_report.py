@@ -52,6 +52,9 @@ def problems(row: Row) -> list[str]:
         found.append(f"spills {_spills(row)}")
     if not _counted(row)["tensor"] and _on_tensor_cores(row):
         found.append("makes its products without a tensor core")
+    time_loop = row["loop"] and not row["kernel"].startswith(("step", "cell"))
+    if time_loop and row["config"]["num_warps"] > 1 and not row["loop"]["barriers"]:
+        found.append(f"has no barrier in its time loop, and {row['config']['num_warps']} warps drift apart")
     if row["kernel"] == "resident forward" and row["late loads"]:
         found.append(
             f"reads memory {row['late loads']} times after a step's last barrier, when other warps may have "

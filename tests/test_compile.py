@@ -49,7 +49,7 @@ def row(**changes):
         "problem": {"B": 16, "H": 64, "D": 1, "dtype": "bfloat16", "precision": "ieee", "inputs": 0}
         | {"ragged": True, "backward": False},
         "resets": False,
-        "config": {"BLOCK_B": 16, "PRECISION": "ieee"},
+        "config": {"BLOCK_B": 16, "PRECISION": "ieee", "num_warps": 4},
         "expected": {"shared": 1000, "registers": 128, "us": 0.5},
         "limit": 2000,
         "seconds": 1.5,
@@ -65,6 +65,7 @@ def row(**changes):
     return made | changes
 
 
+NO_BARRIER = {"instructions": 100, "tensor": 8, "loads": 4, "barriers": 0, "spills": 3}
 NO_TENSOR = {"instructions": 100, "tensor": 0, "loads": 4, "barriers": 2, "spills": 3}
 
 
@@ -79,6 +80,7 @@ NO_TENSOR = {"instructions": 100, "tensor": 0, "loads": 4, "barriers": 2, "spill
             "reads memory 2 times after a step's last barrier, when other warps may have written over it: it "
             "works in place",
         ),
+        ({"loop": NO_BARRIER}, "has no barrier in its time loop, and 4 warps drift apart"),
         ({"loop": NO_TENSOR}, "makes its products without a tensor core"),
         ({"loop": None, "code": NO_TENSOR}, "makes its products without a tensor core"),
         ({"error": "not compiled after 60 s"}, "not compiled after 60 s"),
@@ -102,10 +104,16 @@ def test_a_spill_before_the_time_loop_is_shown_and_is_no_problem():
     assert not wrong
 
 
+def test_one_warp_needs_no_barrier_and_no_step_has_a_time_loop():
+    alone = {"BLOCK_B": 16, "PRECISION": "ieee", "num_warps": 1}
+    assert not compile_report.problems(row(loop=NO_BARRIER, config=alone))
+    assert not compile_report.problems(row(loop=NO_BARRIER, kernel="step forward"))
+
+
 def test_float32_needs_tensor_cores_only_where_it_asks_for_them():
     problem = row()["problem"] | {"dtype": "float32"}
     for precision, found in {"ieee": 0, "tf32": 1, "tf32x3": 1}.items():
-        made = row(problem=problem, config={"PRECISION": precision}, loop=NO_TENSOR)
+        made = row(problem=problem, config={"PRECISION": precision, "num_warps": 4}, loop=NO_TENSOR)
         assert len(compile_report.problems(made)) == found
     assert not compile_report.problems(row(problem=problem | {"dtype": "float64"}, loop=NO_TENSOR))
 
@@ -119,8 +127,9 @@ def test_rows_that_do_not_belong_together_fail():
     assert not wrong(row(), row(triton="3.6.0"))
     assert "different commits" in wrong(row(), row(triton="3.6.0", commit="def"))
     other = row(kernel="resident backward")
-    assert "resident backward bfloat16 B16 H64 lengths: BLOCK_B 16: compiled with Triton 3.7.1 only" in wrong(
-        row(), row(triton="3.6.0"), other
+    assert (
+        "resident backward bfloat16 B16 H64 lengths: BLOCK_B 16, num_warps 4: compiled with Triton 3.7.1 only"
+        in wrong(row(), row(triton="3.6.0"), other)
     )
 
 

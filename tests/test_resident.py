@@ -113,6 +113,25 @@ def test_fetching_ahead_of_short_sequences():
         check_fused(*fused_problem(T, 3, 5, 17, 2, torch.float64), "tanh", config, resets)
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (configs.ResidentConfig(8, 16, num_warps=4), configs.REPEATED),
+        (configs.ResidentConfig(8, 16, HELD=2, num_warps=1), "there are no 2 rows of tiles to hold"),
+    ],
+)
+def test_blocks_that_do_not_go_together_are_refused(config, words):
+    """Before any launch: z, in whose place the output would stand, is as it was."""
+    z, h0, w_hh, *_, g_out, g_hn = problem(4, 3, 16, 1, torch.bfloat16, ragged=False)
+    before, dz = z.clone(), torch.zeros_like(z)
+    with pytest.raises(ValueError, match=words):
+        resident.scan(z, h0, w_hh, None, "tanh", "ieee", config)
+    assert torch.equal(z, before)
+    with pytest.raises(ValueError, match=words):
+        resident.scan_backward(g_out, g_hn, z, w_hh, dz, None, "tanh", "ieee", config)
+    assert not dz.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
