@@ -1,5 +1,5 @@
-# make test | make bench | make gpu | make charlm | make check | make fuzz | make compile-matrix: each sets up .venv
-# first, a second run is quick.
+# make test | make bench | make gpu | make charlm | make check | make fuzz | make compile-matrix | make ptx: each sets
+# up .venv first, a second run is quick.
 PYTHON ?= python3
 BIN := .venv/bin
 # What the tests run on: newest is the tested set of constraints.txt; the others have a .venv inside, where clean
@@ -7,7 +7,7 @@ BIN := .venv/bin
 STACK := newest
 VENV := $(patsubst %/newest,%,.venv/$(STACK))
 
-.PHONY: test bench gpu charlm check fuzz compile-matrix clean
+.PHONY: test bench gpu charlm check fuzz compile-matrix ptx clean
 
 # STACK: newest, oldest or middle; ARGS: any of pytest's, e.g. make test STACK=oldest ARGS=tests/test_layer.py
 test: $(VENV)/ready
@@ -45,6 +45,13 @@ compile-matrix: .venv/ready .venv/middle/ready .venv/oldest/ready
 	.venv/middle/bin/python -m tests.cross_compile rows $(ARGS)
 	.venv/oldest/bin/python -m tests.cross_compile rows $(ARGS)
 	$(BIN)/python -m tests.cross_compile report $(ARGS)
+
+# The kernels as compiled for GPUs that are not here, emulated, into results/ptx/; hours on two cores, and a second
+# call goes on.  ARGS: e.g. make ptx ARGS="--targets sm_90 --minutes 10"
+ptx: .venv/ready .venv/oldest/ready
+	$(BIN)/python -m tests.tools.ptxsim rows $(ARGS)
+	.venv/oldest/bin/python -m tests.tools.ptxsim rows $(ARGS)
+	$(BIN)/python -m tests.tools.ptxsim report $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"{sys.executable} is Python {sys.version.split()[0]}; elman needs 3.10 or newer: make PYTHON=python3.11")'

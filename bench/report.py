@@ -140,10 +140,12 @@ def index(results: Path) -> None:
         parts.append("No GPU has been measured yet.")
     for _, name, run, tables, models in sorted(machines, key=lambda machine: machine[:2]):
         parts += _machine(results, name, run, tables, models)
-    compiled = sorted(path.stem for path in (results / "compile").glob("*.md"))
-    if compiled:
-        links = ", ".join(f"[{name}](compile/{name}.md)" for name in compiled)
-        parts.append(f"What the compiler says of the kernels, by target, nothing of it run: {links}.")
+    for kind, what in (
+        ("compile", "What the compiler says of the kernels, by target, nothing of it run"),
+        ("ptx", "The kernels as compiled for a GPU, run by an emulator on a CPU"),
+    ):
+        if names := sorted(path.stem for path in (results / kind).glob("*.md")):
+            parts.append(f"{what}: {', '.join(f'[{name}]({kind}/{name}.md)' for name in names)}.")
     _write(results / "README.md", "\n\n".join(parts) + "\n")
 
 

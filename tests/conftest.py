@@ -13,12 +13,6 @@ if not sys.warnoptions:
 
 # The tests choose what is tuned and where tables lie: each shape would be tuned, and the user's tables used.
 os.environ["ELMAN_AUTOTUNE"] = "off"
-if not torch.cuda.is_available():
-    # Triton reads it once, when it is imported, so before anything that might.
-    os.environ["TRITON_INTERPRET"] = "1"
-    if importlib.util.find_spec("triton"):
-        importlib.import_module("elman.kernels.common")  # now: some tests take the variable away
-        importlib.import_module("bench.interpreter").mend()
 
 from bench import machine
 from tests.helpers import ANY_BACKEND, BACKENDS, DEVICE
@@ -48,8 +42,26 @@ if torch.cuda.is_available():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "run Triton kernels as PTX compiled for this GPU, emulated on the CPU, instead of interpreted"
+    parser.addoption("--ptx", choices=("sm_80", "sm_90"), help=words)
+
+
+def _set_triton_up(config: pytest.Config) -> None:
+    """How kernels run where there is no GPU: before any module that has one is imported."""
+    if target := config.getoption("ptx"):
+        plugin = importlib.import_module("tests.tools.ptxsim.plugin")
+        config.pluginmanager.register(plugin.Emulation(target))
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        if importlib.util.find_spec("triton"):
+            importlib.import_module("elman.kernels.common")  # now: some tests take the variable away
+            importlib.import_module("bench.interpreter").mend()
+
+
 @pytest.hookimpl(trylast=True)  # pytest-benchmark warns while it is configured, beside xdist
 def pytest_configure(config: pytest.Config) -> None:
+    _set_triton_up(config)
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
     warnings.simplefilter("error")  # for what no hook of pytest's records, such as the end of the session

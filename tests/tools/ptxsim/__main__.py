@@ -1,0 +1,127 @@
+"""The project's kernels as compiled PTX, emulated on the CPU. Nothing runs on a GPU.
+
+    python -m tests.tools.ptxsim rows [--targets sm_80,sm_90] [--kernels resident,step] [--minutes 30]
+    python -m tests.tools.ptxsim report
+
+`rows` runs cases compiled by this interpreter's Triton and adds them to results/ptx/<target>.<triton>.jsonl;
+cases that it has at this commit are not run again. `report` makes <target>.md of the rows of all Triton
+versions there, and fails if they show a finding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from bench.machine import commit
+from elman.kernels import configs
+
+from . import cases, report
+from .check import check
+from .launch import Emulator
+
+TARGETS = ("sm_80", "sm_90")
+#: How cases are run, by name: machine.Options.
+WAYS: dict[str, dict[str, Any]] = {
+    "in step": {},
+    "by warp": {"by_warp": True, "lanes": True},
+    "weak memory": {"weak": True},
+    "approximate": {"error": 1.0},
+    "truncated sums": {"truncate": True},
+    "a program withheld": {},
+}
+#: Of the drawn cases, every so many are run once more in this way.
+EVERY = {"by warp": 12, "weak memory": 4, "approximate": 15, "truncated sums": 8, "a program withheld": 8}
+
+
+def plan(target: str, options: argparse.Namespace) -> Iterator[tuple[cases.Case, str]]:
+    """Cases and how they are run, the same for the same seed."""
+    drawn = cases.every(options.kernels.split(","), configs.CHIPS[target], options.seed)
+    for n, case in enumerate(drawn):
+        yield case, "in step"
+        programs = -(-case.H // getattr(case.config, "BLOCK_N", case.H))
+        for way, each in EVERY.items():
+            if n % each == each - 1 and (way != "approximate" or not case.relu):
+                if way == "a program withheld":
+                    if case.kernel == "cooperative" and programs > 1 and not case.lengths:
+                        yield replace(case, withheld=0 if n % 2 else programs - 1, T=3), way
+                elif way != "weak memory" or case.kernel == "cooperative":
+                    yield case, way
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.ptxsim", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("action", choices=("rows", "report"))
+    parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
+    parser.add_argument("--kernels", default=",".join(cases.SIZES), help="default: %(default)s")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="for each target, at most; default: %(default)g"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="a regular expression on a case's text")
+    parser.add_argument("--part", default="1/1", help="the first of two halves is 1/2")
+    parser.add_argument("--output", type=Path, default=Path("results/ptx"))
+    options = parser.parse_args(argv)
+    targets = options.targets.split(",")
+    if options.action == "report":
+        return report.write(options.output, targets)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: there is nothing to compile. Unset it.")
+    if len(targets) > 1:  # a process has one target
+        command = [sys.executable, "-m", "tests.tools.ptxsim", *(argv or sys.argv[1:]), "--targets"]
+        return max([subprocess.call([*command, target]) for target in targets])
+    return _rows(targets[0], options)
+
+
+def _rows(target: str, options: argparse.Namespace) -> int:
+    part, parts = (int(n) for n in options.part.split("/"))
+    todo = [(case, way) for case, way in plan(target, options) if re.search(options.only, f"{case} {way}")]
+    todo = todo[part - 1 :: parts]
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{target}.{triton.__version__}.jsonl"
+    stamp = commit()
+    there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {(row["case"], row["how"]) for row in there if row["commit"] == stamp["commit"]}
+    end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
+    emulators = {way: Emulator(target, **how) for way, how in WAYS.items()}
+    with path.open("a") as file:
+        for case, way in todo:
+            if (str(case), way) in known:
+                continue
+            if time.monotonic() >= end:
+                print(f"{target}: time is up after {ran} of {len(todo)} cases", flush=True)
+                break
+            start, ran = time.perf_counter(), ran + 1
+            with emulators[way] as emulator:
+                outcome = check(case, emulator, configs.CHIPS[target])
+                emulator.kernels.clear()
+            row = {
+                "target": target, "triton": triton.__version__, "kernel": f"{case.kernel} {case.direction}",
+                "arithmetic": case.arithmetic, "case": str(case), "how": way,
+                **dataclasses.asdict(outcome), "seconds": round(time.perf_counter() - start, 2), **stamp,
+            }  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            if outcome.wrong:
+                bad += 1
+                print(f"{target} {case}, {way}:", *outcome.wrong[:4], sep="\n    ", flush=True)
+    print(f"{target}, Triton {triton.__version__}: {ran} cases ran, {bad} with findings", flush=True)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Runs a case in the emulator and compares what it computes with the float64 reference."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from elman import reference
+from elman.kernels import cooperative
+from elman.kernels.configs import Chip
+from elman.kernels.errors import DeviceHangError
+from tests.helpers import error
+from tests.scans import clean, problem, some_resets, truth
+from tests.tolerances import tolerance
+
+from .cases import ARITHMETIC, Case
+from .launch import Emulator
+
+#: Of tf32 products, relative to the norm: operands are rounded to 11 bits.
+TF32_BOUND = 2e-3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """error: over the tolerance; None where there is no result. wrong: what was found, in words.
+
+    unused: races of reads whose values go nowhere: the results are the same to the bit if they see NaN.
+    """
+
+    error: float | None
+    digest: str
+    wrong: list[str]
+    unused: list[str]
+
+
+def check(case: Case, emulator: Emulator, chip: Chip) -> Outcome:
+    """Runs the case; and once more where all that was found is reads of global memory that race."""
+    first = _run(case, emulator, chip, {})
+    racy, shared = emulator.racy, any(": shared+" in line for line in first.wrong)
+    if (
+        not first.wrong
+        or emulator.kinds() != {"race"}
+        or len(first.wrong) != len(emulator.found)
+        or shared
+        or not racy
+    ):
+        return first
+    again = _run(case, emulator, chip, racy)
+    if (
+        again.digest == first.digest
+        and set(emulator.racy) == set(racy)
+        and len(again.wrong) == len(emulator.found)
+    ):
+        return replace(first, wrong=[], unused=first.wrong)
+    return first
+
+
+def _run(case: Case, emulator: Emulator, chip: Chip, poison: dict[tuple[int, str], set]) -> Outcome:
+    chip = replace(chip, processors=case.processors) if case.processors else chip
+    emulator.reset()
+    emulator.poison = poison
+    wrong: list[str] = []
+    error, digest = None, ""
+    module = importlib.import_module(f"elman.kernels.{case.module}")
+    withheld = frozenset({(case.withheld, 0, 0)} if case.withheld >= 0 else ())
+    options = emulator.options
+    emulator.options = replace(options, withheld=withheld)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, "chip", return_value=chip))
+        if withheld:
+            stack.enter_context(mock.patch.object(cooperative, "PATIENCE", 20))
+        try:
+            error, digest = _results(case, emulator, wrong)
+        except DeviceHangError:
+            if not withheld:
+                raise
+        except Exception as caught:  # whatever it is, it belongs to this case, and the next one can run
+            wrong.append(f"{type(caught).__name__}: {caught}")
+        else:
+            if withheld:
+                wrong.append("a program was missing and nobody noticed")
+        finally:
+            emulator.options, emulator.poison = options, {}
+    return Outcome(error, digest, wrong + emulator.lines(), [])
+
+
+def _results(case: Case, emulator: Emulator, wrong: list[str]) -> tuple[float, str]:
+    torch.manual_seed(case.seed)
+    launch = {"cell": _cell, "fused": _fused}.get(case.kernel, _backward if case.backward else _forward)
+    actual, expected, lengths, around = launch(case, emulator)
+    dtype, precision = ARITHMETIC[case.arithmetic]
+    bound = TF32_BOUND if precision == "tf32" else tolerance(dtype)
+    off = error(actual, expected)
+    if not off <= bound:
+        wrong.append(f"error {off:.3g} > {bound:.3g}; {_where(actual, expected)}")
+    if lengths is not None and not (actual[torch.arange(len(actual))[:, None] >= lengths] == 0).all():
+        wrong.append("not zero past the lengths")
+    if around is not None and not around.isnan().all():
+        wrong.append("wrote outside of the view")
+    raw = actual.contiguous().view(torch.uint8).numpy().tobytes()
+    return off / bound, hashlib.sha256(raw).hexdigest()[:12]
+
+
+Launched = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None
+]  # result, truth, lengths, memory around the result
+
+
+def _forward(case: Case, emulator: Emulator) -> Launched:
+    z, h0, w_hh, lengths, _, _, resets = _numbers(case)
+    expected, _ = truth(clean(z, lengths), h0, w_hh, lengths, _word(case), resets)
+    memory, z = _part(z) if case.layout == "part" else (None, z.clone())
+    kernel: Any = importlib.import_module(f"elman.kernels.{case.module}")
+    actual = kernel.scan(
+        z, h0, w_hh, lengths, _word(case), ARITHMETIC[case.arithmetic][1], case.config, resets
+    )
+    return actual, expected, lengths, None if case.kernel == "cooperative" else _around(memory)
+
+
+def _backward(case: Case, emulator: Emulator) -> Launched:
+    z, h0, w_hh, lengths, g_out, g_hn, resets = _numbers(case)
+    output, _ = truth(clean(z, lengths), h0, w_hh, lengths, _word(case), resets)
+    output = clean(output.to(z.dtype), lengths)
+    g_o, g_h = g_out if case.g_out else None, g_hn if case.g_hn else None
+    if g_o is not None and case.layout == "expanded":
+        g_o = torch.ones((), dtype=z.dtype).expand(g_o.shape)
+    elif g_o is not None and case.layout == "part":
+        g_o = g_o.transpose(0, 1).contiguous().transpose(0, 1)
+    wide = (None if g_o is None else clean(g_o, lengths).double(), None if g_h is None else g_h.double())
+    expected = reference.layer_dz(*wide, output.double(), w_hh.double(), lengths, _word(case), resets)
+    memory = None
+    if case.layout == "part":
+        memory, dz = _part(torch.full_like(output, float("nan")))
+        output = _part(output)[1]
+    else:
+        dz = emulator.uninitialised(torch.zeros_like(output))
+    kernel: Any = importlib.import_module(f"elman.kernels.{case.module}")
+    precision = ARITHMETIC[case.arithmetic][1]
+    kernel.scan_backward(g_o, g_h, output, w_hh, dz, lengths, _word(case), precision, case.config, resets)
+    return dz, expected, lengths, _around(memory)
+
+
+def _fused(case: Case, emulator: Emulator) -> Launched:
+    z, h0, w_hh, lengths, _, _, resets = _numbers(case)
+    dtype = z.dtype
+    x = torch.randn(case.T, case.B, case.I, dtype=torch.float64).mul(case.scale)
+    w_ih = torch.randn(case.D, case.H, case.I, dtype=torch.float64) / case.I**0.5
+    bias = torch.randn(case.D, case.H, dtype=torch.float64).to(dtype) if case.bias else None
+    if lengths is not None:
+        x[torch.arange(case.T)[:, None] >= lengths] = float("nan")
+    x, w_ih = x.to(dtype), w_ih.to(dtype)
+    if case.layout == "part":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    wide = [None if t is None else t.double() for t in (clean(x, lengths), h0, w_ih, w_hh, bias)]
+    expected, _ = reference.layer(*wide, lengths, _word(case), resets)
+    kernel: Any = importlib.import_module("elman.kernels.resident")
+    precision = ARITHMETIC[case.arithmetic][1]
+    actual = kernel.scan_fused(x, w_ih, bias, h0, w_hh, lengths, _word(case), precision, case.config, resets)
+    return actual, expected, lengths, None
+
+
+def _cell(case: Case, emulator: Emulator) -> Launched:
+    dtype, precision = ARITHMETIC[case.arithmetic]
+    B, I, H = case.B, case.I, case.H
+    x, h, w_ih, w_hh, b = (
+        torch.randn(s, dtype=torch.float64) for s in ((B, I), (B, H), (H, I), (H, H), (H,))
+    )
+    x, w_hh, w_ih = x * case.scale, w_hh / H**0.5, w_ih / I**0.5
+    x, h, w_ih, w_hh, b = (t.to(dtype) for t in (x, h, w_ih, w_hh, b))
+    bias = b if case.bias else None
+    if case.layout == "part":
+        x, h = x.t().contiguous().t(), torch.cat([h, h], 1)[:, :H]
+    out = emulator.uninitialised(torch.zeros(B, H, dtype=dtype))
+    kernel: Any = importlib.import_module("elman.kernels.step")
+    kernel.cell(x, h, w_ih, w_hh, bias, out, _word(case), precision, case.config)
+    wide = [None if t is None else t.double()[None] for t in (x, h, w_ih, w_hh, bias)]
+    return out, reference.layer(*wide, None, _word(case))[0][0], None, None
+
+
+def _word(case: Case) -> str:
+    return "relu" if case.relu else "tanh"
+
+
+def _numbers(case: Case) -> tuple:
+    dtype = ARITHMETIC[case.arithmetic][0]
+    z, h0, w_hh, lengths, g_out, g_hn = problem(
+        case.T, case.B, case.H, case.D, dtype, case.lengths, case.scale
+    )
+    return z, h0, w_hh, lengths, g_out, g_hn, some_resets(case.T, case.B, lengths) if case.resets else None
+
+
+def _part(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Larger memory of NaN, batch first, and a view of it that holds t."""
+    T, B, N = t.shape
+    memory = torch.full((B, T + 2, N + 3), float("nan"), dtype=t.dtype)
+    view = memory.transpose(0, 1)[1:-1, :, 2:-1]
+    view.copy_(t)
+    return memory, view
+
+
+def _around(memory: Tensor | None) -> Tensor | None:
+    """What of it lies outside of the view."""
+    if memory is None:
+        return None
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    outside.transpose(0, 1)[1:-1, :, 2:-1] = False
+    return memory[outside]
+
+
+def _where(actual: Tensor, expected: Tensor) -> str:
+    far = (actual.double() - expected).abs().nan_to_num(nan=torch.inf)
+    place = tuple(int(i) for i in torch.unravel_index(far.argmax(), far.shape))
+    nans = int(actual.isnan().sum())
+    return f"worst at {place}: {actual[place].item():g} for {expected[place].item():g}; {nans} NaN"

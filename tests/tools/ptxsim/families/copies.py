@@ -1,0 +1,95 @@
+"""cp.async: PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy".
+
+A copy is as late as it may be: it reads and writes when it is waited for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..regions import BYTES, Threads
+from .registers import Registers, form
+
+u8, u32, u64 = np.uint8, np.uint32, np.uint64
+
+
+class Copies(Registers):
+    @form("cp", r"async\.(cg|ca)\.shared\.global(\.L2::\w+)?")
+    def cp_async(self, i, to, source, size, given=None):
+        spec = self.spec(size=int(size.text, 0))
+        given = size if given is None else given
+        self.emit(
+            f"c.cp_async({spec}, {self.address(to, 'shared')}, {self.address(source, 'global')}, "
+            f"{self.val(given, 'u32', full=True)}, {self.condition()})"
+        )
+
+    @form("cp", r"async\.commit_group")
+    def cp_commit(self, i):
+        self.emit(f"c.cp_commit(m, {i.line})")
+
+    @form("cp", r"async\.wait_group")
+    def cp_wait(self, i, left):
+        self.emit(f"c.cp_wait({int(left.text, 0)})")
+
+
+class Copy(NamedTuple):
+    spec: Any
+    region: Any
+    off: np.ndarray
+    threads: Threads
+    reads: list  # (region, which of the threads, offsets, bytes)
+
+
+class CopyOperations:
+    """A context's copies. cp_open: those of the group that is not closed yet; cp_groups: closed ones."""
+
+    def cp_async(self, spec, to, source, given, m):
+        """`given` of the size's bytes come from the source, zeros follow."""
+        which = np.arange(self.n) if m is None else np.nonzero(m)[0]
+        if not len(which):
+            return
+        ((region, _, off),) = self.pieces(spec, to[which], which, spec.size, "shared")
+        threads = self.of(which)
+        given = np.minimum(given[which], u32(spec.size)).astype(np.int64)
+        source = source[which]
+        if (source[given > 0] & u64(spec.size - 1)).any():
+            self.fault(spec.line, f"a copy from an address that is not aligned: {spec.text}")
+        reads = []
+        for width in np.unique(given[given > 0]).tolist():
+            mine = np.nonzero(given == width)[0]
+            for r, k, o in self.pieces(spec, source[mine], mine, 1, "global"):
+                self.pieces(spec, source[k] + u64(width - 1), k, 1, "global")
+                r.read(o, 1, Threads(*(x[k] for x in threads)), spec)
+                reads.append((r, k, o, width))
+        idx = off[:, None] + BYTES[spec.size]
+        # It may be done at any time from now on: who reads there must have finished.
+        bad = region.unknown_reads(idx, threads.gids, own=False)
+        if bad.any():
+            other = int(region.read_line[idx][bad][0])
+            self.report("race", spec.line, "cp.async to what others may still read", other)
+        region.writing[idx] += 1
+        self.cp_open.append(Copy(spec, region, off, threads, reads))
+
+    def cp_commit(self, m, line):
+        if m is not None and not m.all():
+            self.fault(line, "cp.async.commit_group where threads have parted")
+        self.cp_groups.append(self.cp_open)
+        self.cp_open = []
+
+    def cp_wait(self, left):
+        while len(self.cp_groups) > left:
+            for copy in self.cp_groups.pop(0):
+                self.cp_finish(copy)
+
+    def cp_finish(self, copy):
+        size = copy.spec.size
+        data = np.zeros((len(copy.off), size), u8)
+        for region, k, off, width in copy.reads:
+            data[k[:, None], np.arange(width)] = region.mem[off[:, None] + np.arange(width)]
+        idx = copy.off[:, None] + BYTES[size]
+        copy.region.writing[idx] -= 1
+        copy.region.write(copy.off, data, copy.threads, copy.spec)
+        copy.region.copied[idx] = True
+        copy.region.mem[idx] = data

@@ -1,0 +1,85 @@
+"""shfl, redux, vote, bar.warp.sync: PTX ISA, "Parallel Synchronization and Communication Instructions"."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .registers import Registers, form
+
+u32 = np.uint32
+LANES = np.arange(32)
+REDUCTIONS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+class Lanes(Registers):
+    @form("shfl", r"sync\.(bfly|idx|up|down)\.b32")
+    def shfl(self, i, d, a, b, c, members):
+        values = ", ".join(self.val(o, "u32", full=True) for o in (a, b, c))
+        first, second = (d.first, d.second) if hasattr(d, "first") else (d, None)
+        value, inside = self.name("None"), self.name("None")
+        self.emit(f"{value}, {inside} = c.shfl({i.mods[1]!r}, {values}, {self.condition()}, {i.line})")
+        self.set(first, "u32", value)
+        self.set(second, "pred", inside)
+
+    @form("redux", r"sync\.(add|min|max|and|or|xor)\.[bus]32")
+    def redux(self, i, d, a, members):
+        kind = i.mods[2].replace("b", "u")
+        values = f"{self.val(a, kind, full=True)}, {self.val(members, 'u32', full=True)}"
+        self.set(d, kind, f"c.redux({i.mods[1]!r}, {values}, {self.condition()}, {i.line})")
+
+    @form("vote", r"sync\.(any|all|ballot)\.(pred|b32)")
+    def vote(self, i, d, a, members):
+        value = f"c.vote({i.mods[1]!r}, {self.val(a, 'pred', full=True)}, {self.condition()})"
+        self.set(d, "u32" if i.mods[1] == "ballot" else "pred", value)
+
+    @form("bar", r"warp\.sync")
+    def warp_sync(self, i, members):
+        self.emit(f"c.warp_sync({self.condition()})")
+
+
+class LaneOperations:
+    """A context's exchanges within warps. m: a mask of its threads, or None for all."""
+
+    def shfl(self, mode, a, b, c, m, line):
+        a, b, c = (x.reshape(-1, 32).astype(np.int64) for x in (a, b, c))
+        b, clamp, segment = b & 31, c & 31, (c >> 8) & 31
+        top, low = (LANES & segment) | (clamp & ~segment), LANES & segment
+        source = {"bfly": LANES ^ b, "idx": low | (b & ~segment), "up": LANES - b, "down": LANES + b}[mode]
+        inside = source >= top if mode == "up" else source <= top
+        source = np.where(inside, source, LANES)
+        if m is not None:
+            here = m.reshape(-1, 32)
+            if (here & ~np.take_along_axis(here, source, 1)).any():
+                self.report("lanes", line, "a shuffle reads from a lane that is not there")
+        return np.take_along_axis(a, source, 1).reshape(-1).astype(u32), inside.reshape(-1)
+
+    def redux(self, what, a, members, m, line):
+        member = ((members.reshape(-1, 32)[:, :1] >> LANES.astype(u32)) & u32(1)).astype(bool)
+        here = np.ones_like(member) if m is None else m.reshape(-1, 32)
+        if (here.any(1)[:, None] & (member & ~here)).any():
+            self.report("lanes", line, "redux waits for a lane that is not there")
+        if (here & ~member).any():
+            self.report("lanes", line, "redux by a lane that its mask leaves out")
+        if not member[here.any(1)].all():
+            self.fault(line, f"redux.{what} of a part of a warp")
+        return np.repeat(REDUCTIONS[what].reduce(a.reshape(-1, 32), axis=1, dtype=a.dtype), 32)
+
+    def vote(self, what, a, m):
+        x = a.reshape(-1, 32)
+        here = np.ones_like(x) if m is None else m.reshape(-1, 32)
+        if what == "ballot":
+            return np.repeat(((x & here).astype(u32) << LANES.astype(u32)).sum(1, dtype=u32), 32)
+        return np.repeat({"any": (x & here).any(1), "all": (x | ~here).all(1)}[what], 32)
+
+    def warp_sync(self, m):
+        self.epoch[slice(None) if m is None else m] += 1
+
+    def whole_warps(self, m, line):
+        """Faults where a mask has a part of a warp at an instruction of whole warps."""
+        if m is not None:
+            w = m.reshape(-1, 32)
+            if (w.any(1) & ~w.all(1)).any():
+                self.fault(line, "a warp-wide instruction without all of the warp's lanes")

@@ -1,0 +1,71 @@
+"""What comes before what, and what was found: vector clocks of warps, and reports.
+
+PTX ISA, section "Memory Consistency Model": a barrier orders what its threads did before it and do after it,
+a release what came before it with what follows an acquire that sees it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Report:
+    """kind: race, conflict, uninitialised, outside, async, proxy, barrier or lanes (README.md).
+
+    line, other: PTX lines of the two accesses; other 0: there is one only.
+    """
+
+    kind: str
+    line: int
+    other: int
+    words: str
+
+
+class Reports:
+    """Findings by (kind, line, other): how often, and the first of each."""
+
+    def __init__(self) -> None:
+        self.found: Counter[tuple[str, int, int]] = Counter()
+        self.first: dict[tuple[str, int, int], Report] = {}
+
+    def add(self, kind: str, line: int, other: int, words: str) -> None:
+        key = (kind, line, other)
+        self.found[key] += 1
+        self.first.setdefault(key, Report(kind, line, other, words))
+
+
+class Clocks:
+    """known[g, w]: up to which clock of warp w warp g knows what it did. A warp is known by its number
+    gid."""
+
+    def __init__(self, warps: int):
+        self.known = np.zeros((warps, warps), np.int32)
+        np.fill_diagonal(self.known, 1)
+        #: Likewise: up to which clock its writes are past a fence of the asynchronous proxy.
+        self.fenced = np.zeros((warps, warps), np.int32)
+        self._released: dict[tuple[int, int], np.ndarray] = {}
+
+    def now(self, gids: np.ndarray) -> np.ndarray:
+        return self.known[gids, gids]
+
+    def barrier(self, gids: np.ndarray) -> None:
+        self.known[gids] = self.known[gids].max(0)
+        self.fenced[gids] = self.fenced[gids].max(0)
+        self.known[gids, gids] += 1
+
+    def proxy_fence(self, gid: int) -> None:
+        np.maximum(self.fenced[gid], self.known[gid], out=self.fenced[gid])
+        self.known[gid, gid] += 1
+
+    def release(self, gid: int, place: tuple[int, int]) -> None:
+        old = self._released.get(place, 0)
+        self._released[place] = np.maximum(self.known[gid], old)
+        self.known[gid, gid] += 1
+
+    def acquire(self, gid: int, place: tuple[int, int]) -> None:
+        if place in self._released:
+            np.maximum(self.known[gid], self._released[place], out=self.known[gid])

@@ -1,0 +1,337 @@
+"""Memory with shadows: its bounds, who wrote and read each byte, and what other programs see of a store.
+
+Two accesses of a byte, one of them a write, of which neither is known to the other's warp (order.py), are a
+race, in whatever order they came.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .order import Clocks, Reports
+
+u8, u64 = np.uint8, np.uint64
+UINT = {size: np.dtype(f"u{size}").type for size in (1, 2, 4, 8)}
+BYTES = {n: np.arange(n) for n in (1, 2, 4, 8, 16, 32)}
+#: A clock of what has not ended yet.
+FOREVER = 1 << 30
+#: What a read sees that is to see NaN.
+NAN = {1: 0xFE, 2: 0x7FFE, 4: 0x7FFE7FFE, 8: 0x7FFE7FFE7FFE7FFE}
+#: Larger memory is an expanded tensor's or a stride's of 2^31 elements: only its bounds are checked.
+LARGE = 1 << 28
+
+
+class Threads(NamedTuple):
+    """Of each thread of an access: its warp, its lane, and how often its warp has been synchronised."""
+
+    gids: np.ndarray
+    lane: np.ndarray
+    epoch: np.ndarray
+
+
+class Region:
+    """Bytes that `warps` warps from gid0 on can reach.
+
+    init: which bytes hold something; None: all. valid: which belong to a tensor; None: all. lanes: whether
+    the order between a warp's lanes is looked at too.
+    """
+
+    def __init__(
+        self, mem: np.ndarray, name: str, clocks: Clocks, gid0: int, warps: int, reports: Reports,
+        *, init: np.ndarray | None = None, valid: np.ndarray | None = None, lanes: bool = False,
+    ):  # fmt: skip
+        self.mem, self.name, self.clocks, self.gid0, self.warps = mem, name, clocks, gid0, warps
+        self.reports, self.init, self.valid, self.lanes = reports, init, valid, lanes
+        self.views = {size: mem[: len(mem) // size * size].view(t) for size, t in UINT.items()}
+        self.large = len(mem) > LARGE
+        n = 1 if self.large else len(mem)
+        self.written = False
+        self.writer, self.write_clock, self.write_line = (np.zeros(n, np.int32) for _ in range(3))  # gid + 1
+        self.copied = np.zeros(n, bool)  # by cp.async
+        self.read_line = np.zeros(n, np.int32)
+        #: Of each reader its clock; of very many warps the last reader alone, as gid + 1.
+        self.by_reader = warps <= 64 and n * warps <= LARGE
+        self.reader = None if self.by_reader else np.zeros(n, np.int32)
+        self.read_clock = np.zeros((n, warps) if self.by_reader else n, np.int32)
+        #: Bytes that wgmma is reading and cp.async is writing.
+        self.reading, self.writing = np.zeros(n, np.int16), np.zeros(n, np.int16)
+        if lanes:
+            self.write_lane, self.read_lane = np.zeros(n, np.int16), np.zeros(n, np.int16)
+            self.write_epoch, self.read_epoch = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        #: Reads that race, as (warp, byte, clock), and those that are to see NaN.
+        self.racy: set[tuple[int, int, int]] = set()
+        self.poison: set[tuple[int, int, int]] = set()
+        self.weak: WeakStores | None = None
+
+    def _report(
+        self,
+        kind: str,
+        words: str,
+        bad: np.ndarray,
+        idx: np.ndarray,
+        gids: np.ndarray,
+        spec: Any,
+        others: Any = None,
+    ) -> None:
+        if bad.any():
+            where = tuple(np.argwhere(bad)[0])
+            other = 0 if others is None else int(others[where])
+            text = (
+                f"{words}: {self.name}+{int(idx[where])}, warp {int(gids[where[0]])}, {int(bad.sum())} bytes"
+            )
+            self.reports.add(kind, spec.line, other, text)
+
+    def read(
+        self,
+        off: np.ndarray,
+        width: int,
+        threads: Threads,
+        spec: Any,
+        *,
+        ordered: bool = True,
+        clock: int | None = None,
+    ) -> None:
+        """Checks and notes a read of `width` bytes from each offset. Not ordered: it may race, as polling
+        does.
+
+        clock: when it ends, if not now.
+        """
+        if self.large:
+            return
+        idx, gids = off[:, None] + BYTES[width], threads.gids
+        if self.valid is not None:
+            self._report("outside", "a read outside its tensor", ~self.valid[idx], idx, gids, spec)
+        if self.init is not None:
+            self._report("uninitialised", "a read of what nobody wrote", ~self.init[idx], idx, gids, spec)
+        lines = self.write_line[idx]
+        self._report(
+            "async", "a read of what cp.async is still writing", self.writing[idx] > 0, idx, gids, spec, lines
+        )
+        if not ordered:
+            return
+        if self.written:
+            writer = self.writer[idx]
+            bad = (self.write_clock[idx] > self.clocks.known[gids[:, None], writer - 1]) & (writer > 0)
+            if bad.any():
+                self._report(
+                    "race", "a read that no barrier puts after the write", bad, idx, gids, spec, lines
+                )
+                now = self.clocks.now(gids)
+                self.racy |= {(int(gids[k]), int(idx[k, b]), int(now[k])) for k, b in np.argwhere(bad)}
+            if self.lanes:
+                bad = (writer == gids[:, None] + 1) & (self.write_lane[idx] != threads.lane[:, None])
+                bad &= self.write_epoch[idx] == threads.epoch[:, None]
+                self._report(
+                    "lanes", "another lane's write, no bar.warp.sync between", bad, idx, gids, spec, lines
+                )
+        now = self.clocks.now(gids) if clock is None else np.full(len(gids), clock, np.int32)
+        self.note_read(idx, gids, now)
+        self.read_line[idx] = spec.line
+        if self.lanes:
+            self.read_lane[idx] = threads.lane[:, None]
+            self.read_epoch[idx] = threads.epoch[:, None]
+
+    def note_read(self, idx: np.ndarray, gids: np.ndarray, clocks: np.ndarray) -> None:
+        if self.reader is None:
+            self.read_clock[idx, (gids - self.gid0)[:, None]] = clocks[:, None]
+        else:
+            self.reader[idx] = gids[:, None] + 1
+            self.read_clock[idx] = clocks[:, None]
+
+    def write(self, off: np.ndarray, data: np.ndarray, threads: Threads, spec: Any) -> None:
+        """Checks and notes a write of data (n, bytes), before it is done."""
+        if self.large:
+            return
+        idx, gids = off[:, None] + BYTES[data.shape[1]], threads.gids
+        if self.valid is not None:
+            self._report("outside", "a write outside its tensor", ~self.valid[idx], idx, gids, spec)
+        reads, writes = self.read_line[idx], self.write_line[idx]
+        self._report(
+            "async", "a write to what wgmma is still reading", self.reading[idx] > 0, idx, gids, spec, reads
+        )
+        self._report(
+            "async",
+            "a write to what cp.async is still writing",
+            self.writing[idx] > 0,
+            idx,
+            gids,
+            spec,
+            writes,
+        )
+        changes = self.mem[idx] != data  # the same value twice does no harm
+        if self.written:
+            writer = self.writer[idx]
+            bad = (
+                (self.write_clock[idx] > self.clocks.known[gids[:, None], writer - 1])
+                & (writer > 0)
+                & changes
+            )
+            self._report("race", "two writes, no barrier between", bad, idx, gids, spec, writes)
+        bad = self.unknown_reads(idx, gids) & changes
+        if bad.any():
+            self._report("race", "a write that no barrier puts after the read", bad, idx, gids, spec, reads)
+            self.racy.update(self._racy_reads(bad, idx, gids))
+        if self.lanes and self.reader is None:
+            bad = (self.read_epoch[idx] == threads.epoch[:, None]) & (
+                self.read_lane[idx] != threads.lane[:, None]
+            )
+            own = self.read_clock[idx, (gids - self.gid0)[:, None]] == self.clocks.now(gids)[:, None]
+            words = "a write after another lane's read, no bar.warp.sync between"
+            self._report("lanes", words, bad & own & changes, idx, gids, spec, reads)
+        self.written = True
+        self.writer[idx] = gids[:, None] + 1
+        self.write_clock[idx] = self.clocks.now(gids)[:, None]
+        self.write_line[idx] = spec.line
+        self.copied[idx] = False
+        if self.init is not None:
+            self.init[idx] = True
+        if self.lanes:
+            self.write_lane[idx] = threads.lane[:, None]
+            self.write_epoch[idx] = threads.epoch[:, None]
+
+    def unknown_reads(self, idx: np.ndarray, gids: np.ndarray, *, own: bool = True) -> np.ndarray:
+        """Whether a byte has readers that the warps don't know to be done; own: or are it themselves."""
+        if self.reader is not None:
+            reader = self.reader[idx]
+            return (self.read_clock[idx] > self.clocks.known[gids[:, None], reader - 1]) & (reader > 0)
+        known = self.clocks.known[gids, self.gid0 : self.gid0 + self.warps]
+        late = self.read_clock[idx] > known[:, None, :]
+        if not own:
+            late &= (np.arange(self.warps) != (gids - self.gid0)[:, None])[:, None, :]
+        return late.any(-1)
+
+    def _racy_reads(
+        self, bad: np.ndarray, idx: np.ndarray, gids: np.ndarray
+    ) -> Iterator[tuple[int, int, int]]:
+        if self.reader is not None:
+            return
+        known = self.clocks.known[gids, self.gid0 : self.gid0 + self.warps]
+        for k, b in np.argwhere(bad):
+            clocks = self.read_clock[idx[k, b]]
+            for w in np.nonzero(clocks > known[k])[0]:
+                yield int(w) + self.gid0, int(idx[k, b]), int(clocks[w])
+
+    def proxy_read(self, off: np.ndarray, width: int, gids: np.ndarray, spec: Any) -> None:
+        """A read by the asynchronous proxy: what the generic one wrote must be past a fence.
+
+        Not what cp.async wrote: the compiler, as CUTLASS, puts no proxy fence after that.
+        """
+        idx = off[:, None] + BYTES[width]
+        writer = self.writer[idx]
+        bad = (self.write_clock[idx] > self.clocks.fenced[gids[:, None], writer - 1]) & (writer > 0)
+        words = "wgmma reads a write that no fence.proxy.async covers"
+        self._report("proxy", words, bad & ~self.copied[idx], idx, gids, spec, self.write_line[idx])
+
+    def value(self, off: np.ndarray, size: int, cta: Any, gids: np.ndarray) -> np.ndarray:
+        """What a program sees at the offsets."""
+        value = self.views[size][off // size]
+        if self.weak is not None:
+            value = self.weak.seen_by(cta.number, off, size, value)
+        if self.poison:
+            where = zip(gids.tolist(), off.tolist(), self.clocks.now(gids).tolist(), strict=True)
+            hit = [any((g, o + b, c) in self.poison for b in range(size)) for g, o, c in where]
+            value = np.where(hit, value.dtype.type(NAN[size]), value)
+        return value
+
+    def put(self, off: np.ndarray, data: np.ndarray, spec: Any) -> None:
+        """Stores data (n, bytes); threads may not want different values in one place."""
+        size = min(data.shape[1], 8)
+        place = off[:, None] // size + np.arange(data.shape[1] // size)
+        new, view = data.view(UINT[size]), self.views[size]
+        view[place] = new
+        clash = (view[place] != new).any(1)
+        if clash.any():
+            at = int(off[int(np.argmax(clash))])
+            self.reports.add(
+                "conflict", spec.line, 0, f"two threads write different values to {self.name}+{at}"
+            )
+
+    def made(self, off: int, size: int) -> None:
+        if self.init is not None:
+            self.init[off : off + size] = True
+
+
+class WeakStores:
+    """Stores that other programs see only later, and in any order, unless a release comes after them."""
+
+    def __init__(self, region: Region):
+        self.region = region
+        self.pending: list[tuple[int, int, np.ndarray]] = []  # program, offset, bytes
+
+    def delay(self, program: int, off: np.ndarray, data: np.ndarray) -> None:
+        self.pending += [(program, o, d.copy()) for o, d in zip(off.tolist(), data, strict=True)]
+
+    def seen_by(self, program: int, off: np.ndarray, size: int, value: np.ndarray) -> np.ndarray:
+        """value, with what the program itself has stored."""
+        mine = [(o, d) for p, o, d in self.pending if p == program]
+        if not mine:
+            return value
+        raw = np.ascontiguousarray(value).view(u8).reshape(len(off), size).copy()
+        for o, d in mine:
+            for k in np.nonzero((off + size > o) & (off < o + len(d)))[0]:
+                low, high = max(off[k], o), min(off[k] + size, o + len(d))
+                raw[k, low - off[k] : high - off[k]] = d[low - o : high - o]
+        return raw.view(value.dtype).reshape(-1)
+
+    def some(self, random: Any) -> None:
+        """A few of them, drawn, become visible to all."""
+        for _ in range(random.choice((0, random.randint(1, 64)))):
+            if not self.pending:
+                return
+            k = random.randrange(len(self.pending))
+            _, off, data = self.pending[k]
+            for n, (_, o, d) in enumerate(self.pending[:k]):
+                if o < off + len(data) and off < o + len(d):  # not past an older one of the same bytes
+                    k = n
+                    break
+            self._land(*self.pending.pop(k))
+
+    def flush(self, program: int | None = None) -> None:
+        """All of a program's, or of all programs'."""
+        for item in self.pending:
+            if program in (None, item[0]):
+                self._land(*item)
+        self.pending = [item for item in self.pending if program not in (None, item[0])]
+
+    def _land(self, _: int, off: int, data: np.ndarray) -> None:
+        self.region.mem[off : off + len(data)] = data
+
+
+class GlobalMemory:
+    """The regions of a launch, at their own addresses."""
+
+    def __init__(self, regions: dict[int, Region]):
+        self.regions = [regions[base] for base in sorted(regions)]
+        self._bases = np.array(sorted(regions), np.uint64)
+        self._ends = self._bases + np.array([len(r.mem) for r in self.regions], np.uint64)
+
+    def find(self, address: np.ndarray, width: int) -> tuple[list, np.ndarray | None]:
+        """[(region, which of the addresses, their offsets)]; or which of them are out of bounds."""
+        k = np.searchsorted(self._bases, address, side="right") - 1
+        bad = (k < 0) | (address + u64(width) > self._ends[np.maximum(k, 0)])
+        if bad.any():
+            return [], bad
+        if (k == k[0]).all():
+            return [(self.regions[k[0]], None, (address - self._bases[k[0]]).astype(np.int64))], None
+        groups = [(i, np.nonzero(k == i)[0]) for i in np.unique(k)]
+        return [(self.regions[i], n, (address[n] - self._bases[i]).astype(np.int64)) for i, n in groups], None
+
+    def near(self, address: int) -> str:
+        for base, end, region in zip(self._bases.tolist(), self._ends.tolist(), self.regions, strict=True):
+            if base - 4096 <= address < end + 4096:
+                return f"{region.name} has {end - base} bytes, this is at {address - base}"
+        return "no tensor near"
+
+    def flush(self, program: int | None = None) -> None:
+        for region in self.regions:
+            if region.weak is not None:
+                region.weak.flush(program)
+
+
+def memory_of(base: int, size: int) -> np.ndarray:
+    """The bytes at an address."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base))

@@ -1,0 +1,84 @@
+"""The emulator's rows as a page: what ran, how far off it was, and what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+HEAD = """\
+# Emulated PTX: {target}
+
+The kernels as Triton {versions} compiles them for {target}, up to PTX, run on a CPU by
+[tests/tools/ptxsim](../../tests/tools/ptxsim/README.md), which also looks for races, and for reads of memory
+that is uninitialised or not the tensor's. **Nothing here was run on a GPU, and no number says how fast a GPU
+is.**
+
+Made by `make ptx`, at commit {commits}. {cases} cases, {bad} with findings.
+
+- cases: problems with a config that the model in kernels/configs.py lets through, drawn from all of them.
+- how: programs go in step, or each warp by itself in a drawn order (then the lanes' order is looked at too);
+  with weak memory other programs see stores late and out of order; approximate: tanh.approx, ex2.approx and
+  div.full as far off as the ISA allows; with truncated sums tensor cores cut the bits that the hardware cuts;
+  a program withheld: it never starts, and the others must give up.
+- error: of a result against the float64 reference, over the tests' tolerance; the worst.
+- unused: cases in which reads raced whose values go nowhere: with NaN in their place the result is the same
+  to the bit.
+
+"""
+NOT_MODELLED = """
+## What this does not say
+
+Nothing about time, registers or spills, nor about what ptxas makes of the PTX. A warp's lanes go in step
+between branches. Polling loads may race: that is what they are for. Tensor cores' truncation is close to the
+hardware's, not to the bit. Clusters, TMA and tcgen05 are not known: a kernel that used them would stop with
+an error.
+"""
+
+
+def write(folder: Path, targets: list[str]) -> int:
+    """<target>.md from all <target>.<triton>.jsonl in `folder`; 1 if they show nothing, or a finding."""
+    failed = 0
+    for target in targets:
+        rows: dict[tuple, Row] = {}  # the latest run of a case counts
+        for path in sorted(folder.glob(f"{target}.*.jsonl"), reverse=True):
+            for row in (json.loads(line) for line in path.read_text().splitlines()):
+                rows[row["triton"], row["case"], row["how"]] = row
+        text, wrong = markdown(target, list(rows.values()))
+        (folder / f"{target}.md").write_text(text)
+        for line in wrong:
+            print(f"{target}: {line}")
+        failed |= bool(wrong)
+    return int(failed)
+
+
+def markdown(target: str, rows: list[Row]) -> tuple[str, list[str]]:
+    """The page of a target, and what is wrong with its rows."""
+    wrong = [
+        f"{row['case']}, {row['how']} (Triton {row['triton']}): {what}"
+        for row in rows
+        for what in row["wrong"]
+    ]
+    if not rows:
+        wrong.append("there are no rows: nothing was run")
+    versions = " and ".join(dict.fromkeys(row["triton"] for row in rows))
+    commits = ", ".join(sorted({f"{row['commit']}{' with changes' * bool(row['dirty'])}" for row in rows}))
+    bad = sum(bool(row["wrong"]) for row in rows)
+    page = HEAD.format(target=target, versions=versions, commits=commits, cases=len(rows), bad=bad)
+    page += "| kernel | Triton | how | arithmetic | cases | error | unused | findings |\n"
+    page += "|---|---|---|---|---:|---:|---:|---:|\n"
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["triton"], row["how"]), []).append(row)
+    for (kernel, version, how), same in sorted(groups.items()):
+        arithmetic = ", ".join(sorted({row["arithmetic"] for row in same}))
+        errors = [row["error"] for row in same if row["error"] is not None]
+        unused, found = (sum(bool(row[name]) for row in same) for name in ("unused", "wrong"))
+        worst = f"{max(errors):.2f}" if errors else ""
+        page += (
+            f"| {kernel} | {version} | {how} | {arithmetic} | {len(same)} | {worst} | {unused} | {found} |\n"
+        )
+    page += "\n## Findings\n\n" + ("".join(f"- {line}\n" for line in wrong) or "None.\n") + NOT_MODELLED
+    return page, wrong

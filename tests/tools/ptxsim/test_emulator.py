@@ -1,0 +1,434 @@
+"""The emulator itself: small Triton kernels with known answers, and broken code that must be noticed."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tests.tools.ptxsim import arithmetic, parser, tensor_cores
+from tests.tools.ptxsim.context import Fault
+from tests.tools.ptxsim.launch import Emulator
+from tests.tools.ptxsim.program import Program
+
+#: Triton 3.9 says so of kernels that leave it to choose; the project's do not.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
+
+
+@triton.jit
+def add_kernel(x, y, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n) + tl.load(y + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def dot_kernel(
+    a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr,
+    TA: tl.constexpr, TB: tl.constexpr,
+):  # fmt: skip
+    rm, rn = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    if TA:
+        x = tl.load(a + rm + tl.arange(0, K)[None, :] * M)
+    else:
+        x = tl.load(a + rm * K + tl.arange(0, K)[None, :])
+    if TB:
+        y = tl.load(b + tl.arange(0, K)[:, None] + rn * K)
+    else:
+        y = tl.load(b + tl.arange(0, K)[:, None] * N + rn)
+    tl.store(c + rm * N + rn, tl.dot(x, y, input_precision=P, out_dtype=ACC))
+
+
+@triton.jit
+def matmul_kernel(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        rk = k + tl.arange(0, BK)
+        x = tl.load(a + rm * K + rk[None, :], mask=(rm < M) & (rk[None, :] < K), other=0.0)
+        y = tl.load(b + rk[:, None] * N + rn, mask=(rk[:, None] < K) & (rn < N), other=0.0)
+        acc = tl.dot(x, y, acc)
+    tl.store(c + rm * N + rn, acc.to(c.dtype.element_ty), mask=(rm < M) & (rn < N))
+
+
+@triton.jit
+def sums_kernel(x, rows, cols, total, M: tl.constexpr, N: tl.constexpr):
+    rm, rn = tl.arange(0, M), tl.arange(0, N)
+    t = tl.load(x + rm[:, None] * N + rn[None, :])
+    tl.store(rows + rm, tl.sum(t, 1))
+    tl.store(cols + rn, tl.max(t, 0))
+    tl.store(total, tl.sum(t))
+
+
+@triton.jit
+def transpose_kernel(x, y, M: tl.constexpr, N: tl.constexpr):
+    rm, rn = tl.arange(0, M), tl.arange(0, N)
+    t = tl.load(x + rm[:, None] * N + rn[None, :])
+    tl.store(y + rn[:, None] * M + rm[None, :], tl.trans(t))
+
+
+@triton.jit
+def softmax_kernel(x, y, N: tl.constexpr):
+    r = tl.program_id(0) * N + tl.arange(0, N)
+    t = tl.load(x + r).to(tl.float32)
+    e = tl.exp(t - tl.max(t, 0))
+    tl.store(y + r, (e / tl.sum(e, 0)).to(y.dtype.element_ty))
+
+
+@triton.jit
+def scan_kernel(x, y, N: tl.constexpr):
+    r = tl.arange(0, N)
+    tl.store(y + r, tl.cumsum(tl.load(x + r), 0))
+
+
+@triton.jit
+def count_kernel(out, BLOCK: tl.constexpr):
+    tl.atomic_add(out + tl.arange(0, BLOCK) % 7, tl.arange(0, BLOCK))
+
+
+@triton.jit
+def integers_kernel(x, y, q, r, s, h, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    a, b = tl.load(x + i), tl.load(y + i)
+    tl.store(q + i, a // b)
+    tl.store(r + i, a % b)
+    tl.store(s + i, (a >> (b & 15)) ^ (a << (b & 7)) | (a & b))
+    tl.store(h + i, tl.umulhi(a.to(tl.uint32), b.to(tl.uint32)).to(tl.int32))
+
+
+@triton.jit
+def pass_on_kernel(x, count, out, RELEASE: tl.constexpr, BLOCK: tl.constexpr):
+    """Program 0 writes x, the others wait for it."""
+    i = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(x + i, i)
+        tl.debug_barrier()
+        tl.atomic_add(count, 1, sem="release" if RELEASE else "relaxed", scope="gpu")
+    else:
+        seen = 0
+        while seen == 0:
+            seen = tl.atomic_add(count, 0, sem="acquire", scope="gpu")
+        tl.store(out + tl.program_id(0) * BLOCK + i, tl.load(x + i, cache_modifier=".cg"))
+
+
+@triton.jit
+def collide_kernel(x):
+    tl.store(x + tl.arange(0, 32), tl.program_id(0))
+
+
+@pytest.fixture
+def emulate(target):
+    """Makes emulators for the target."""
+    return lambda **options: Emulator(target, **options)
+
+
+def far(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def expect_clean(emulator):
+    assert not emulator.found, emulator.lines()[:3]
+
+
+# Right code
+
+
+@pytest.mark.parametrize("by_warp", [False, True])
+def test_add(emulate, by_warp):
+    with emulate(by_warp=by_warp, lanes=True) as e:
+        x, y, out = torch.randn(1000), torch.randn(1000), torch.empty(1000)
+        add_kernel[(triton.cdiv(1000, 256),)](x, y, out, 1000, BLOCK=256)
+        assert torch.equal(out, x + y)
+        expect_clean(e)
+
+
+DOTS = {
+    "16 bits": ([(16, 16, 16), (64, 16, 64), (128, 64, 32)], ["bf16", "fp16"], [4, 8], {}),
+    "tf32": ([(16, 16, 16), (64, 64, 32)], ["tf32", "tf32x3"], [4, 8], {}),
+    "multiply-add": ([(16, 16, 32), (32, 32, 16)], ["fp32", "fp64"], [1, 4], {}),
+    "few warps": ([(16, 16, 32), (64, 16, 64)], ["bf16", "tf32"], [1, 2], {}),
+    "by warp": ([(64, 16, 64)], ["bf16", "tf32"], [4, 8], {"by_warp": True, "lanes": True}),
+}
+
+
+@pytest.mark.parametrize("name", DOTS)
+def test_dot(emulate, name):
+    """Every layout of both operands: mma.sync and wgmma, ldmatrix and descriptors."""
+    shapes, kinds, warps, options = DOTS[name]
+    with emulate(**options) as e:
+        for (M, N, K), kind, w, ta, tb in itertools.product(
+            shapes, kinds, warps, (False, True), (False, True)
+        ):
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}.get(
+                kind, torch.float32
+            )
+            a, b = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
+            wide = kind == "fp64"
+            c = torch.full((M, N), float("nan"), dtype=torch.float64 if wide else torch.float32)
+            dot_kernel[(1,)](
+                a.t().contiguous() if ta else a, b.t().contiguous() if tb else b, c, M=M, N=N, K=K,
+                P=kind if kind in ("tf32", "tf32x3") else "ieee",
+                ACC=tl.float64 if wide else tl.float32, TA=ta, TB=tb, num_warps=w,
+            )  # fmt: skip
+            assert far(c, a.double() @ b.double()) <= {"tf32": 1e-3, "fp64": 1e-14}.get(kind, 1e-6), (
+                M,
+                N,
+                K,
+                kind,
+            )
+            expect_clean(e)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matmul_in_a_pipeline(emulate, dtype):
+    with emulate() as e:
+        for blocks, stages in itertools.product(((16, 16, 32), (64, 64, 64)), (1, 3)):
+            M, N, K = 80, 72, 200
+            a, b = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
+            c = torch.full((M, N), float("nan"), dtype=dtype)
+            grid = (triton.cdiv(M, blocks[0]), triton.cdiv(N, blocks[1]))
+            matmul_kernel[grid](a, b, c, M, N, K, *blocks, num_stages=stages)
+            assert far(c, a.double() @ b.double()) <= (1e-2 if dtype == torch.bfloat16 else 1e-3)
+            expect_clean(e)
+        # Rows of 200 numbers are aligned to 16 bytes in float32 only.
+        assert dtype == torch.bfloat16 or any("cp.async" in ptx for _, ptx in e.kernels)
+
+
+@pytest.mark.parametrize("by_warp", [False, True])
+@pytest.mark.parametrize("warps", [1, 4, 8])
+def test_reductions(emulate, by_warp, warps):
+    with emulate(by_warp=by_warp, lanes=True) as e:
+        x = torch.randn(64, 32)
+        rows, cols, total = torch.empty(64), torch.empty(32), torch.empty(1)
+        sums_kernel[(1,)](x, rows, cols, total, M=64, N=32, num_warps=warps)
+        assert far(rows, x.double().sum(1)) <= 1e-6
+        assert torch.equal(cols, x.max(0).values)
+        assert far(total, x.double().sum()[None]) <= 1e-5
+        expect_clean(e)
+
+
+@pytest.mark.parametrize("by_warp", [False, True])
+@pytest.mark.parametrize("warps", [1, 4])
+def test_transpose_softmax_scan(emulate, by_warp, warps):
+    with emulate(by_warp=by_warp, lanes=True) as e:
+        for dtype in (torch.float32, torch.bfloat16, torch.int8):
+            x = torch.randint(-99, 99, (64, 32)).to(dtype)
+            y = torch.empty(32, 64, dtype=dtype)
+            transpose_kernel[(1,)](x, y, M=64, N=32, num_warps=warps)
+            assert torch.equal(y, x.t())
+        x = torch.randn(6, 256)
+        y = torch.empty_like(x)
+        softmax_kernel[(6,)](x, y, N=256, num_warps=warps)
+        assert far(y, x.double().softmax(1)) <= 1e-6
+        x = torch.randint(0, 9, (512,), dtype=torch.int32)
+        y = torch.empty_like(x)
+        scan_kernel[(1,)](x, y, N=512, num_warps=warps)
+        assert torch.equal(y, x.cumsum(0).int())
+        expect_clean(e)
+
+
+def test_atomics_and_integers(emulate):
+    with emulate() as e:
+        out = torch.zeros(7, dtype=torch.int32)
+        count_kernel[(3,)](out, BLOCK=128)
+        assert torch.equal(out, 3 * torch.stack([torch.arange(k, 128, 7).sum() for k in range(7)]).int())
+        x = torch.randint(-(2**31), 2**31 - 1, (128,), dtype=torch.int64).int()
+        size = torch.tensor([1, 1 << 16, 1 << 28, 1]).repeat(32)
+        y = (torch.randint(1, 2**31 - 1, (128,), dtype=torch.int64) // size).int().clamp(min=1)
+        q, r, s, h = (torch.empty(128, dtype=torch.int32) for _ in range(4))
+        integers_kernel[(1,)](x, y, q, r, s, h, 128, BLOCK=128)
+        assert torch.equal(q, torch.div(x.long(), y.long(), rounding_mode="trunc").int())
+        assert torch.equal(r, torch.fmod(x.long(), y.long()).int())
+        assert torch.equal(s, (x.long() >> (y & 15).long()).int() ^ (x << (y & 7)).int() | (x & y))
+        u, v = x.long() & 0xFFFFFFFF, y.long() & 0xFFFFFFFF
+        high = torch.tensor([(int(a) * int(b)) >> 32 for a, b in zip(u, v, strict=True)])
+        assert torch.equal(h.long() & 0xFFFFFFFF, high)
+        expect_clean(e)
+
+
+def pass_on(emulator, *, release=True):
+    """Whether all got what was passed on, and what was found."""
+    with emulator as e:
+        x, count = torch.zeros(256, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        out = torch.full((4, 256), -1, dtype=torch.int32)
+        pass_on_kernel[(4,)](
+            x, count, out, RELEASE=release, BLOCK=256, num_warps=4, launch_cooperative_grid=True
+        )
+        return bool((out[1:] == torch.arange(256, dtype=torch.int32)).all()), e.kinds()
+
+
+def test_release_and_acquire(emulate):
+    for seed, by_warp, weak in itertools.product(range(3), (False, True), (False, True)):
+        assert pass_on(emulate(seed=seed, by_warp=by_warp, weak=weak)) == (True, set())
+
+
+# Broken code
+
+
+def test_no_release_is_a_race(emulate):
+    assert "race" in pass_on(emulate(), release=False)[1]
+    assert not all(pass_on(emulate(weak=True, seed=seed), release=False)[0] for seed in range(8))
+
+
+def without(pattern, which=0):
+    """An edit that takes the which-th line that matches away."""
+
+    def edit(ptx):
+        lines = ptx.split("\n")
+        lines[[n for n, line in enumerate(lines) if re.search(pattern, line)][which]] = ""
+        return "\n".join(lines)
+
+    return edit
+
+
+def test_no_barrier_before_the_release_is_a_race(emulate):
+    e = emulate()
+    e.edit = without(r"bar\.sync")
+    assert "race" in pass_on(e)[1]
+
+
+def test_no_barrier_in_a_reduction_is_a_race(emulate):
+    wrong = 0
+    for by_warp, seed in [(False, 0), *((True, seed) for seed in range(8))]:
+        with emulate(by_warp=by_warp, seed=seed) as e:
+            e.edit = without(r"bar\.sync")
+            x = torch.randn(64, 32)
+            rows, cols, total = torch.empty(64), torch.empty(32), torch.empty(1)
+            sums_kernel[(1,)](x, rows, cols, total, M=64, N=32, num_warps=4)
+            assert e.kinds() & {"race", "uninitialised"}
+            wrong += not (torch.equal(cols, x.max(0).values) and torch.allclose(rows, x.sum(1), atol=1e-4))
+    assert wrong, "no order of the warps showed it"
+
+
+def test_no_barrier_in_a_transpose_is_a_race(emulate):
+    with emulate() as e:
+        e.edit = lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx)
+        x, y = torch.randn(64, 32), torch.empty(32, 64)
+        transpose_kernel[(1,)](x, y, M=64, N=32, num_warps=4)
+        assert "race" in e.kinds()
+
+
+def found_in_a_pipeline(emulator, edit, stages=3):
+    """What is found in a product with asynchronous copies whose PTX was edited; "wrong": its result."""
+    with emulator as e:
+        e.edit = edit
+        a, b = torch.randn(64, 512).bfloat16(), torch.randn(512, 64).bfloat16()
+        c = torch.full((64, 64), float("nan"), dtype=torch.bfloat16)
+        try:
+            matmul_kernel[(1, 1)](a, b, c, 64, 64, 512, 64, 64, 64, num_stages=stages)
+        except Fault as fault:
+            return {str(fault)}
+        right = far(c, a.double() @ b.double()) < 1e-2
+        return e.kinds() | (set() if right else {"wrong"})
+
+
+def test_no_wait_for_copies_is_noticed(emulate):
+    assert found_in_a_pipeline(emulate(), None) == set()
+    edit = lambda ptx: re.sub(r"cp\.async\.wait_group\s+\S+;", "", ptx)  # noqa: E731
+    assert "async" in found_in_a_pipeline(emulate(), edit)
+
+
+def test_barriers_of_a_pipeline_count(emulate):
+    e = emulate()
+    found_in_a_pipeline(e, None)
+    n = len(re.findall(r"bar\.sync", e.kernels[-1][1]))
+    found = [found_in_a_pipeline(emulate(), without(r"bar\.sync", k)) for k in range(n)]
+    assert any(kinds & {"race", "async"} for kinds in found), found
+
+
+def test_no_proxy_fence_and_no_wgmma_wait_are_noticed(emulate, target):
+    if target != "sm_90":
+        pytest.skip("only Hopper has wgmma")
+    assert found_in_a_pipeline(emulate(), None, stages=1) == set()
+    edit = lambda ptx: re.sub(r"fence\.proxy\.async\S*;", "", ptx)  # noqa: E731
+    assert "proxy" in found_in_a_pipeline(emulate(), edit, stages=1)
+    edit = lambda ptx: re.sub(r"wgmma\.wait_group\S*\s+\d+;", "", ptx)  # noqa: E731
+    assert found_in_a_pipeline(emulate(), edit, stages=1) & {"async", "wrong"}
+
+
+def test_out_of_bounds(emulate):
+    with emulate(), pytest.raises(Fault, match=r"out of bounds.*y has 3996 bytes, this is at 3996"):
+        add_kernel[(4,)](torch.randn(1000), torch.randn(999), torch.empty(1000), 1000, BLOCK=256)
+
+
+def test_uninitialised_and_outside(emulate):
+    with emulate() as e:
+        add_kernel[(1,)](torch.randn(256), torch.empty(256), torch.empty(256), 256, BLOCK=256)
+        assert e.kinds() == {"uninitialised"}
+        e.reset()
+        add_kernel[(1,)](torch.randn(256), torch.randn(300)[:200], torch.empty(256), 256, BLOCK=256)
+        assert e.kinds() == {"outside"}
+
+
+def test_programs_that_collide(emulate):
+    with emulate() as e:
+        collide_kernel[(2,)](torch.zeros(32, dtype=torch.int32), num_warps=1)
+        assert e.kinds() == {"race"}
+
+
+# What it does not know
+
+
+HEADER = ".version 8.7\n.target sm_90a\n.address_size 64\n.visible .entry k() .reqntid 32 {\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fma.rn.sat.f32 %f1, %f1, %f1, %f1;",  # a modifier that no kernel has
+        "add.f32.unheard %f1, %f1, %f1;",
+        "tcgen05.wait %f1;",
+        "mbarrier.init.shared.b64 [%rd1], 1;",
+    ],
+)
+def test_what_is_not_known_is_an_error(text):
+    declared = ".reg .f32 %f<4>; .reg .b64 %rd<4>;\n"
+    good = parser.parse(HEADER + declared + "add.f32 %f1, %f2, %f3;\nret;\n}")
+    assert len(Program(good).blocks) == 1
+    with pytest.raises(parser.PtxError, match="unknown instruction"):
+        Program(parser.parse(HEADER + declared + text + "\nret;\n}"))
+
+
+def test_relu_of_an_fma():
+    """fma.rn.relu of two halves gives no negative number: the modifier is not lost."""
+    f = parser.parse(HEADER + ".reg .b32 %r<4>;\nfma.rn.relu.bf16x2 %r1, %r1, %r2, %r3;\nret;\n}")
+    source = Program(f).blocks[0].source
+    assert "np.maximum" in source
+
+
+def test_subnormals_and_ftz():
+    tiny = np.array([1e-40, -1e-40, 1e-38, 1.0, np.inf], np.float32)
+    assert np.array_equal(arithmetic.flushed(tiny), np.array([0, 0, 0, 1, np.inf], np.float32))
+    assert np.signbit(arithmetic.flushed(tiny)[1])
+    f = parser.parse(HEADER + ".reg .f32 %f<4>;\nmul.ftz.f32 %f1, %f2, %f3;\nret;\n}")
+    assert Program(f).blocks[0].source.count("A.flushed") == 3  # both operands and the result
+
+
+# Tensor cores' sums
+
+
+def tensor_core(a, b, c, unit):
+    """c + a . b of vectors, as one element of a product."""
+    places = tensor_cores.fragment("m16n8k16", "bf16", "C")
+    left, right = np.zeros((1, 16, len(a))), np.zeros((1, len(a), 8))
+    left[0, 0], right[0, :, 0] = a, b
+    old = np.full((1, 32, 4), c, np.float32)
+    return float(tensor_cores.accumulate(old, left, right, places, "bf16", unit)[0, 0, 0])
+
+
+def test_a_truncated_sum():
+    """By arXiv 2512.07004: towards zero, one (A100) or two (H100) bits below float32's last are kept."""
+    ones, small = np.ones(16), np.full(16, 2.0**-24)
+    for capability, extra in ((80, 1), (90, 2)):
+        unit = tensor_cores.UNITS[capability]
+        # Each term is half of the sum's last bit. Kept, eight of them together are four of its last bits.
+        assert tensor_core(small[:8], ones[:8], 1.0, unit) == 1.0 + 4 * 2.0**-23
+        lost = 2.0 ** -(24 + extra)
+        assert tensor_core(np.full(8, lost), ones[:8], 1.0, unit) == 1.0
+        assert tensor_core([2.0**-24], [1.0], -1.0, unit) == -1.0 + 2.0**-24
+        assert tensor_core([-(2.0**-25)], [1.0], 1.0, unit) == (1.0 if extra == 1 else 1.0 - 2.0**-24)
+    assert tensor_core(small, ones, 1.0, None) == np.float32(1.0 + 16 * 2.0**-24)
+    assert np.isnan(tensor_core([np.inf], [0.0], 1.0, tensor_cores.UNITS[90]))

@@ -1,0 +1,99 @@
+"""A drawn sample of the project's kernels, as compiled: right, without races, and as exact as nn.RNN."""
+
+import importlib
+import re
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from bench.agreement import FACTOR, floor
+from elman import reference
+from elman.kernels import configs
+from tests.helpers import error
+from tests.scans import problem, truth
+from tests.tools.ptxsim import cases
+from tests.tools.ptxsim.cases import Case
+from tests.tools.ptxsim.check import check
+from tests.tools.ptxsim.launch import Emulator
+
+SEED = 0
+
+
+def pytest_generate_tests(metafunc):
+    if "drawn" in metafunc.fixturenames:
+        drawn = cases.sample(configs.CHIPS[metafunc.config.getoption("ptx")], SEED)
+        names = [" ".join([str(case), *options]).replace(" ", "_") for case, options in drawn]
+        metafunc.parametrize("drawn", drawn, ids=names)
+
+
+def test_sample(drawn, target):
+    case, options = drawn
+    with Emulator(target, **options) as emulator:
+        outcome = check(case, emulator, configs.CHIPS[target])
+    assert not outcome.wrong, outcome.wrong[:4]
+    assert emulator.launches
+
+
+def test_warps_with_the_same_rows_wait_for_one_another(target):
+    """A tile of 16 rows is every warp's work alike: one that is a step ahead would write over z, in place."""
+    config = configs.ResidentConfig(8, 16, num_warps=4)
+    case, chip = Case("resident", "fp64", 17, config, B=3, T=6), configs.CHIPS[target]
+    for seed in range(3):
+        with Emulator(target, by_warp=True, seed=seed) as emulator:
+            assert not check(case, emulator, chip).wrong
+    with Emulator(target) as emulator:
+        emulator.edit = lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx)
+        assert any(" x race " in line for line in check(case, emulator, chip).wrong)
+    for arithmetic in ("bf16", "tf32"):
+        with Emulator(target) as emulator:
+            tensor_cores = replace(config, PRECISION="tf32" if arithmetic == "tf32" else "ieee")
+            (wrong,) = check(replace(case, arithmetic=arithmetic, config=tensor_cores), emulator, chip).wrong
+        assert "ValueError" in wrong
+        assert configs.REPEATED in wrong
+
+
+# The 1.5 rule, with sums as tensor cores round them.
+
+#: Hidden sizes by kernel.
+FORMS = {"resident": (64, 256), "cooperative": (256,), "step": (136,)}
+
+
+@pytest.mark.parametrize("kernel", FORMS)
+@pytest.mark.parametrize("arithmetic", ["bf16", "fp16", "fp32", "tf32x3"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_truncated_sums_are_as_exact_as_nn_rnn(kernel, arithmetic, backward, target):
+    """fp32 is what the model chooses for an IEEE-class product, whose default on a GPU is tf32x3."""
+    chip = configs.CHIPS[target]
+    for H in FORMS[kernel]:
+        case = Case(kernel, arithmetic, H, B=8, T=6, backward=backward)
+        found = cases.found(case, chip)
+        if not found:
+            continue
+        own, baseline = errors(replace(case, config=found[0]), Emulator(target, truncate=True), chip)
+        assert own <= max(FACTOR * baseline, floor("output", case.T, cases.ARITHMETIC[arithmetic][0])), (
+            H, found[0], own, baseline,
+        )  # fmt: skip
+
+
+def errors(case, emulator, chip):
+    """The kernel's error of the output, or of dz, and nn.RNN's of the same numbers."""
+    dtype, precision = cases.ARITHMETIC[case.arithmetic]
+    z, h0, w_hh, _, g_out, g_hn = problem(case.T, case.B, case.H, 1, dtype, False)
+    w_hh = w_hh / 3**0.5  # as large as nn.RNN's are at first
+    kernel = importlib.import_module(f"elman.kernels.{case.module}")
+    eye, none = torch.eye(case.H, dtype=dtype), torch.zeros(case.H, dtype=dtype)
+    leaf = z.clone().requires_grad_()
+    output, h_n = torch.rnn_tanh(leaf, h0, [eye, w_hh[0], none, none], True, 1, 0.0, True, False, False)
+    expected, _ = truth(z, h0, w_hh, None, "tanh")
+    with emulator, mock.patch.object(kernel, "chip", return_value=chip):
+        if not case.backward:
+            own = kernel.scan(z.clone(), h0, w_hh, None, "tanh", precision, case.config)
+            return error(own, expected), error(output.detach(), expected)
+        own = torch.full_like(z, float("nan"))
+        kernel.scan_backward(g_out, g_hn, output.detach(), w_hh, own, None, "tanh", precision, case.config)
+    (dz,) = torch.autograd.grad([output, h_n], [leaf], [g_out, g_hn])
+    wide = (t.double() for t in (g_out, g_hn, output.detach(), w_hh))
+    expected = reference.layer_dz(*wide, None, "tanh")
+    return error(own, expected), error(dz, expected)
