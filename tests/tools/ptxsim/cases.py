@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,17 +124,22 @@ def every(kernels: list[str], chip: Chip, seed: int = 0) -> list[Case]:
     out: list[Case] = []
     for kernel in kernels:
         for H, arithmetic, backward in itertools.product(SIZES[kernel], KINDS[kernel], (False, True)):
-            if not (backward and kernel in ONE_WAY):
-                for n, variant in enumerate(VARIANTS):
-                    out += _cases(
-                        Case(kernel, arithmetic, H, backward=backward, seed=n), variant, n, chip, draw
-                    )
+            for n in range(len(VARIANTS)) if not (backward and kernel in ONE_WAY) else ():
+                if H < 1024 or n in (0, 4):  # larger ones take a minute
+                    out += _case(Case(kernel, arithmetic, H, backward=backward, seed=n), n, n, chip, draw)
+    if "cooperative" in kernels:  # chunks of W_hh that are read again at each step, as for H of 4096
+        for backward, flag, arithmetic in itertools.product((False, True), (True, False), ("bf16", "fp32")):
+            config = configs.CooperativeConfig(8, 16, 64, 2, STREAMED=2, FLAG=flag, num_warps=4)
+            out.append(
+                Case("cooperative", arithmetic, 136, config, B=9, D=2, lengths=True, backward=backward)
+            )
     draw.shuffle(out)
     return out
 
 
-def _cases(case: Case, variant: dict[str, Any], n: int, chip: Chip, draw: random.Random) -> Iterator[Case]:
-    H, kernel, options = case.H, case.kernel, dict(variant)
+def _case(case: Case, variant: int, turn: int, chip: Chip, draw: random.Random) -> list[Case]:
+    """The case with the options of a variant and the config whose turn it is; none if there is no config."""
+    H, kernel, options = case.H, case.kernel, dict(VARIANTS[variant])
     small = H <= (136 if kernel == "cooperative" else 264)
     B = draw.choice((1, 5, 9, 16) if small and kernel != "cooperative" else (3, 8, 20) if small else (3, 9))
     if kernel == "vector":
@@ -151,11 +155,12 @@ def _cases(case: Case, variant: dict[str, Any], n: int, chip: Chip, draw: random
         options = {name: value for name, value in options.items() if name not in ("g_out", "g_hn")}
     case = replace(case, B=B, **options)
     choices = found(case, chip)
-    for config in dict.fromkeys(choices[(n + k) % len(choices)] for k in (0, 2)) if choices else ():
-        made = replace(case, config=config)
-        if kernel == "cooperative" and n % 3 == 2 and case.D * -(-B // config.BLOCK_B) > 1:
-            made = replace(made, processors=-(-H // config.BLOCK_N))
-        yield made
+    if not choices:
+        return []
+    config = choices[turn % len(choices)]
+    if kernel == "cooperative" and variant % 3 == 2 and case.D * -(-B // config.BLOCK_B) > 1:
+        case = replace(case, processors=-(-H // config.BLOCK_N))
+    return [replace(case, config=config)]
 
 
 def sample(chip: Chip, seed: int = 0) -> list[tuple[Case, dict[str, bool]]]:
@@ -175,10 +180,10 @@ def sample(chip: Chip, seed: int = 0) -> list[tuple[Case, dict[str, bool]]]:
     out: list[tuple[Case, dict[str, bool]]] = []
     for kernel, backward in itertools.product(sizes, (False, True)):
         if not (backward and kernel in ONE_WAY):
-            for arithmetic in draw.sample(KINDS[kernel], 2):
+            for arithmetic in KINDS[kernel]:
                 n = draw.randrange(len(VARIANTS))
                 case = Case(kernel, arithmetic, draw.choice(sizes[kernel]), backward=backward, seed=n)
-                out += [(made, {}) for made in list(_cases(case, VARIANTS[n], 0, chip, draw))[:1]]
+                out += [(made, {}) for made in _case(case, n, 0, chip, draw)]
     for flag, backward in itertools.product((True, False), (False, True)):
         config = configs.CooperativeConfig(8, 16, 64, 1, FLAG=flag, num_warps=4)  # four programs
         case = Case("cooperative", draw.choice(("bf16", "fp32")), 64, config, B=3, T=3, backward=backward)

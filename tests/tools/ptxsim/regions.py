@@ -208,6 +208,9 @@ class Region:
         self, bad: np.ndarray, idx: np.ndarray, gids: np.ndarray
     ) -> Iterator[tuple[int, int, int]]:
         if self.reader is not None:
+            for k, b in np.argwhere(bad):
+                byte = int(idx[k, b])
+                yield int(self.reader[byte]) - 1, byte, int(self.read_clock[byte])
             return
         known = self.clocks.known[gids, self.gid0 : self.gid0 + self.warps]
         for k, b in np.argwhere(bad):
