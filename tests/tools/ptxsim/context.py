@@ -101,8 +101,8 @@ class Context(Operations):
         self.wgmma_groups: list[list] = []
         self.sums: dict = {}
         self.done = False
-        #: Polling loads since the last store.
-        self.polls = 0
+        #: Polling loads since its last store, and how many stores there had been at the last of them.
+        self.polls, self.polled_at = 0, -1
 
     def full(self, value: Any) -> np.ndarray:
         """A register that has this value in every thread."""
@@ -128,10 +128,15 @@ class Context(Operations):
     def blocked(self) -> bool:
         return all(g.blocked for g in self.groups)
 
-    def run(self, budget: int) -> None:
-        """Runs blocks until the budget is spent, all wait at a barrier, or all have ended."""
-        blocks = self.machine.program.blocks
-        while budget > 0:
+    @property
+    def waits(self) -> bool:
+        """Whether it polls and nothing has been stored since it last did."""
+        return self.polls > 0 and self.polled_at == self.machine.stores
+
+    def run(self, budget: int, polls: int) -> None:
+        """Runs blocks until the budget or the polls are spent, all wait at a barrier, or all have ended."""
+        blocks, polls = self.machine.program.blocks, self.polls + polls
+        while budget > 0 and self.polls < polls:
             g = next((g for g in reversed(self.groups) if not g.blocked), None)
             if g is None:
                 return

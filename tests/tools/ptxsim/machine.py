@@ -67,6 +67,8 @@ class Machine:
         self.unit = unit if options.truncate else None
         self.reports = Reports()
         self.steps = 0
+        #: Stores to global memory, as far as others can see them.
+        self.stores = 0
         order = [(a, b, c) for c in range(z) for b in range(y) for a in range(x)]
         self.programs = [(n, index) for n, index in enumerate(order) if index not in options.withheld]
         warps = len(order) * threads // 32
@@ -99,21 +101,20 @@ class Machine:
             if not ready:
                 lines = {self.program.blocks[g.block].last.line for c in live for g in c.groups}
                 raise Fault(f"deadlock: all {len(live)} contexts wait at barriers, lines {sorted(lines)}")
-            context, budget = self._next(ready, len(live) == 1)
-            context.run(budget)
+            context, budget = self._next(ready)
+            context.run(budget, 1 << 60 if len(live) == 1 else 20)
             for region in self.memory.regions:
                 if region.weak is not None:
-                    region.weak.some(self.random)
+                    self.stores += region.weak.some(self.random)
             if context.done:
                 live.remove(context)
             if self.steps > LIMIT:
                 raise Fault(f"more than {LIMIT} blocks: it does not end")
 
-    def _next(self, ready: list[Context], alone: bool) -> tuple[Context, int]:
+    def _next(self, ready: list[Context]) -> tuple[Context, int]:
         """Who runs now, and for how many blocks."""
         if len(ready) == 1:
-            return ready[0], 1 << 20 if alone else 64
-        if self.random.random() < 0.85:  # who only polls would take all the time
-            least = min(c.polls for c in ready)
-            ready = [c for c in ready if c.polls == least]
+            return ready[0], 1 << 20
+        # Who only waits for a store would take all the time.
+        ready = [c for c in ready if not c.waits] or ready
         return self.random.choice(ready), self.random.choice((1, 1, 2, 5, 20, 100, 400))

@@ -280,11 +280,10 @@ class WeakStores:
                 raw[k, low - off[k] : high - off[k]] = d[low - o : high - o]
         return raw.view(value.dtype).reshape(-1)
 
-    def some(self, random: Any) -> None:
-        """A few of them, drawn, become visible to all."""
-        for _ in range(random.choice((0, random.randint(1, 64)))):
-            if not self.pending:
-                return
+    def some(self, random: Any) -> int:
+        """A few of them, drawn, become visible to all: how many."""
+        most = min(len(self.pending), random.choice((0, random.randint(1, 64))))
+        for _ in range(most):
             k = random.randrange(len(self.pending))
             _, off, data = self.pending[k]
             for n, (_, o, d) in enumerate(self.pending[:k]):
@@ -292,6 +291,7 @@ class WeakStores:
                     k = n
                     break
             self._land(*self.pending.pop(k))
+        return most
 
     def flush(self, program: int | None = None) -> None:
         """All of a program's, or of all programs'."""

@@ -116,7 +116,8 @@ class MemoryOperations:
         return [(r, k if which is None else (which if k is None else which[k]), off) for r, k, off in found]
 
     def load(self, spec, address, m, olds):
-        self.polls += spec.polls
+        if spec.polls:
+            self.polls, self.polled_at = self.polls + 1, self.machine.stores
         which = self.chosen(m)
         out = [o.copy() for o in olds] if olds else [poison(w, self.n) for w in spec.widths]
         if which is not None:
@@ -146,6 +147,7 @@ class MemoryOperations:
     def store(self, spec, address, m, values):
         if spec.space == "global":
             self.polls = 0
+            self.machine.stores += 1
         which = self.chosen(m)
         if which is not None:
             address = address[which]
@@ -169,7 +171,11 @@ class MemoryOperations:
     def atomic(self, spec, address, m, values, old):
         if spec.space == "shared":
             self.fault(spec.line, f"atomics on shared memory: {spec.text}")
-        self.polls = self.polls + 1 if spec.acquire else 0
+        if spec.acquire:
+            self.polls, self.polled_at = self.polls + 1, self.machine.stores
+        else:
+            self.polls = 0
+            self.machine.stores += 1
         which = np.arange(self.n) if m is None else np.nonzero(m)[0]
         result = None if old is None else old.copy()
         if not len(which):
