@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
-i32, i64 = np.int32, np.int64
+i64 = np.int64
 f16, f32, f64 = np.float16, np.float32, np.float64
 
 # Floats
@@ -58,19 +58,10 @@ def fma64(a, b, c):
     return (a.astype(np.longdouble) * b + c).astype(f64)
 
 
-def float_to_int(x, kind, mode):
-    """cvt to an integer: NaN to zero, out of range to the nearest."""
-    info = np.iinfo(kind)
-    r = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode](x.astype(f64))
-    big, small = r >= float(info.max), r <= float(info.min)
-    inside = np.where((r != r) | big | small, 0, r).astype(kind)
-    return np.where(big, kind(info.max), np.where(small, kind(info.min), inside))
-
-
 class Approximate:
     """The instructions of which the ISA only bounds the error: exact, or as far off as it allows.
 
-    error 1: ex2, rcp and the like 1 to 2 ulp off, tanh by a factor of 1 +- 2^-11, in a direction that hangs
+    error 1: ex2 and div.full 1 to 2 ulp off, tanh by a factor of 1 +- 2^-11, in a direction that hangs
     on the argument's bits.
     """
 
@@ -90,9 +81,6 @@ class Approximate:
     def ex2(self, x):
         return self._off(np.exp2(x.astype(f64)), x, 2.0**-22.5)
 
-    def rcp(self, x):
-        return self._off(1.0 / x.astype(f64), x, 2.0**-23)
-
     def div_full(self, a, b):
         y = a.astype(f64) / b.astype(f64)
         return self._off(y, np.broadcast_to(b, y.shape), 2.0**-22.5)
@@ -111,22 +99,6 @@ def shr(x, s, width):
     """By more than the width: zero, or of a negative number -1."""
     r = x >> np.minimum(s, u32(width - 1)).astype(x.dtype)
     return r if x.dtype.kind == "i" else np.where(s >= u32(width), x.dtype.type(0), r)
-
-
-def mulhi(a, b):
-    """The upper half of the product, of 32 or 64 bits, signed or not."""
-    if a.dtype.itemsize == 4:
-        wide = i64 if a.dtype.kind == "i" else u64
-        return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
-    low, high = u64(0xFFFFFFFF), u64(32)
-    x, y = np.broadcast_arrays(a.view(u64), b.view(u64))
-    x0, x1, y0, y1 = x & low, x >> high, y & low, y >> high
-    mid = x1 * y0 + ((x0 * y0) >> high)
-    mid2 = x0 * y1 + (mid & low)
-    r = x1 * y1 + (mid >> high) + (mid2 >> high)
-    if a.dtype.kind == "i":
-        r = r - np.where(x >> u64(63), y, u64(0)) - np.where(y >> u64(63), x, u64(0))
-    return r.view(a.dtype)
 
 
 def div_int(a, b):
@@ -161,15 +133,6 @@ def _ones(n):
     return np.where(n >= 64, ~u64(0), (u64(1) << np.minimum(n, 63).astype(u64)) - u64(1))
 
 
-def bfi(a, b, pos, length):
-    """b with the lowest bits of a inserted at pos."""
-    width = b.dtype.itemsize * 8
-    pos, length = (np.broadcast_to(n, b.shape).astype(i64) & 0xFF for n in (pos, length))
-    place = np.minimum(pos, 63).astype(u64)
-    field = np.where(pos >= width, u64(0), _ones(length) << place)
-    return ((b.astype(u64) & ~field) | ((a.astype(u64) << place) & field)).astype(b.dtype)
-
-
 def prmt(a, b, s):
     """Of the default mode: each of 4 nibbles chooses one of 8 bytes, or its sign."""
     both = a.astype(u64) | (b.astype(u64) << u64(32))
@@ -183,29 +146,5 @@ def prmt(a, b, s):
     return r
 
 
-def lop3(a, b, c, table):
-    r = np.zeros(a.shape, u32)
-    for i in range(8):
-        if table >> i & 1:
-            r |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-    return r
-
-
-def shf(a, b, s, left, clamp):
-    """The upper (left) or lower word of b:a, shifted."""
-    both = (b.astype(u64) << u64(32)) | a.astype(u64)
-    s = np.broadcast_to(s, a.shape).astype(u64)
-    s = np.minimum(s, u64(32)) if clamp else s & u64(31)
-    return ((both << s) >> u64(32) if left else both >> s).astype(u32)
-
-
 def popc(x):
     return np.bitwise_count(x).astype(u32)
-
-
-def clz(x):
-    width = x.dtype.itemsize * 8
-    r = np.full(x.shape, width, u32)
-    for i in range(width):
-        r = np.where((x >> x.dtype.type(i)) & x.dtype.type(1), u32(width - 1 - i), r)
-    return r

@@ -39,7 +39,7 @@ from .tensor_cores import UNITS
 FRESH = 0x7FFE
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _program(digest: str, fine: bool) -> Program:
     return Program(parser.parse(_texts.pop(digest)), fine)
 
@@ -66,6 +66,7 @@ class Emulator:
         self.kernels: list[tuple[str, str]] = []
         self.edit: Callable[[str], str] | None = None
         self.launches = 0
+        self._jitted: set[JITFunction] = set()
         #: Reads that are to see NaN, by launch and tensor.
         self.poison: dict[tuple[int, str], set] = {}
         self._fresh: dict[int, torch.UntypedStorage] = {}
@@ -86,6 +87,7 @@ class Emulator:
         run = JITFunction.run
 
         def emulate(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            self._jitted.add(kernel)
             compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
             self._execute(
                 kernel, compiled, grid, arguments, options
@@ -100,6 +102,9 @@ class Emulator:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        for kernel in self._jitted:  # what Triton keeps of them is no code for any device, and megabytes
+            kernel.device_caches.clear()
+        self._jitted.clear()
 
     def _noting(self, make: Callable) -> Callable:
         def made(*arguments: Any, **options: Any) -> torch.Tensor:

@@ -33,10 +33,6 @@ class Floats(Registers):
     def half_fma(self, i, d, a, b, c):
         self._half_result(i, d, f"A.fma32({', '.join(self._halves(i, a, b, c))})")
 
-    @form("neg", "bf16|f16")
-    def half_neg(self, i, d, a):
-        self.set(d, "u16", f"{self.val(a, 'u16', full=True)} ^ u16(0x8000)")
-
     @form("max min", r"(ftz\.)?(NaN\.)?f32|f64")
     def float_max(self, i, d, a, b):
         """Of a number and NaN the number, or with .NaN NaN."""
@@ -59,13 +55,9 @@ class Floats(Registers):
     def div_full(self, i, d, a, b):
         self._result(i, d, f"c.approximate.div_full({', '.join(self._operands(i, a, b))})")
 
-    @form("ex2 tanh rcp", r"approx\.(ftz\.)?f32")
+    @form("ex2 tanh", r"approx\.(ftz\.)?f32")
     def approximate(self, i, d, a):
         self._result(i, d, f"c.approximate.{i.op}({self._operands(i, a)[0]})")
-
-    @form("rcp", r"rn\.(f32|f64)")
-    def rcp(self, i, d, a):
-        self._result(i, d, f"{i.mods[-1]}(1) / {self._operands(i, a)[0]}")
 
     def _operands(self, i, *operands):
         values = [self.val(o, i.mods[-1], full=True) for o in operands]

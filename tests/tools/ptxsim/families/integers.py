@@ -15,11 +15,6 @@ class Integers(Registers):
         kind = i.mods[-1]
         self.set(d, kind, f"{self.val(a, kind, full=True)} {SIGNS[i.op]} {self.val(b, kind)}")
 
-    @form("mul", rf"hi\.{INTEGER}")
-    def mul_hi(self, i, d, a, b):
-        kind = i.mods[-1]
-        self.set(d, kind, f"A.mulhi({self.val(a, kind, full=True)}, {self.val(b, kind, full=True)})")
-
     @form("mul", r"wide\.[us](16|32)")
     def mul_wide(self, i, d, a, b):
         kind = i.mods[-1]
@@ -84,22 +79,6 @@ class Integers(Registers):
         bits = f"{self.val(position, 'u32')}, {self.val(length, 'u32')}"
         self.set(d, plain, f"A.bfe({self.val(a, plain, full=True)}, {bits}, {kind[0] == 's'})")
 
-    @form("bfi", "b(32|64)")
-    def bfi(self, i, d, a, b, position, length):
-        kind = i.mods[-1]
-        bits = f"{self.val(position, 'u32')}, {self.val(length, 'u32')}"
-        self.set(d, kind, f"A.bfi({self.val(a, kind, full=True)}, {self.val(b, kind, full=True)}, {bits})")
-
-    @form("lop3", "b32")
-    def lop3(self, i, d, a, b, c, table):
-        values = ", ".join(self.val(o, "u32", full=True) for o in (a, b, c))
-        self.set(d, "u32", f"A.lop3({values}, {int(table.text, 0)})")
-
-    @form("shf", r"[lr]\.(wrap|clamp)\.b32")
-    def shf(self, i, d, a, b, s):
-        values = ", ".join(self.val(o, "u32", full=True) for o in (a, b, s))
-        self.set(d, "u32", f"A.shf({values}, {i.mods[0] == 'l'}, {i.mods[1] == 'clamp'})")
-
-    @form("popc clz", "b(32|64)")
-    def count_bits(self, i, d, a):
-        self.set(d, "u32", f"A.{i.op}({self.val(a, i.mods[-1], full=True)})")
+    @form("popc", "b(32|64)")
+    def popc(self, i, d, a):
+        self.set(d, "u32", f"A.popc({self.val(a, i.mods[-1], full=True)})")

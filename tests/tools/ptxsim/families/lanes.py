@@ -1,4 +1,4 @@
-"""shfl, redux, vote, bar.warp.sync: PTX ISA, "Parallel Synchronization and Communication Instructions"."""
+"""shfl, redux, bar.warp.sync: PTX ISA, "Parallel Synchronization and Communication Instructions"."""
 
 from __future__ import annotations
 
@@ -29,11 +29,6 @@ class Lanes(Registers):
         kind = i.mods[2].replace("b", "u")
         values = f"{self.val(a, kind, full=True)}, {self.val(members, 'u32', full=True)}"
         self.set(d, kind, f"c.redux({i.mods[1]!r}, {values}, {self.condition()}, {i.line})")
-
-    @form("vote", r"sync\.(any|all|ballot)\.(pred|b32)")
-    def vote(self, i, d, a, members):
-        value = f"c.vote({i.mods[1]!r}, {self.val(a, 'pred', full=True)}, {self.condition()})"
-        self.set(d, "u32" if i.mods[1] == "ballot" else "pred", value)
 
     @form("bar", r"warp\.sync")
     def warp_sync(self, i, members):
@@ -66,13 +61,6 @@ class LaneOperations:
         if not member[here.any(1)].all():
             self.fault(line, f"redux.{what} of a part of a warp")
         return np.repeat(REDUCTIONS[what].reduce(a.reshape(-1, 32), axis=1, dtype=a.dtype), 32)
-
-    def vote(self, what, a, m):
-        x = a.reshape(-1, 32)
-        here = np.ones_like(x) if m is None else m.reshape(-1, 32)
-        if what == "ballot":
-            return np.repeat(((x & here).astype(u32) << LANES.astype(u32)).sum(1, dtype=u32), 32)
-        return np.repeat({"any": (x & here).any(1), "all": (x | ~here).all(1)}[what], 32)
 
     def warp_sync(self, m):
         self.epoch[slice(None) if m is None else m] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..parser import WIDTHS, Reg, Vec
-from .registers import CANONICAL, INTEGER, UNTYPED, Registers, form
+from .registers import CANONICAL, UNTYPED, Registers, form
 
 
 class Moves(Registers):
@@ -23,25 +23,10 @@ class Moves(Registers):
         else:
             self.set(d, kind, self.val(s, kind, full=True))
 
-    @form("cvta", r"(to\.)?global\.u64")
-    def cvta(self, i, d, s):
-        """Generic addresses are those of global memory."""
-        self.set(d, "u64", self.val(s, "u64", full=True))
-
     @form("cvt", r"[us](8|16|32|64)\.[us](8|16|32|64)")
     def cvt_integer(self, i, d, s):
         to, of = i.mods
         self._widened(d, to, f"{self._narrowed(s, of)}.astype({to})")
-
-    @form("cvt", rf"rn\.(f32|f64)\.{INTEGER}|(rn\.)?(f32\.f64|f64\.f32)")
-    def cvt_to_float(self, i, d, s):
-        to, of = i.mods[-2:]
-        self.set(d, to, f"{self._narrowed(s, of)}.astype({to})")
-
-    @form("cvt", rf"r[znmp]i\.{INTEGER}\.(f32|f64)")
-    def cvt_from_float(self, i, d, s):
-        how, to, of = i.mods
-        self._widened(d, to, f"A.float_to_int({self.val(s, of, full=True)}, {to}, {how!r})")
 
     @form("cvt", r"rna\.tf32\.f32")
     def cvt_tf32(self, i, d, s):
