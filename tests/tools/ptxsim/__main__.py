@@ -55,7 +55,7 @@ def plan(target: str, options: argparse.Namespace) -> Iterator[tuple[cases.Case,
         for way, each in EVERY.items():
             if n % each == each - 1 and (way != "approximate" or not case.relu):
                 if way == "a program withheld":
-                    if case.kernel == "cooperative" and programs > 1 and not case.lengths:
+                    if case.kernel == "cooperative" and programs > 1 and not case.lengths and not case.resets:
                         yield replace(case, withheld=0 if n % 2 else programs - 1, T=3), way
                 elif way != "weak memory" or case.kernel == "cooperative":
                     yield case, way
