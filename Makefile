@@ -46,8 +46,8 @@ compile-matrix: .venv/ready .venv/middle/ready .venv/oldest/ready
 	.venv/oldest/bin/python -m tests.cross_compile rows $(ARGS)
 	$(BIN)/python -m tests.cross_compile report $(ARGS)
 
-# The kernels as compiled for GPUs that are not here, emulated, into results/ptx/; hours on two cores, and a second
-# call goes on.  ARGS: e.g. make ptx ARGS="--targets sm_90 --minutes 10"
+# The kernels as compiled for GPUs that are not here, emulated, into results/ptx/; up to four hours, and
+# a second call goes on.  ARGS: e.g. make ptx ARGS="--targets sm_90 --minutes 10"
 ptx: .venv/ready .venv/oldest/ready
 	$(BIN)/python -m tests.tools.ptxsim rows $(ARGS)
 	.venv/oldest/bin/python -m tests.tools.ptxsim rows $(ARGS)

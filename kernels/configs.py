@@ -230,15 +230,23 @@ def estimate(kernel: str, config: Config, problem: Problem, chip: Chip = DEFAULT
     return judge[kernel](config, problem, chip)
 
 
-#: Why tensor cores want C = 16 * num_warps of resident.
+#: Why tensor cores want C = 16 * num_warps of resident, and what one row a program wants of it.
 REPEATED = "each warp has 16 rows of a tile to itself; others would repeat its work"
+ONE_TILE = "the state is one tile, with a thread for each of its elements"
 
 
 def misfit(config: Config, problem: Problem) -> str | None:
     """Why no launcher takes the config, on whatever GPU: its blocks don't go together. None if they do."""
-    if isinstance(config, ResidentConfig) and config.BLOCK_B > 1:
+    if isinstance(config, ResidentConfig) and config.BLOCK_B == 1:
+        if problem.dtype != torch.float32 or config.PRECISION != "ieee":
+            return "one row a program is for float32 in plain multiply-adds"
+        if config.C < problem.H or config.C != 32 * config.num_warps:
+            return ONE_TILE
+    elif isinstance(config, ResidentConfig):
         tensor_cores = problem.dtype.itemsize == 2 or config.PRECISION != "ieee"
-        if tensor_cores and config.C != 16 * config.num_warps:
+        if config.C > max(16, _power_of_two(problem.H)):
+            return f"a tile of {config.C} is wider than the {problem.H} it cuts"
+        if tensor_cores and config.C < 16 * config.num_warps:
             return REPEATED
         if config.HELD > _ceil(problem.H, config.C):
             return f"there are no {config.HELD} rows of tiles to hold"
@@ -256,7 +264,8 @@ def checked(kernel: str, config: Any, problem: Problem, chip: Callable[[], Chip]
         return choose(kernel, problem, chip())
     if reason := misfit(config, problem):
         raise ValueError(
-            f"{config} is not for {problem}: {reason}; take one of configs.candidates({kernel!r}, ...)."
+            f"config is {config}; expected blocks that go together for {problem}, but {reason}. Leave config "
+            f"out, or take one of configs.candidates({kernel!r}, problem, chip)."
         )
     return config
 
@@ -381,14 +390,14 @@ MAX_VECTOR = 128
 
 def _unfit_vector(config: ResidentConfig, problem: Problem, chip: Chip) -> str | None:
     """Why the config is not for kernels/vector.py, if it isn't."""
-    if problem.dtype != torch.float32 or config.PRECISION != "ieee":
-        return "one row a program is for float32 in plain multiply-adds"
+    if reason := misfit(config, problem):
+        return reason
     if chip.unit == "mfma":
         return "one row a program was never tried on AMD's wider wavefronts"
     if problem.H > MAX_VECTOR:
         return f"W_hh stays in registers up to {MAX_VECTOR}"
-    if config.C != max(32, _power_of_two(problem.H)) or config.C != 32 * config.num_warps:
-        return "the state is one tile, with a thread for each of its elements"
+    if config.C != max(32, _power_of_two(problem.H)):
+        return ONE_TILE
     if config.HELD:
         return "W_hh is all in registers"
     if config.AHEAD == 1:
@@ -407,8 +416,6 @@ def _unfit_resident(config: ResidentConfig, problem: Problem, chip: Chip) -> str
         return "tf32 was asked for, and is quicker"
     if chunks > MAX_CHUNKS:
         return f"{chunks} x {chunks} tiles take too long to compile"
-    if config.C > max(16, _power_of_two(problem.H)):
-        return f"a tile of {config.C} is wider than the {problem.H} it cuts"
     if config.BLOCK_B > max(16 if amd else 8, _power_of_two(problem.B)):
         return f"{config.BLOCK_B} batch rows are more than the {problem.B} there are"
     if reason := misfit(config, problem):

@@ -300,7 +300,7 @@ def forward_kernel(
             later = load_input(x_columns + t_next.to(tl.int64) * x_t, inside, x_i, I, BLOCK_I)
         else:
             later = load_state(x_columns + within(t + AHEAD * sign, steps) * x_t, 1, H, C, INTERPRET)
-        if HALVES or (I == 0 and C < 16 * WARPS):
+        if HALVES or (I == 0 and width(0, H, C) < 16 * WARPS):
             # HALVES: else the compiler sets one between the halves, for h0's before the loop. And warps that
             # have the same rows need nothing of each other: one a step ahead would write over z before others
             # read it.

@@ -50,6 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _set_triton_up(config: pytest.Config) -> None:
     """How kernels run where there is no GPU: before any module that has one is imported."""
     if target := config.getoption("ptx"):
+        if torch.cuda.is_available():
+            raise pytest.UsageError(
+                "--ptx emulates launches on CPU tensors; set CUDA_VISIBLE_DEVICES to nothing."
+            )
         plugin = importlib.import_module("tests.tools.ptxsim.plugin")
         config.pluginmanager.register(plugin.Emulation(target))
     elif not torch.cuda.is_available():

@@ -95,7 +95,8 @@ def _rows(target: str, options: argparse.Namespace) -> int:
     path = options.output / f"{target}.{triton.__version__}.jsonl"
     stamp = commit()
     there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = {(row["case"], row["how"]) for row in there if row["commit"] == stamp["commit"]}
+    same = {"commit": stamp["commit"], "dirty": False}  # of a changed tree nobody knows what it was
+    known = {(row["case"], row["how"]) for row in there if same.items() <= row.items() and not stamp["dirty"]}
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
     emulators = {way: Emulator(target, **how) for way, how in WAYS.items()}
     with path.open("a") as file:
@@ -120,7 +121,7 @@ def _rows(target: str, options: argparse.Namespace) -> int:
                 bad += 1
                 print(f"{target} {case}, {way}:", *outcome.wrong[:4], sep="\n    ", flush=True)
     print(f"{target}, Triton {triton.__version__}: {ran} cases ran, {bad} with findings", flush=True)
-    return int(bad > 0)
+    return 0  # report, which comes next, fails for findings
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def _case(case: Case, variant: int, turn: int, chip: Chip, draw: random.Random) 
         options |= {"I": draw.choice((1, 16, 20, 64)), "bias": draw.random() < 0.6}
     if kernel == "cell":
         options = {name: value for name, value in options.items() if name in ("relu", "scale", "layout")}
-        options |= {"I": draw.choice((1, 40, 70)), "bias": draw.random() < 0.6, "T": 1}
+        options |= {"I": draw.choice((0, 1, 40, 70)), "bias": draw.random() < 0.6, "T": 1}
     if not case.backward:
         options = {name: value for name, value in options.items() if name not in ("g_out", "g_hn")}
     case = replace(case, B=B, **options)

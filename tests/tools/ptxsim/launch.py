@@ -30,7 +30,7 @@ from bench.precompile import Driver
 
 from . import parser
 from .machine import Machine, Options, Storage
-from .order import Report
+from .order import Key, Report
 from .program import Program
 from .regions import LARGE, memory_of
 from .tensor_cores import UNITS
@@ -75,8 +75,9 @@ class Emulator:
 
     def reset(self) -> None:
         """Forgets what was found, and which memory was fresh."""
-        self.found: Counter[tuple[str, int, int]] = Counter()
-        self.first: dict[tuple[str, int, int], tuple[Report, str, str]] = {}
+        self.found: Counter[Key] = Counter()
+        self.first: dict[Key, tuple[Report, str, str]] = {}
+        self.serious: set[Key] = set()
         self.racy: dict[tuple[int, str], set] = {}
         self.since = self.launches
         self._fresh.clear()
@@ -149,6 +150,7 @@ class Emulator:
             machine.run()
         finally:
             self.found.update(machine.reports.found)
+            self.serious |= machine.reports.serious
             for key, report in machine.reports.first.items():
                 texts = [f.lines[line - 1].strip() if line else "" for line in (report.line, report.other)]
                 self.first.setdefault(key, (report, texts[0], texts[1]))
@@ -195,6 +197,10 @@ def _parameters(kernel: JITFunction, compiled: Any, bound: dict, f: parser.Funct
             continue
         value = bound[name]
         if isinstance(value, torch.Tensor):
+            if value.device.type != "cpu":
+                raise ValueError(
+                    f"{name} is on {value.device}; expected a CPU tensor, which can be emulated."
+                )
             tensors.append((name, value))
             bits.append((value.data_ptr(), 64))
         else:

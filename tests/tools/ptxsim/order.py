@@ -25,16 +25,25 @@ class Report:
     words: str
 
 
+Key = tuple[str, int, int]  # kind, line, other
+
+
 class Reports:
-    """Findings by (kind, line, other): how often, and the first of each."""
+    """Findings by key: how often, and the first of each.
+
+    serious: all but races of reads that can be made to see NaN: if nothing comes of that, nobody uses them.
+    """
 
     def __init__(self) -> None:
-        self.found: Counter[tuple[str, int, int]] = Counter()
-        self.first: dict[tuple[str, int, int], Report] = {}
+        self.found: Counter[Key] = Counter()
+        self.first: dict[Key, Report] = {}
+        self.serious: set[Key] = set()
 
-    def add(self, kind: str, line: int, other: int, words: str) -> None:
+    def add(self, kind: str, line: int, other: int, words: str, serious: bool = True) -> None:
         key = (kind, line, other)
         self.found[key] += 1
+        if serious:
+            self.serious.add(key)
         self.first.setdefault(key, Report(kind, line, other, words))
 
 

@@ -45,7 +45,7 @@ def _float_bits(text: str, kind: str) -> int:
     """0f and eight hexadecimal digits, 0d and sixteen, or a decimal fraction."""
     if text[:2] in ("0f", "0F"):
         number = struct.unpack(">f", bytes.fromhex(text[2:]))[0]
-        if kind in ("f32", "b32"):
+        if WIDTHS[kind] == 32:
             return int(text[2:], 16)  # as it is: a conversion would quiet a signalling NaN
     elif text[:2] in ("0d", "0D"):
         number = struct.unpack(">d", bytes.fromhex(text[2:]))[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +17,21 @@ from .order import Clocks, Reports
 
 u8, u64 = np.uint8, np.uint64
 UINT = {size: np.dtype(f"u{size}").type for size in (1, 2, 4, 8)}
-BYTES = {n: np.arange(n) for n in (1, 2, 4, 8, 16, 32)}
 #: A clock of what has not ended yet.
 FOREVER = 1 << 30
 #: What a read sees that is to see NaN.
 NAN = {1: 0xFE, 2: 0x7FFE, 4: 0x7FFE7FFE, 8: 0x7FFE7FFE7FFE7FFE}
 #: Larger memory is an expanded tensor's or a stride's of 2^31 elements: only its bounds are checked.
 LARGE = 1 << 28
+#: Bytes times warps up to which each reader of each byte is remembered.
+READERS = 1 << 25
+#: The name of a program's own memory.
+SHARED = "shared"
+
+
+@lru_cache
+def span(n: int) -> np.ndarray:
+    return np.arange(n)
 
 
 class Threads(NamedTuple):
@@ -31,6 +40,14 @@ class Threads(NamedTuple):
     gids: np.ndarray
     lane: np.ndarray
     epoch: np.ndarray
+
+
+class Access(NamedTuple):
+    """idx: the bytes of each thread; gids: their warps."""
+
+    idx: np.ndarray
+    gids: np.ndarray
+    spec: Any
 
 
 class Region:
@@ -53,87 +70,74 @@ class Region:
         self.writer, self.write_clock, self.write_line = (np.zeros(n, np.int32) for _ in range(3))  # gid + 1
         self.copied = np.zeros(n, bool)  # by cp.async
         self.read_line = np.zeros(n, np.int32)
-        #: Of each reader its clock; of very many warps the last reader alone, as gid + 1.
-        self.by_reader = warps <= 64 and n * warps <= LARGE
-        self.reader = None if self.by_reader else np.zeros(n, np.int32)
-        self.read_clock = np.zeros((n, warps) if self.by_reader else n, np.int32)
+        #: Of each reader its clock; where those are too many the last reader's alone, as gid + 1.
+        few = n * warps <= READERS
+        self.reader = None if few else np.zeros(n, np.int32)
+        self.read_clock = np.zeros((n, warps) if few else n, np.int32)
         #: Bytes that wgmma is reading and cp.async is writing.
         self.reading, self.writing = np.zeros(n, np.int16), np.zeros(n, np.int16)
         if lanes:
             self.write_lane, self.read_lane = np.zeros(n, np.int16), np.zeros(n, np.int16)
             self.write_epoch, self.read_epoch = np.zeros(n, np.int32), np.zeros(n, np.int32)
-        #: Reads that race, as (warp, byte, clock), and those that are to see NaN.
+        #: Reads that race, as (warp, byte, clock), and those that are to see NaN. They can in global memory, if
+        #: all of a byte's readers are known.
+        self.can_poison = name != SHARED and self.reader is None
         self.racy: set[tuple[int, int, int]] = set()
         self.poison: set[tuple[int, int, int]] = set()
         self.weak: WeakStores | None = None
 
-    def _report(
-        self,
-        kind: str,
-        words: str,
-        bad: np.ndarray,
-        idx: np.ndarray,
-        gids: np.ndarray,
-        spec: Any,
-        others: Any = None,
+    def report(
+        self, kind: str, words: str, bad: np.ndarray, access: Access, others: Any = None, serious: bool = True
     ) -> None:
+        """Says which of an access's bytes are bad, if any. others: lines of what they clash with."""
         if bad.any():
             where = tuple(np.argwhere(bad)[0])
+            byte, warp = int(access.idx[where]), int(access.gids[where[0]])
+            text = f"{words}: {self.name}+{byte}, warp {warp}, {int(bad.sum())} bytes"
             other = 0 if others is None else int(others[where])
-            text = (
-                f"{words}: {self.name}+{int(idx[where])}, warp {int(gids[where[0]])}, {int(bad.sum())} bytes"
-            )
-            self.reports.add(kind, spec.line, other, text)
+            self.reports.add(kind, access.spec.line, other, text, serious)
 
     def read(
-        self,
-        off: np.ndarray,
-        width: int,
-        threads: Threads,
-        spec: Any,
-        *,
-        ordered: bool = True,
+        self, off: np.ndarray, width: int, threads: Threads, spec: Any, *, ordered: bool = True,
         clock: int | None = None,
-    ) -> None:
-        """Checks and notes a read of `width` bytes from each offset. Not ordered: it may race, as polling
-        does.
+    ) -> None:  # fmt: skip
+        """Checks and notes a read of `width` bytes from each offset.
 
-        clock: when it ends, if not now.
+        Not ordered: it may race, as polling does. clock: when it ends, if not now.
         """
         if self.large:
             return
-        idx, gids = off[:, None] + BYTES[width], threads.gids
+        idx, gids = off[:, None] + span(width), threads.gids
+        access, lines = Access(idx, gids, spec), self.write_line[idx]
         if self.valid is not None:
-            self._report("outside", "a read outside its tensor", ~self.valid[idx], idx, gids, spec)
+            self.report("outside", "a read outside its tensor", ~self.valid[idx], access)
         if self.init is not None:
-            self._report("uninitialised", "a read of what nobody wrote", ~self.init[idx], idx, gids, spec)
-        lines = self.write_line[idx]
-        self._report(
-            "async", "a read of what cp.async is still writing", self.writing[idx] > 0, idx, gids, spec, lines
-        )
+            self.report("uninitialised", "a read of what nobody wrote", ~self.init[idx], access)
+        self.report("async", "a read of what cp.async is still writing", self.writing[idx] > 0, access, lines)
         if not ordered:
             return
         if self.written:
-            writer = self.writer[idx]
-            bad = (self.write_clock[idx] > self.clocks.known[gids[:, None], writer - 1]) & (writer > 0)
+            bad, writer = self._unknown_writes(idx, gids), self.writer[idx]
             if bad.any():
-                self._report(
-                    "race", "a read that no barrier puts after the write", bad, idx, gids, spec, lines
-                )
+                words = "a read that no barrier puts after the write"
+                self.report("race", words, bad, access, lines, serious=not self.can_poison)
                 now = self.clocks.now(gids)
                 self.racy |= {(int(gids[k]), int(idx[k, b]), int(now[k])) for k, b in np.argwhere(bad)}
             if self.lanes:
                 bad = (writer == gids[:, None] + 1) & (self.write_lane[idx] != threads.lane[:, None])
                 bad &= self.write_epoch[idx] == threads.epoch[:, None]
-                self._report(
-                    "lanes", "another lane's write, no bar.warp.sync between", bad, idx, gids, spec, lines
-                )
+                self.report("lanes", "another lane's write, no bar.warp.sync between", bad, access, lines)
         now = self.clocks.now(gids) if clock is None else np.full(len(gids), clock, np.int32)
         self.note_read(idx, gids, now)
         self.read_line[idx] = spec.line
         if self.lanes:
             self.read_lane[idx] = threads.lane[:, None]
             self.read_epoch[idx] = threads.epoch[:, None]
+
+    def _unknown_writes(self, idx: np.ndarray, gids: np.ndarray) -> np.ndarray:
+        """Whether a byte's last writer is one that the warps don't know to be done."""
+        writer = self.writer[idx]
+        return (self.write_clock[idx] > self.clocks.known[gids[:, None], writer - 1]) & (writer > 0)
 
     def note_read(self, idx: np.ndarray, gids: np.ndarray, clocks: np.ndarray) -> None:
         if self.reader is None:
@@ -146,42 +150,29 @@ class Region:
         """Checks and notes a write of data (n, bytes), before it is done."""
         if self.large:
             return
-        idx, gids = off[:, None] + BYTES[data.shape[1]], threads.gids
+        idx, gids = off[:, None] + span(data.shape[1]), threads.gids
+        access, reads, writes = Access(idx, gids, spec), self.read_line[idx], self.write_line[idx]
         if self.valid is not None:
-            self._report("outside", "a write outside its tensor", ~self.valid[idx], idx, gids, spec)
-        reads, writes = self.read_line[idx], self.write_line[idx]
-        self._report(
-            "async", "a write to what wgmma is still reading", self.reading[idx] > 0, idx, gids, spec, reads
-        )
-        self._report(
-            "async",
-            "a write to what cp.async is still writing",
-            self.writing[idx] > 0,
-            idx,
-            gids,
-            spec,
-            writes,
+            self.report("outside", "a write outside its tensor", ~self.valid[idx], access)
+        self.report("async", "a write to what wgmma is still reading", self.reading[idx] > 0, access, reads)
+        self.report(
+            "async", "a write to what cp.async is still writing", self.writing[idx] > 0, access, writes
         )
         changes = self.mem[idx] != data  # the same value twice does no harm
         if self.written:
-            writer = self.writer[idx]
-            bad = (
-                (self.write_clock[idx] > self.clocks.known[gids[:, None], writer - 1])
-                & (writer > 0)
-                & changes
-            )
-            self._report("race", "two writes, no barrier between", bad, idx, gids, spec, writes)
+            bad = self._unknown_writes(idx, gids) & changes
+            self.report("race", "two writes, no barrier between", bad, access, writes)
         bad = self.unknown_reads(idx, gids) & changes
         if bad.any():
-            self._report("race", "a write that no barrier puts after the read", bad, idx, gids, spec, reads)
+            words = "a write that no barrier puts after the read"
+            self.report("race", words, bad, access, reads, serious=not self.can_poison)
             self.racy.update(self._racy_reads(bad, idx, gids))
         if self.lanes and self.reader is None:
-            bad = (self.read_epoch[idx] == threads.epoch[:, None]) & (
-                self.read_lane[idx] != threads.lane[:, None]
-            )
-            own = self.read_clock[idx, (gids - self.gid0)[:, None]] == self.clocks.now(gids)[:, None]
+            bad = self.read_epoch[idx] == threads.epoch[:, None]
+            bad &= self.read_lane[idx] != threads.lane[:, None]
+            bad &= self.read_clock[idx, (gids - self.gid0)[:, None]] == self.clocks.now(gids)[:, None]
             words = "a write after another lane's read, no bar.warp.sync between"
-            self._report("lanes", words, bad & own & changes, idx, gids, spec, reads)
+            self.report("lanes", words, bad & changes, access, reads)
         self.written = True
         self.writer[idx] = gids[:, None] + 1
         self.write_clock[idx] = self.clocks.now(gids)[:, None]
@@ -208,9 +199,6 @@ class Region:
         self, bad: np.ndarray, idx: np.ndarray, gids: np.ndarray
     ) -> Iterator[tuple[int, int, int]]:
         if self.reader is not None:
-            for k, b in np.argwhere(bad):
-                byte = int(idx[k, b])
-                yield int(self.reader[byte]) - 1, byte, int(self.read_clock[byte])
             return
         known = self.clocks.known[gids, self.gid0 : self.gid0 + self.warps]
         for k, b in np.argwhere(bad):
@@ -223,11 +211,30 @@ class Region:
 
         Not what cp.async wrote: the compiler, as CUTLASS, puts no proxy fence after that.
         """
-        idx = off[:, None] + BYTES[width]
+        idx = off[:, None] + span(width)
         writer = self.writer[idx]
         bad = (self.write_clock[idx] > self.clocks.fenced[gids[:, None], writer - 1]) & (writer > 0)
         words = "wgmma reads a write that no fence.proxy.async covers"
-        self._report("proxy", words, bad & ~self.copied[idx], idx, gids, spec, self.write_line[idx])
+        bad &= ~self.copied[idx]
+        self.report("proxy", words, bad, Access(idx, gids, spec), self.write_line[idx])
+
+    def begin_copy(self, off: np.ndarray, size: int, threads: Threads, spec: Any) -> None:
+        """cp.async may write from now on: who reads or writes there must have finished."""
+        idx, gids = off[:, None] + span(size), threads.gids
+        access, reads = Access(idx, gids, spec), self.read_line[idx]
+        bad = self.unknown_reads(idx, gids, own=False)
+        self.report("race", "cp.async to what others may still read", bad, access, reads)
+        self.report("async", "cp.async to what wgmma is still reading", self.reading[idx] > 0, access, reads)
+        bad = self._unknown_writes(idx, gids)
+        self.report("race", "cp.async to what others may still write", bad, access, self.write_line[idx])
+        self.writing[idx] += 1
+
+    def end_copy(self, off: np.ndarray, data: np.ndarray, threads: Threads, spec: Any) -> None:
+        idx = off[:, None] + span(data.shape[1])
+        self.writing[idx] -= 1
+        self.write(off, data, threads, spec)
+        self.copied[idx] = True
+        self.mem[idx] = data
 
     def value(self, off: np.ndarray, size: int, cta: Any, gids: np.ndarray) -> np.ndarray:
         """What a program sees at the offsets."""
@@ -235,10 +242,13 @@ class Region:
         if self.weak is not None:
             value = self.weak.seen_by(cta.number, off, size, value)
         if self.poison:
-            where = zip(gids.tolist(), off.tolist(), self.clocks.now(gids).tolist(), strict=True)
-            hit = [any((g, o + b, c) in self.poison for b in range(size)) for g, o, c in where]
-            value = np.where(hit, value.dtype.type(NAN[size]), value)
+            value = np.where(self.poisoned(off, size, gids), value.dtype.type(NAN[size]), value)
         return value
+
+    def poisoned(self, off: np.ndarray, size: int, gids: np.ndarray) -> np.ndarray:
+        """Which of the warps' reads are to see NaN."""
+        where = zip(gids.tolist(), off.tolist(), self.clocks.now(gids).tolist(), strict=True)
+        return np.array([any((g, o + b, c) in self.poison for b in range(size)) for g, o, c in where])
 
     def put(self, off: np.ndarray, data: np.ndarray, spec: Any) -> None:
         """Stores data (n, bytes); threads may not want different values in one place."""

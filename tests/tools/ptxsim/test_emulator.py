@@ -244,7 +244,11 @@ def test_barriers_of_a_pipeline_count(emulate):
     e = emulate()
     found_in_a_pipeline(e, None)
     n = len(re.findall(r"bar\.sync", e.kernels[-1][1]))
-    found = [found_in_a_pipeline(emulate(), without(r"bar\.sync", k)) for k in range(n)]
+    found = []
+    for k in range(n):
+        e = emulate()
+        found.append(found_in_a_pipeline(e, without(r"bar\.sync", k)))
+        assert not found[-1] or e.serious  # in shared memory: it cannot be that nobody uses what is read
     assert any(kinds & {"race", "async"} for kinds in found), found
 
 
@@ -276,12 +280,21 @@ def test_programs_that_collide(emulate):
     with emulate() as e:
         collide_kernel[(2,)](torch.zeros(32, dtype=torch.int32), num_warps=1)
         assert e.kinds() == {"race"}
+        assert e.serious  # no read's value is to blame
 
 
 # What it does not know
 
 
 HEADER = ".version 8.7\n.target sm_90a\n.address_size 64\n.visible .entry k() .reqntid 32 {\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["cp.async.wait_group 0;", "cp.async.commit_group;", "wgmma.wait_group.sync.aligned 0;"]
+)
+def test_a_predicate_that_is_not_followed_is_an_error(text):
+    with pytest.raises(parser.PtxError, match="predicated"):
+        Program(parser.parse(HEADER + ".reg .pred %p<2>;\n@%p1 " + text + "\nret;\n}"))
 
 
 @pytest.mark.parametrize(

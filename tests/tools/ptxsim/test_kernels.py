@@ -36,16 +36,29 @@ def test_sample(drawn, target):
     assert emulator.launches
 
 
-@pytest.mark.parametrize("arithmetic", ["fp64", "bf16", "tf32"])
-def test_warps_with_the_same_rows_wait_for_one_another(arithmetic, target):
+#: Of each the arithmetic, the hidden size, and why launchers refuse it; None: they don't.
+SAME_ROWS = (
+    ("fp64", 17, configs.ResidentConfig(8, 16, num_warps=4), None),
+    ("bf16", 17, configs.ResidentConfig(8, 16, num_warps=4), configs.REPEATED),
+    ("tf32", 17, configs.ResidentConfig(8, 16, PRECISION="tf32", num_warps=4), configs.REPEATED),
+    (
+        "bf16",
+        16,
+        configs.ResidentConfig(8, 64, HELD=1, num_warps=4),
+        "a tile of 64 is wider than the 16 it cuts",
+    ),
+)
+
+
+@pytest.mark.parametrize(("arithmetic", "H", "config", "refused"), SAME_ROWS)
+def test_warps_with_the_same_rows_wait_for_one_another(arithmetic, H, config, refused, target):
     """A tile of 16 rows is every warp's work alike: one that is a step ahead would write over z, in place."""
-    config = configs.ResidentConfig(8, 16, PRECISION="tf32" if arithmetic == "tf32" else "ieee", num_warps=4)
-    case, chip = Case("resident", arithmetic, 17, config, B=3, T=6), configs.CHIPS[target]
-    if arithmetic != "fp64":  # on tensor cores it is a waste, and refused
+    case, chip = Case("resident", arithmetic, H, config, B=3, T=6), configs.CHIPS[target]
+    if refused:
         with Emulator(target) as emulator:
             (wrong,) = check(case, emulator, chip).wrong
         assert "ValueError" in wrong
-        assert configs.REPEATED in wrong
+        assert refused in wrong
     with mock.patch.object(configs, "misfit", return_value=None):
         for seed in range(3):
             with Emulator(target, by_warp=True, seed=seed) as emulator:

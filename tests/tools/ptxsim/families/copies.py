@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..regions import BYTES, Threads
+from ..regions import NAN, Threads, span
 from .registers import Registers, form
 
 u8, u32, u64 = np.uint8, np.uint32, np.uint64
@@ -27,19 +27,21 @@ class Copies(Registers):
 
     @form("cp", r"async\.commit_group")
     def cp_commit(self, i):
+        self.unpredicated(i)
         self.emit(f"c.cp_commit(m, {i.line})")
 
     @form("cp", r"async\.wait_group")
     def cp_wait(self, i, left):
-        self.emit(f"c.cp_wait({int(left.text, 0)})")
+        self.unpredicated(i)
+        self.emit(f"c.cp_wait({int(left.text, 0)}, m, {i.line})")
 
 
 class Copy(NamedTuple):
     spec: Any
     region: Any
+    which: np.ndarray  # threads
     off: np.ndarray
-    threads: Threads
-    reads: list  # (region, which of the threads, offsets, bytes)
+    reads: list  # (region, which of them, offsets, bytes, which are to see NaN)
 
 
 class CopyOperations:
@@ -61,35 +63,27 @@ class CopyOperations:
             mine = np.nonzero(given == width)[0]
             for r, k, o in self.pieces(spec, source[mine], mine, 1, "global"):
                 self.pieces(spec, source[k] + u64(width - 1), k, 1, "global")
-                r.read(o, 1, Threads(*(x[k] for x in threads)), spec)
-                reads.append((r, k, o, width))
-        idx = off[:, None] + BYTES[spec.size]
-        # It may be done at any time from now on: who reads there must have finished.
-        bad = region.unknown_reads(idx, threads.gids, own=False)
-        if bad.any():
-            other = int(region.read_line[idx][bad][0])
-            self.report("race", spec.line, "cp.async to what others may still read", other)
-        region.writing[idx] += 1
-        self.cp_open.append(Copy(spec, region, off, threads, reads))
+                some = Threads(*(x[k] for x in threads))
+                r.read(o, width, some, spec)
+                reads.append((r, k, o, width, r.poisoned(o, width, some.gids) if r.poison else None))
+        region.begin_copy(off, spec.size, threads, spec)
+        self.cp_open.append(Copy(spec, region, which, off, reads))
 
     def cp_commit(self, m, line):
-        if m is not None and not m.all():
-            self.fault(line, "cp.async.commit_group where threads have parted")
+        self.everyone(m, line)
         self.cp_groups.append(self.cp_open)
         self.cp_open = []
 
-    def cp_wait(self, left):
+    def cp_wait(self, left, m, line):
+        self.everyone(m, line)
         while len(self.cp_groups) > left:
             for copy in self.cp_groups.pop(0):
                 self.cp_finish(copy)
 
     def cp_finish(self, copy):
-        size = copy.spec.size
-        data = np.zeros((len(copy.off), size), u8)
-        for region, k, off, width in copy.reads:
-            data[k[:, None], np.arange(width)] = region.mem[off[:, None] + np.arange(width)]
-        idx = copy.off[:, None] + BYTES[size]
-        copy.region.writing[idx] -= 1
-        copy.region.write(copy.off, data, copy.threads, copy.spec)
-        copy.region.copied[idx] = True
-        copy.region.mem[idx] = data
+        data = np.zeros((len(copy.off), copy.spec.size), u8)
+        for region, k, off, width, poisoned in copy.reads:
+            data[k[:, None], span(width)] = region.mem[off[:, None] + span(width)]
+            if poisoned is not None:
+                data[k[poisoned]] = NAN[1]
+        copy.region.end_copy(copy.off, data, self.of(copy.which), copy.spec)

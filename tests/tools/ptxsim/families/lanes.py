@@ -17,7 +17,7 @@ REDUCTIONS = {
 class Lanes(Registers):
     @form("shfl", r"sync\.(bfly|idx|up|down)\.b32")
     def shfl(self, i, d, a, b, c, members):
-        values = ", ".join(self.val(o, "u32", full=True) for o in (a, b, c))
+        values = ", ".join(self.val(o, "u32", full=True) for o in (a, b, c, members))
         first, second = (d.first, d.second) if hasattr(d, "first") else (d, None)
         value, inside = self.name("None"), self.name("None")
         self.emit(f"{value}, {inside} = c.shfl({i.mods[1]!r}, {values}, {self.condition()}, {i.line})")
@@ -32,13 +32,14 @@ class Lanes(Registers):
 
     @form("bar", r"warp\.sync")
     def warp_sync(self, i, members):
-        self.emit(f"c.warp_sync({self.condition()})")
+        self.emit(f"c.warp_sync({self.val(members, 'u32', full=True)}, {self.condition()}, {i.line})")
 
 
 class LaneOperations:
     """A context's exchanges within warps. m: a mask of its threads, or None for all."""
 
-    def shfl(self, mode, a, b, c, m, line):
+    def shfl(self, mode, a, b, c, members, m, line):
+        self._members(members, m, line)
         a, b, c = (x.reshape(-1, 32).astype(np.int64) for x in (a, b, c))
         b, clamp, segment = b & 31, c & 31, (c >> 8) & 31
         top, low = (LANES & segment) | (clamp & ~segment), LANES & segment
@@ -52,17 +53,28 @@ class LaneOperations:
         return np.take_along_axis(a, source, 1).reshape(-1).astype(u32), inside.reshape(-1)
 
     def redux(self, what, a, members, m, line):
-        member = ((members.reshape(-1, 32)[:, :1] >> LANES.astype(u32)) & u32(1)).astype(bool)
-        here = np.ones_like(member) if m is None else m.reshape(-1, 32)
-        if (here.any(1)[:, None] & (member & ~here)).any():
-            self.report("lanes", line, "redux waits for a lane that is not there")
-        if (here & ~member).any():
-            self.report("lanes", line, "redux by a lane that its mask leaves out")
+        member, here = self._members(members, m, line)
         if not member[here.any(1)].all():
             self.fault(line, f"redux.{what} of a part of a warp")
         return np.repeat(REDUCTIONS[what].reduce(a.reshape(-1, 32), axis=1, dtype=a.dtype), 32)
 
-    def warp_sync(self, m):
+    def _members(self, members, m, line):
+        """Which lanes a mask names, and which are there; they should be the same."""
+        member = ((members.reshape(-1, 32)[:, :1] >> LANES.astype(u32)) & u32(1)).astype(bool)
+        here = np.ones_like(member) if m is None else m.reshape(-1, 32)
+        if (here.any(1)[:, None] & (member & ~here)).any():
+            self.report("lanes", line, "it waits for a lane that is not there")
+        if (here & ~member).any():
+            self.report("lanes", line, "a lane that its mask leaves out")
+        return member, here
+
+    def everyone(self, m, line):
+        """Faults where only a part of the threads is at an instruction whose effect is all threads' alike."""
+        if m is not None and not m.all():
+            self.fault(line, "a part of the threads waits for, or closes, what all have begun")
+
+    def warp_sync(self, members, m, line):
+        self._members(members, m, line)
         self.epoch[slice(None) if m is None else m] += 1
 
     def whole_warps(self, m, line):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import tensor_cores
-from ..parser import PtxError, Vec
+from ..parser import Vec
 from .registers import Registers, form
 
 u8, u16, u32 = np.uint8, np.uint16, np.uint32
@@ -15,7 +15,7 @@ FRAGMENTS = r"sync\.aligned\.m8n8\.x[124]\.(trans\.)?shared\.b16"
 class Matrices(Registers):
     @form("ldmatrix", FRAGMENTS)
     def ldmatrix(self, i, d, mem):
-        self._unpredicated(i)
+        self.unpredicated(i)
         spec = self.spec(trans="trans" in i.mods, count=len(d.items))
         loaded = self.name(f"c.ldmatrix({spec}, {self.address(mem, 'shared')}, m)")
         for n, item in enumerate(d.items):
@@ -31,7 +31,7 @@ class Matrices(Registers):
     @form("mma", r"sync\.aligned\.m16n8k(4|8)\.row\.col\.f32\.tf32\.tf32\.f32")
     @form("mma", r"sync\.aligned\.(m8n8k4|m16n8k(4|8|16))\.row\.col\.f64\.f64\.f64\.f64")
     def mma(self, i, d, a, b, c):
-        self._unpredicated(i)
+        self.unpredicated(i)
         shape, kind = i.mods[2], i.mods[6]
         container = "u64" if kind == "f64" else "u32"
         texts = []
@@ -41,10 +41,6 @@ class Matrices(Registers):
         made = self.name(f"c.mma({shape!r}, {kind!r}, {', '.join(texts)}, m, {i.line})")
         for n, item in enumerate(d.items):
             self.set(item, container, f"{made}[{n}]")
-
-    def _unpredicated(self, i):
-        if i.predicate is not None:
-            raise PtxError(f"line {i.line}: a predicated {i.op}")
 
 
 class MatrixOperations:

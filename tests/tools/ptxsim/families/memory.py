@@ -21,7 +21,7 @@ class Memory(Registers):
         self.set(d, UNTYPED[d.width], f"c.param({mem.base.name!r}, {mem.offset}, {d.width})")
 
     @form("ld", rf"shared\.{VECTOR}{TYPE}")
-    @form("ld", rf"((global|volatile|acquire|relaxed|gpu|sys|nc|ca|cg|L1::\w+)\.)+{VECTOR}{TYPE}")
+    @form("ld", rf"((global|volatile|acquire|relaxed|gpu|sys|ca|cg|L1::\w+)\.)+{VECTOR}{TYPE}")
     def ld(self, i, d, mem):
         items = d.items if isinstance(d, Vec) else (d,)
         space, words = self._space(i), set(i.mods)
@@ -62,7 +62,7 @@ class Memory(Registers):
         words = set(i.mods)
         spec = self.spec(
             space=self._space(i), size=WIDTHS[kind] // 8, kind=kind,
-            what=next(w for w in UPDATES if w in words),
+            what=[*words.intersection(UPDATES)].pop(),
             acquire=bool(words & {"acquire", "acq_rel"}), release=bool(words & {"release", "acq_rel"}),
         )  # fmt: skip
         texts = "".join(self.val(v, kind, full=True) + ", " for v in values)

@@ -28,19 +28,7 @@ CANONICAL = {"b8": "u8", "b16": "u16", "b32": "u32", "b64": "u64", "bf16": "u16"
 #: What a register holds that nobody has written: NaN in every type.
 POISON = {1: True, 8: 0xFF, 16: 0xFFFF, 32: 0x7FFFDEAD, 64: 0x7FFFDEADDEADDEAD}
 #: Instructions whose first operand is no result.
-WITHOUT_RESULT = (
-    "st",
-    "red",
-    "bra",
-    "bar",
-    "ret",
-    "exit",
-    "trap",
-    "stmatrix",
-    "cp",
-    "fence",
-    "griddepcontrol",
-)
+WITHOUT_RESULT = ("st", "red", "bra", "bar", "ret", "exit", "trap", "stmatrix", "cp", "fence")
 
 INTEGER = "[us](16|32|64)"
 
@@ -235,6 +223,11 @@ class Registers:
     def condition(self) -> str:
         """The mask of threads that do the instruction."""
         return "m" if self.i.predicate is None else f"AND({self.get(self.i.predicate, 'pred')}, m)"
+
+    def unpredicated(self, i: Instruction) -> None:
+        """What a predicate would do to the instruction is not known."""
+        if i.predicate is not None:
+            raise PtxError(f"line {i.line}: a predicated {i.op}: {i.text}")
 
     def flush(self, everything: bool = False) -> None:
         """Writes back what other blocks read, or everything."""

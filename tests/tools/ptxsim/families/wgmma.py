@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import tensor_cores
 from ..parser import Vec
-from ..regions import BYTES, FOREVER
+from ..regions import FOREVER, span
 from .registers import Registers, form, poison
 
 u32 = np.uint32
@@ -22,23 +22,27 @@ SHAPES = r"m64n\d+k(16\.f32\.(bf16\.bf16|f16\.f16)|8\.f32\.tf32\.tf32)"
 class Wgmma(Registers):
     @form("wgmma", r"fence\.sync\.aligned")
     def wgmma_fence(self, i):
+        self.unpredicated(i)
         self.emit(f"c.whole_warps(m, {i.line})")
 
     @form("wgmma", r"commit_group\.sync\.aligned")
     def wgmma_commit(self, i):
-        self.emit("c.wgmma_commit()")
+        self.unpredicated(i)
+        self.emit(f"c.wgmma_commit(m, {i.line})")
 
     @form("wgmma", r"wait_group\.sync\.aligned")
     def wgmma_wait(self, i, left):
+        self.unpredicated(i)
         self.flush(
             everything=True
         )  # the results come into the registers themselves: nothing may linger in names
-        self.emit(f"c.wgmma_wait(R, {int(left.text, 0)})")
+        self.emit(f"c.wgmma_wait(R, {int(left.text, 0)}, m, {i.line})")
         self.known.clear()
 
     @form("wgmma", rf"mma_async\.sync\.aligned\.{SHAPES}")
     def wgmma(self, i, d, a, b, scale, *immediates):
         """immediates: signs of A and B, then whether A (if in memory) and B lie with K outside."""
+        self.unpredicated(i)
         flags = [int(x.text, 0) for x in immediates]
         if flags[:2] != [1, 1]:
             raise ValueError("a product with its sign changed")
@@ -85,13 +89,13 @@ class WgmmaOperations:
         for g in self.warps if m is None else np.unique(self.gids[m]):
             self.machine.clocks.proxy_fence(int(g))
 
-    def wgmma_commit(self):
+    def wgmma_commit(self, m, line):
+        self.everyone(m, line)
         self.wgmma_groups.append(self.wgmma_open)
         self.wgmma_open = []
 
     def wgmma(self, spec, R, left, right, keep, m):
-        if m is not None and not m.all():
-            self.fault(spec.line, "wgmma by a part of the threads")
+        self.everyone(m, spec.line)
         for operand in (keep, right, *(() if isinstance(left, tuple) else (left,))):
             of_warps = operand.reshape(-1, 32)
             if (of_warps != of_warps[:, :1]).any():
@@ -127,11 +131,12 @@ class WgmmaOperations:
         threads = self.of(np.repeat(np.arange(0, self.n, 32), each[0].size))
         region.read(off, size, threads, spec, clock=FOREVER)
         region.proxy_read(off, size, threads.gids, spec)
-        np.add.at(region.reading, off[:, None] + BYTES[size], 1)
+        np.add.at(region.reading, off[:, None] + span(size), 1)
         reads.append((off, threads.gids))
         return np.stack(each) // size
 
-    def wgmma_wait(self, R, left):
+    def wgmma_wait(self, R, left, m, line):
+        self.everyone(m, line)
         while len(self.wgmma_groups) > left:
             for product in self.wgmma_groups.pop(0):
                 self._finish(product)
@@ -159,6 +164,6 @@ class WgmmaOperations:
         total.value = new.reshape(self.n, -1).view(u32)
         total.left -= 1
         for off, gids in product.reads:
-            idx = off[:, None] + BYTES[size]
+            idx = off[:, None] + span(size)
             np.add.at(region.reading, idx, -1)
             region.note_read(idx, gids, self.machine.clocks.now(gids))
