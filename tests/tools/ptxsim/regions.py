@@ -79,8 +79,8 @@ class Region:
         if lanes:
             self.write_lane, self.read_lane = np.zeros(n, np.int16), np.zeros(n, np.int16)
             self.write_epoch, self.read_epoch = np.zeros(n, np.int32), np.zeros(n, np.int32)
-        #: Reads that race, as (warp, byte, clock), and those that are to see NaN. They can in global memory, if
-        #: all of a byte's readers are known.
+        #: Reads that race, as (warp, byte, clock), and those that are to see NaN. They can in global memory,
+        #: if all of a byte's readers are known.
         self.can_poison = name != SHARED and self.reader is None
         self.racy: set[tuple[int, int, int]] = set()
         self.poison: set[tuple[int, int, int]] = set()
