@@ -258,9 +258,9 @@ if not child:
     signal.alarm(20)
     from elman import cores, native
     native.plan = lambda *_: cores.Plan(2, 1, 1)
-    # So narrow that MKL, which would wait for the thread too, takes one alone.
+    # MKL, whose products of more rows are taken, would wait for the thread too.
     weights = [torch.randn(40, 1), torch.randn(40, 40), torch.randn(40), torch.randn(40)]
-    native.plain_forward(torch.randn(300, 2, 1), torch.zeros(1, 2, 40), weights, 1, None, None, "tanh")
+    native.plain_forward(torch.randn(250, 2, 1), torch.zeros(1, 2, 40), weights, 1, None, None, "tanh")
     os._exit(0)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

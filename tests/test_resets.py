@@ -282,9 +282,10 @@ def test_the_network_hands_them_on():
     assert isinstance(network(packed, None, resets)[0], PackedSequence)
     h = torch.randn(4)
     y, _ = network(x[0, 0], h, torch.tensor(True))
-    assert torch.equal(y, network(x[0, 0], torch.zeros(4))[0])
+    # Another way through the layer, whose products may be added up in another order.
+    assert error(y, network(x[0, 0], torch.zeros(4))[0]) <= tolerance(y.dtype)
     y, _ = network(x[0, 0], h, torch.tensor(False))
-    assert torch.equal(y, network(x[0, 0], h)[0])
+    assert error(y, network(x[0, 0], h)[0]) <= tolerance(y.dtype)
 
 
 BAD = {

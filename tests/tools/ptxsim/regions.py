@@ -24,7 +24,7 @@ NAN = {1: 0xFE, 2: 0x7FFE, 4: 0x7FFE7FFE, 8: 0x7FFE7FFE7FFE7FFE}
 #: Larger memory is an expanded tensor's or a stride's of 2^31 elements: only its bounds are checked.
 LARGE = 1 << 28
 #: Bytes times warps up to which each reader of each byte is remembered.
-READERS = 1 << 25
+READERS = 1 << 27
 #: The name of a program's own memory.
 SHARED = "shared"
 
@@ -120,7 +120,7 @@ class Region:
             bad, writer = self._unknown_writes(idx, gids), self.writer[idx]
             if bad.any():
                 words = "a read that no barrier puts after the write"
-                self.report("race", words, bad, access, lines, serious=not self.can_poison)
+                self.report("race", words, bad, access, lines, serious=self.name == SHARED)
                 now = self.clocks.now(gids)
                 self.racy |= {(int(gids[k]), int(idx[k, b]), int(now[k])) for k, b in np.argwhere(bad)}
             if self.lanes:

@@ -25,7 +25,7 @@ Made by `make ptx`, at commit {commits}. {cases} cases, {bad} with findings.
   a program withheld: it never starts, and the others must give up.
 - error: of a result against the float64 reference, over the tests' tolerance; the worst.
 - unused: cases in which reads raced whose values go nowhere: with NaN in their place the result is the same
-  to the bit.
+  to the bit, or programs had given up, and all results are thrown away.
 
 """
 NOT_MODELLED = """
