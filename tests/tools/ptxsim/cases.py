@@ -9,18 +9,13 @@ from typing import Any
 
 import torch
 
+from bench import precompile
 from elman.kernels import configs
 from elman.kernels.configs import Chip, Config, Problem
+from tests import cross_compile
 
-#: Arithmetic by name: dtype, and the precision class that it asks for.
-ARITHMETIC = {
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "tf32x3": (torch.float32, "tf32x3"),
-    "fp64": (torch.float64, "ieee"),
-}
+#: The compile matrix's arithmetic, and float32 as three products in tf32, whatever the model would choose.
+ARITHMETIC = {**cross_compile.ARITHMETIC, "tf32x3": (torch.float32, "tf32x3")}
 #: Hidden sizes and arithmetic by kernel. vector is resident with one row a program.
 SIZES = {
     "resident": (1, 17, 40, 64, 72, 128, 130, 256, 264, 320),
@@ -83,7 +78,7 @@ class Case:
     @property
     def module(self) -> str:
         """The module of elman.kernels whose launcher it is, and whose search space and model it has."""
-        return {"cell": "step", "fused": "resident", "vector": "resident"}.get(self.kernel, self.kernel)
+        return "resident" if self.kernel == "vector" else precompile.module_of(self.kernel)
 
     @property
     def problem(self) -> Problem:

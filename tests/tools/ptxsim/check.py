@@ -102,9 +102,8 @@ def _results(case: Case, emulator: Emulator, wrong: list[str]) -> tuple[float, s
     return off / bound, hashlib.sha256(raw).hexdigest()[:12]
 
 
-Launched = tuple[
-    Tensor, Tensor, Tensor | None, Tensor | None
-]  # result, truth, lengths, memory around the result
+#: The result, the truth, the lengths, and the memory around the result.
+Launched = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _forward(case: Case, emulator: Emulator) -> Launched:

@@ -51,8 +51,7 @@ LIMIT = 50_000_000
 
 
 class Machine:
-    """params: the bits of each parameter. storages: by address. together: programs run at once, not in
-    turn."""
+    """params: the bits of each parameter. storages: by address. together: programs run at once."""
 
     def __init__(
         self, program: Program, grid: tuple[int, ...], threads: int, shared: int, params: dict[str, int],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from elman.kernels.configs import Chip
@@ -60,6 +61,17 @@ def mutations(case: Case, emulator: Emulator, chip: Chip) -> list[Mutation]:
     finally:
         emulator.edit = None
     return out
+
+
+def without(pattern: str, which: int = 0) -> Callable[[str], str]:
+    """An edit that takes the which-th line that matches away."""
+
+    def edit(ptx: str) -> str:
+        lines = ptx.split("\n")
+        lines[[n for n, line in enumerate(lines) if re.search(pattern, line)][which]] = ""
+        return "\n".join(lines)
+
+    return edit
 
 
 def _sites(ptx: str, pattern: str) -> list[list[re.Match]]:

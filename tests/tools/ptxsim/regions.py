@@ -23,7 +23,7 @@ FOREVER = 1 << 30
 NAN = {1: 0xFE, 2: 0x7FFE, 4: 0x7FFE7FFE, 8: 0x7FFE7FFE7FFE7FFE}
 #: Larger memory is an expanded tensor's or a stride's of 2^31 elements: only its bounds are checked.
 LARGE = 1 << 28
-#: Bytes times warps up to which each reader of each byte is remembered.
+#: Bytes times warps up to which each reader of each byte is recorded.
 READERS = 1 << 27
 #: The name of a program's own memory.
 SHARED = "shared"

@@ -18,7 +18,7 @@ is.**
 
 Made by `make ptx`, at commit {commits}. {cases} cases, {bad} with findings.
 
-- cases: problems with a config that the model in kernels/configs.py lets through, drawn from all of them.
+- cases: problems with a config that the model in kernels/configs.py accepts, drawn from all of them.
 - how: programs go in step, or each warp by itself in a drawn order (then the lanes' order is looked at too);
   with weak memory other programs see stores late and out of order; approximate: tanh.approx, ex2.approx and
   div.full as far off as the ISA allows; with truncated sums tensor cores cut the bits that the hardware cuts;

@@ -12,6 +12,7 @@ import triton.language as tl
 from tests.tools.ptxsim import arithmetic, parser, tensor_cores
 from tests.tools.ptxsim.context import Fault
 from tests.tools.ptxsim.launch import Emulator
+from tests.tools.ptxsim.mutations import without
 from tests.tools.ptxsim.program import Program
 from tests.tools.ptxsim.small_kernels import (
     add_kernel,
@@ -180,17 +181,6 @@ def test_release_and_acquire(emulate):
 def test_no_release_is_a_race(emulate):
     assert "race" in pass_on(emulate(), release=False)[1]
     assert not all(pass_on(emulate(weak=True, seed=seed), release=False)[0] for seed in range(8))
-
-
-def without(pattern, which=0):
-    """An edit that takes the which-th line that matches away."""
-
-    def edit(ptx):
-        lines = ptx.split("\n")
-        lines[[n for n, line in enumerate(lines) if re.search(pattern, line)][which]] = ""
-        return "\n".join(lines)
-
-    return edit
 
 
 def test_no_barrier_before_the_release_is_a_race(emulate):

@@ -8,10 +8,10 @@ from .lanes import LaneOperations, Lanes
 from .matrices import Matrices, MatrixOperations
 from .memory import Memory, MemoryOperations
 from .moves import Moves
-from .registers import KIND, UNTYPED, poison, registers_of, uses
+from .registers import poison, registers_of, uses
 from .wgmma import Wgmma, WgmmaOperations
 
-__all__ = ["KIND", "UNTYPED", "Operations", "Writer", "poison", "registers_of", "uses"]
+__all__ = ["Operations", "Writer", "poison", "registers_of", "uses"]
 
 
 class Writer(Moves, Integers, Floats, Comparisons, Lanes, Memory, Copies, Matrices, Wgmma):

@@ -15,24 +15,18 @@ class Integers(Registers):
         kind = i.mods[-1]
         self.set(d, kind, f"{self.val(a, kind, full=True)} {SIGNS[i.op]} {self.val(b, kind)}")
 
-    @form("mul", r"wide\.[us](16|32)")
-    def mul_wide(self, i, d, a, b):
+    @form("mul mad", r"wide\.[us](16|32)")
+    def mul_wide(self, i, d, a, b, c=None):
+        """Twice as wide as the factors; of mad, so is what is added."""
         kind = i.mods[-1]
         wide = kind[0] + str(2 * WIDTHS[kind])
         a, b = (f"{self.val(o, kind, full=True)}.astype({wide})" for o in (a, b))
-        self.set(d, wide, f"{a} * {b}")
+        self.set(d, wide, f"{a} * {b}" if c is None else f"{a} * {b} + {self.val(c, wide)}")
 
     @form("mad", rf"lo\.{INTEGER}")
     def mad_lo(self, i, d, a, b, c):
         kind = i.mods[-1]
         self.set(d, kind, f"{self.val(a, kind, full=True)} * {self.val(b, kind)} + {self.val(c, kind)}")
-
-    @form("mad", r"wide\.[us](16|32)")
-    def mad_wide(self, i, d, a, b, c):
-        kind = i.mods[-1]
-        wide = kind[0] + str(2 * WIDTHS[kind])
-        a, b = (f"{self.val(o, kind, full=True)}.astype({wide})" for o in (a, b))
-        self.set(d, wide, f"{a} * {b} + {self.val(c, wide)}")
 
     @form("div rem", INTEGER)
     def div(self, i, d, a, b):

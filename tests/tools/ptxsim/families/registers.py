@@ -133,8 +133,7 @@ class Registers:
         i = self.i
         if kind == "bra":
             return "None" if i.predicate is None else self.get(i.predicate, "pred")
-        if i.predicate is not None:
-            raise PtxError(f"line {i.line}: a predicated {i.op}")
+        self.unpredicated(i)
         if kind == "bar" and i.mods != ("sync",):
             raise PtxError(f"line {i.line}: unknown instruction {i.text}")
         return (
