@@ -132,7 +132,8 @@ class Program:
                 if i.predicate is not None:
                     self.exposed |= writes - written  # the old value shows through
                 if i.op == "wgmma" and i.mods[0] == "mma_async":
-                    self.exposed |= registers_of(i.operands[0])  # it comes when it is waited for
+                    # The sum comes when it is waited for, and until then A is being read.
+                    self.exposed |= registers_of(i.operands[0]) | registers_of(i.operands[1])
                 written |= writes
         self.undefined |= never
 

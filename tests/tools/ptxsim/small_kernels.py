@@ -28,7 +28,9 @@ def dot_kernel(
 
 
 @triton.jit
-def matmul_kernel(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def matmul_kernel(
+    a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr = 1
+):  # fmt: skip
     rm = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     rn = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
@@ -36,6 +38,8 @@ def matmul_kernel(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.c
         rk = k + tl.arange(0, BK)
         x = tl.load(a + rm * K + rk[None, :], mask=(rm < M) & (rk[None, :] < K), other=0.0)
         y = tl.load(b + rk[:, None] * N + rn, mask=(rk[:, None] < K) & (rn < N), other=0.0)
+        if SCALE != 1:  # wgmma takes what has been computed from registers
+            x = (x * SCALE).to(x.dtype)
         acc = tl.dot(x, y, acc)
     tl.store(c + rm * N + rn, acc.to(c.dtype.element_ty), mask=(rm < M) & (rn < N))
 

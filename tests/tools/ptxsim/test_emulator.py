@@ -65,6 +65,7 @@ DOTS = {
     "few warps": ([(16, 16, 32), (64, 16, 64)], ["bf16", "tf32"], [1, 2], {}),
     "by warp": ([(64, 16, 64)], ["bf16", "tf32"], [4, 8], {"by_warp": True, "lanes": True}),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @pytest.mark.parametrize("name", DOTS)
@@ -75,9 +76,7 @@ def test_dot(emulate, name):
         for (M, N, K), kind, w, ta, tb in itertools.product(
             shapes, kinds, warps, (False, True), (False, True)
         ):
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}.get(
-                kind, torch.float32
-            )
+            dtype = DTYPES.get(kind, torch.float32)
             a, b = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
             wide = kind == "fp64"
             c = torch.full((M, N), float("nan"), dtype=torch.float64 if wide else torch.float32)
@@ -86,12 +85,8 @@ def test_dot(emulate, name):
                 P=kind if kind in ("tf32", "tf32x3") else "ieee",
                 ACC=tl.float64 if wide else tl.float32, TA=ta, TB=tb, num_warps=w,
             )  # fmt: skip
-            assert far(c, a.double() @ b.double()) <= {"tf32": 1e-3, "fp64": 1e-14}.get(kind, 1e-6), (
-                M,
-                N,
-                K,
-                kind,
-            )
+            allowed = {"tf32": 1e-3, "fp64": 1e-14}.get(kind, 1e-6)
+            assert far(c, a.double() @ b.double()) <= allowed, (M, N, K, kind)
             expect_clean(e)
 
 
@@ -210,17 +205,17 @@ def test_no_barrier_in_a_transpose_is_a_race(emulate):
         assert "race" in e.kinds()
 
 
-def found_in_a_pipeline(emulator, edit, stages=3):
+def found_in_a_pipeline(emulator, edit, stages=3, scale=1):
     """What is found in a product with asynchronous copies whose PTX was edited; "wrong": its result."""
     with emulator as e:
         e.edit = edit
         a, b = torch.randn(64, 512).bfloat16(), torch.randn(512, 64).bfloat16()
         c = torch.full((64, 64), float("nan"), dtype=torch.bfloat16)
         try:
-            matmul_kernel[(1, 1)](a, b, c, 64, 64, 512, 64, 64, 64, num_stages=stages)
+            matmul_kernel[(1, 1)](a, b, c, 64, 64, 512, 64, 64, 64, scale, num_stages=stages)
         except Fault as fault:
             return {str(fault)}
-        right = far(c, a.double() @ b.double()) < 1e-2
+        right = far(c, scale * a.double() @ b.double()) < 1e-2
         return e.kinds() | (set() if right else {"wrong"})
 
 
@@ -250,6 +245,20 @@ def test_no_proxy_fence_and_no_wgmma_wait_are_noticed(emulate, target):
     assert "proxy" in found_in_a_pipeline(emulate(), edit, stages=1)
     edit = lambda ptx: re.sub(r"wgmma\.wait_group\S*\s+\d+;", "", ptx)  # noqa: E731
     assert found_in_a_pipeline(emulate(), edit, stages=1) & {"async", "wrong"}
+
+
+@pytest.mark.parametrize("operand", ["sum", "A"])
+def test_registers_written_under_a_wgmma_are_noticed(emulate, target, operand):
+    if target != "sm_90":
+        pytest.skip("only Hopper has wgmma")
+
+    def edit(ptx):
+        lists = re.search(r"wgmma\.mma_async[^{]*\{(%r\d+)[^}]*\}, \{(%r\d+)", ptx)
+        register = lists[1 if operand == "sum" else 2]
+        return ptx.replace("wgmma.commit_group", f"mov.b32 {register}, 0;\nwgmma.commit_group", 1)
+
+    assert found_in_a_pipeline(emulate(), None, stages=1, scale=2) == set()
+    assert "async" in found_in_a_pipeline(emulate(), edit, stages=1, scale=2)
 
 
 def test_out_of_bounds(emulate):

@@ -13,7 +13,7 @@ import numpy as np
 from .. import tensor_cores
 from ..parser import Vec
 from ..regions import FOREVER, span
-from .registers import Registers, form, poison
+from .registers import Registers, form, poison, registers_of
 
 u32 = np.uint32
 SHAPES = r"m64n\d+k(16\.f32\.(bf16\.bf16|f16\.f16)|8\.f32\.tf32\.tf32)"
@@ -48,8 +48,8 @@ class Wgmma(Registers):
             raise ValueError("a product with its sign changed")
         spec = self.spec(
             n=int(i.mods[3].split("n")[1].split("k")[0]), k=int(i.mods[3].split("k")[1]), kind=i.mods[5],
-            d=tuple(x.index for x in d.items), transposed=(len(flags) > 3 and bool(flags[2]), bool(flags[-1])
-            and len(flags) > 2),
+            d=tuple(x.index for x in d.items), a=tuple(sorted(registers_of(a))) if isinstance(a, Vec) else (),
+            transposed=(len(flags) > 3 and bool(flags[2]), len(flags) > 2 and bool(flags[-1])),
         )  # fmt: skip
         if isinstance(a, Vec):
             left = "(" + "".join(self.val(x, "u32", full=True) + ", " for x in a.items) + ")"
@@ -73,6 +73,7 @@ class Product(NamedTuple):
     b: np.ndarray
     keep: np.ndarray  # per thread: whether it adds to what was there
     reads: list  # (offsets, warps)
+    registers: list  # what A's registers hold
 
 
 class Sum:
@@ -108,14 +109,17 @@ class WgmmaOperations:
         b = self._operand(spec, right, [0] * (self.n // 32), spec.n, not spec.transposed[1], reads)
         now = [R[i] for i in spec.d]
         total = self.sums.get(spec.d)
+        chained = total is not None and all(x is y for x, y in zip(now, total.marks, strict=True))
+        if total is not None and not chained:
+            self.report("async", spec.line, f"a sum that is under way is written over: {spec.text}")
         # A chain's first product begins with what the registers hold, the next with its result.
-        if total is None or any(x is not y for x, y in zip(now, total.marks, strict=True)):
+        if not chained:
             known = [np.zeros(self.n, u32) if x is None and not keep.any() else x for x in now]
             total = self.sums[spec.d] = Sum(np.stack(known, 1), [poison(32, self.n) for _ in spec.d])
             for i, mark in zip(spec.d, total.marks, strict=True):
                 R[i] = mark
         total.left += 1
-        self.wgmma_open.append(Product(spec, total, a, b, keep.copy(), reads))
+        self.wgmma_open.append(Product(spec, total, a, b, keep.copy(), reads, [R[i] for i in spec.a]))
 
     def _operand(self, spec, bits, first, count, major_k, reads):
         """(warps, count, k) elements of an operand in shared memory, as indices; notes the reads of them."""
@@ -139,12 +143,16 @@ class WgmmaOperations:
         self.everyone(m, line)
         while len(self.wgmma_groups) > left:
             for product in self.wgmma_groups.pop(0):
+                spec = product.spec
+                if any(R[i] is not x for i, x in zip(spec.a, product.registers, strict=True)):
+                    self.report("async", line, f"registers that {spec.text} reads were written meanwhile")
                 self._finish(product)
         for d, total in list(self.sums.items()):
             if not total.left:
-                for n, (i, mark) in enumerate(zip(d, total.marks, strict=True)):
-                    if R[i] is mark:
-                        R[i] = np.ascontiguousarray(total.value[:, n])
+                if any(R[i] is not mark for i, mark in zip(d, total.marks, strict=True)):
+                    self.report("async", line, "a sum that was under way has been written over")
+                for n, i in enumerate(d):
+                    R[i] = np.ascontiguousarray(total.value[:, n])
                 del self.sums[d]
 
     def _finish(self, product):
