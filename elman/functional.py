@@ -115,7 +115,7 @@ def elman(
     if key is not None:
         B = x.shape[0 if batch_first else 1] if batched else 1
         route = routing.route(backend, x.device, x.dtype, weights[1].shape[0], B, D)
-        return _remember(key, _call(x, hx, weights, route, options, batch_first))(x, hx, weights)
+        return _remember(key, route, _call(x, hx, weights, route, options, batch_first))(x, hx, weights)
     if not batched:
         x, hx = x.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
     elif batch_first and packed is None:
@@ -178,7 +178,9 @@ def _key(input: Any, hx: Any, weights: Any, backend: str | None, options: tuple,
     return hx is None, routing.asked_for(backend), options, *more, *seen
 
 
-def _remember(key: tuple, call: Callable[..., Any]) -> Callable[..., Any]:
+def _remember(key: tuple, route: routing.Route, call: Callable[..., Any]) -> Callable[..., Any]:
+    if route.backend == "triton":  # in its interpreter, as long as the environment's variables allow it
+        return call
     if len(_checked) >= 512:
         _checked.clear()
     _checked[key] = call
@@ -386,7 +388,7 @@ def elman_step(
                 layer = native.Layer(rows, state, weights, nonlinearity)
                 whole = h is not None and x.dim() == 2
                 call = partial(ops.prepared_layer, layer) if whole else partial(_run_cell, layer=layer)
-        return _remember(key, call)(x, h, weights)
+        return _remember(key, route, call)(x, h, weights)
     with plain:
         return _run_step(x, h, weights, nonlinearity, route)
 

@@ -204,9 +204,13 @@ def test_triton_on_the_cpu_under_its_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert elman.explain(**SHAPE, device="cpu", backend="triton").backend == "triton"
     assert elman.explain(**SHAPE, device="cpu").backend == ON_CPU, "the interpreter is no choice of auto's"
+    layer = Elman(5, 7, backend="triton")
+    layer(X)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendUnavailableError):
         elman.explain(**SHAPE, device="cpu", backend="triton")
+    with pytest.raises(BackendUnavailableError):
+        layer(X)
 
 
 @pytest.mark.parametrize("device", ["meta", "xpu"])
