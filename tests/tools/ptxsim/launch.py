@@ -29,10 +29,11 @@ from triton.runtime.jit import JITFunction
 from bench.precompile import Driver
 
 from . import parser
+from .global_memory import memory_of
 from .machine import Machine, Options, Storage
 from .order import Key, Report
 from .program import Program
-from .regions import LARGE, memory_of
+from .regions import LARGE
 from .tensor_cores import UNITS
 
 #: What uninitialised memory is filled with: NaN in every dtype, and nothing that a kernel writes.

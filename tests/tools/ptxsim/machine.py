@@ -9,9 +9,10 @@ import numpy as np
 
 from .arithmetic import Approximate
 from .context import Context, Cta, Fault
+from .global_memory import GlobalMemory, WeakStores
 from .order import Clocks, Reports
 from .program import Program
-from .regions import GlobalMemory, Region, WeakStores
+from .regions import Region
 from .tensor_cores import Unit
 
 

@@ -1,4 +1,4 @@
-"""Memory with shadows: its bounds, who wrote and read each byte, and what other programs see of a store.
+"""Memory with shadows: its bounds, and who wrote and read each byte.
 
 Two accesses of a byte, one of them a write, of which neither is known to the other's warp (order.py), are a
 race, in whatever order they came.
@@ -6,7 +6,6 @@ race, in whatever order they came.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 
 from .order import Clocks, Reports
 
-u8, u64 = np.uint8, np.uint64
+u8 = np.uint8
 UINT = {size: np.dtype(f"u{size}").type for size in (1, 2, 4, 8)}
 #: A clock of what has not ended yet.
 FOREVER = 1 << 30
@@ -84,7 +83,7 @@ class Region:
         self.can_poison = name != SHARED and self.reader is None
         self.racy: set[tuple[int, int, int]] = set()
         self.poison: set[tuple[int, int, int]] = set()
-        self.weak: WeakStores | None = None
+        self.weak: Any = None  # global_memory.WeakStores
 
     def report(
         self, kind: str, words: str, bad: np.ndarray, access: Access, others: Any = None, serious: bool = True
@@ -266,85 +265,3 @@ class Region:
     def made(self, off: int, size: int) -> None:
         if self.init is not None:
             self.init[off : off + size] = True
-
-
-class WeakStores:
-    """Stores that other programs see only later, and in any order, unless a release comes after them."""
-
-    def __init__(self, region: Region):
-        self.region = region
-        self.pending: list[tuple[int, int, np.ndarray]] = []  # program, offset, bytes
-
-    def delay(self, program: int, off: np.ndarray, data: np.ndarray) -> None:
-        self.pending += [(program, o, d.copy()) for o, d in zip(off.tolist(), data, strict=True)]
-
-    def seen_by(self, program: int, off: np.ndarray, size: int, value: np.ndarray) -> np.ndarray:
-        """value, with what the program itself has stored."""
-        mine = [(o, d) for p, o, d in self.pending if p == program]
-        if not mine:
-            return value
-        raw = np.ascontiguousarray(value).view(u8).reshape(len(off), size).copy()
-        for o, d in mine:
-            for k in np.nonzero((off + size > o) & (off < o + len(d)))[0]:
-                low, high = max(off[k], o), min(off[k] + size, o + len(d))
-                raw[k, low - off[k] : high - off[k]] = d[low - o : high - o]
-        return raw.view(value.dtype).reshape(-1)
-
-    def some(self, random: Any) -> int:
-        """A few of them, drawn, become visible to all: how many."""
-        most = min(len(self.pending), random.choice((0, random.randint(1, 64))))
-        for _ in range(most):
-            k = random.randrange(len(self.pending))
-            _, off, data = self.pending[k]
-            for n, (_, o, d) in enumerate(self.pending[:k]):
-                if o < off + len(data) and off < o + len(d):  # not past an older one of the same bytes
-                    k = n
-                    break
-            self._land(*self.pending.pop(k))
-        return most
-
-    def flush(self, program: int | None = None) -> None:
-        """All of a program's, or of all programs'."""
-        for item in self.pending:
-            if program in (None, item[0]):
-                self._land(*item)
-        self.pending = [item for item in self.pending if program not in (None, item[0])]
-
-    def _land(self, _: int, off: int, data: np.ndarray) -> None:
-        self.region.mem[off : off + len(data)] = data
-
-
-class GlobalMemory:
-    """The regions of a launch, at their own addresses."""
-
-    def __init__(self, regions: dict[int, Region]):
-        self.regions = [regions[base] for base in sorted(regions)]
-        self._bases = np.array(sorted(regions), np.uint64)
-        self._ends = self._bases + np.array([len(r.mem) for r in self.regions], np.uint64)
-
-    def find(self, address: np.ndarray, width: int) -> tuple[list, np.ndarray | None]:
-        """[(region, which of the addresses, their offsets)]; or which of them are out of bounds."""
-        k = np.searchsorted(self._bases, address, side="right") - 1
-        bad = (k < 0) | (address + u64(width) > self._ends[np.maximum(k, 0)])
-        if bad.any():
-            return [], bad
-        if (k == k[0]).all():
-            return [(self.regions[k[0]], None, (address - self._bases[k[0]]).astype(np.int64))], None
-        groups = [(i, np.nonzero(k == i)[0]) for i in np.unique(k)]
-        return [(self.regions[i], n, (address[n] - self._bases[i]).astype(np.int64)) for i, n in groups], None
-
-    def near(self, address: int) -> str:
-        for base, end, region in zip(self._bases.tolist(), self._ends.tolist(), self.regions, strict=True):
-            if base - 4096 <= address < end + 4096:
-                return f"{region.name} has {end - base} bytes, this is at {address - base}"
-        return "no tensor near"
-
-    def flush(self, program: int | None = None) -> None:
-        for region in self.regions:
-            if region.weak is not None:
-                region.weak.flush(program)
-
-
-def memory_of(base: int, size: int) -> np.ndarray:
-    """The bytes at an address."""
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base))

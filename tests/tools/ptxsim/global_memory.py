@@ -1,0 +1,102 @@
+"""Global memory: a launch's regions at their addresses, and stores that other programs see late.
+
+PTX ISA, section "Memory Consistency Model".
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from .regions import Region, span
+
+u8, u64 = np.uint8, np.uint64
+
+
+class WeakStores:
+    """Stores that other programs see only later, and in any order, unless a release comes after them."""
+
+    def __init__(self, region: Region):
+        self.region = region
+        self.pending: list[tuple[int, int, np.ndarray]] = []  # program, offset, bytes
+        #: Of each program and byte, how many of its stores are pending, and what the last of them wrote.
+        self.own: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def delay(self, program: int, off: np.ndarray, data: np.ndarray) -> None:
+        self.pending += [(program, o, d) for o, d in zip(off.tolist(), data.copy(), strict=True)]
+        if program not in self.own:
+            self.own[program] = np.zeros(len(self.region.mem), np.int32), np.zeros_like(self.region.mem)
+        count, last = self.own[program]
+        idx = off[:, None] + span(data.shape[1])
+        np.add.at(count, idx, 1)
+        last[idx] = data
+
+    def seen_by(self, program: int, off: np.ndarray, size: int, value: np.ndarray) -> np.ndarray:
+        """value, with what the program itself has stored."""
+        if program not in self.own:
+            return value
+        count, last = self.own[program]
+        idx = off[:, None] + span(size)
+        raw = np.ascontiguousarray(value).view(u8).reshape(len(off), size)
+        return np.where(count[idx] > 0, last[idx], raw).view(value.dtype).reshape(-1)
+
+    def some(self, random: Any) -> int:
+        """A few of them, drawn, become visible to all: how many."""
+        most = min(len(self.pending), random.choice((0, random.randint(1, 64))))
+        for _ in range(most):
+            k = random.randrange(len(self.pending))
+            _, off, data = self.pending[k]
+            if sum(count[off : off + len(data)].max() for count, _ in self.own.values()) > 1:
+                older = enumerate(self.pending[:k])  # of the same bytes, which it may not pass
+                k = next((n for n, (_, o, d) in older if o < off + len(data) and off < o + len(d)), k)
+            self._land(*self.pending.pop(k))
+        return most
+
+    def flush(self, program: int | None = None) -> None:
+        """All of a program's, or of all programs'."""
+        for item in self.pending:
+            if program in (None, item[0]):
+                self._land(*item)
+        self.pending = [item for item in self.pending if program not in (None, item[0])]
+
+    def _land(self, program: int, off: int, data: np.ndarray) -> None:
+        self.region.mem[off : off + len(data)] = data
+        self.own[program][0][off : off + len(data)] -= 1
+
+
+class GlobalMemory:
+    """The regions of a launch, at their own addresses."""
+
+    def __init__(self, regions: dict[int, Region]):
+        self.regions = [regions[base] for base in sorted(regions)]
+        self._bases = np.array(sorted(regions), np.uint64)
+        self._ends = self._bases + np.array([len(r.mem) for r in self.regions], np.uint64)
+
+    def find(self, address: np.ndarray, width: int) -> tuple[list, np.ndarray | None]:
+        """[(region, which of the addresses, their offsets)]; or which of them are out of bounds."""
+        k = np.searchsorted(self._bases, address, side="right") - 1
+        bad = (k < 0) | (address + u64(width) > self._ends[np.maximum(k, 0)])
+        if bad.any():
+            return [], bad
+        if (k == k[0]).all():
+            return [(self.regions[k[0]], None, (address - self._bases[k[0]]).astype(np.int64))], None
+        groups = [(i, np.nonzero(k == i)[0]) for i in np.unique(k)]
+        return [(self.regions[i], n, (address[n] - self._bases[i]).astype(np.int64)) for i, n in groups], None
+
+    def near(self, address: int) -> str:
+        for base, end, region in zip(self._bases.tolist(), self._ends.tolist(), self.regions, strict=True):
+            if base - 4096 <= address < end + 4096:
+                return f"{region.name} has {end - base} bytes, this is at {address - base}"
+        return "no tensor near"
+
+    def flush(self, program: int | None = None) -> None:
+        for region in self.regions:
+            if region.weak is not None:
+                region.weak.flush(program)
+
+
+def memory_of(base: int, size: int) -> np.ndarray:
+    """The bytes at an address."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base))
