@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +30,21 @@ BACKENDS = ["native", "eager", *TRITON, *(["cudnn", "auto"] if DEVICE == "cuda" 
 # nn.RNN's operator runs on CPU tensors too, and so does our wrapper around it when called directly.
 OPERATOR = "cudnn wrapper"
 ANY_BACKEND = BACKENDS if DEVICE == "cuda" else [*BACKENDS, OPERATOR]
+
+
+def compiling(*arguments: Any, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+    """A new interpreter in the root where Triton compiles its kernels: whether it interprets them is chosen
+    once for a process.
+    """
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

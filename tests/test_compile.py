@@ -1,25 +1,18 @@
 """The kernels compiled for GPUs that are not here, and the compile matrix's own logic."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
 from tests import assembly, compile_report
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import compiling
 
 
 def run(folder, *arguments):
-    """The compile matrix as a program: Triton must not have been imported with TRITON_INTERPRET set."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.cross_compile", *arguments, "--output", folder]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    """The compile matrix as a program."""
+    return compiling("-m", "tests.cross_compile", *arguments, "--output", folder)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])

@@ -3,9 +3,7 @@
 import importlib.util
 import itertools
 import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from bench import floor, loops, machine
 from bench.contenders import Problem, build
 from bench.workloads import PASSES, SWEEPS, Workload
 from elman import compiled, products
-from tests.helpers import DEVICE, error
+from tests.helpers import DEVICE, compiling, error
 from tests.machines import simulate_gpu
 from tests.tolerances import tolerance
 
@@ -635,15 +633,11 @@ def compiled_for(target: str) -> list[dict]:
 @NEEDS_TRITON
 def test_the_probes_compile_for_gpus(tmp_path):
     """Without spills: the chain on tensor cores with its barriers, the meetings to be launched together."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     code = (
         "import json; from tests.test_floor import compiled_for; "
         "print(json.dumps([compiled_for(target) for target in ('sm_80', 'sm_90')]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = compiling("-c", code, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     for arch, kernels in zip((80, 90), json.loads(done.stdout), strict=True):
         for kernel in kernels:
