@@ -20,7 +20,14 @@ def emulated(what):
 
 
 @pytest.mark.parametrize(
-    ("file", "least"), [("test_emulator.py", 35), ("test_kernels.py", 60), ("test_mutations.py", 3)]
+    ("file", "least"),
+    [
+        ("test_emulator.py", 35),
+        ("test_rules.py", 17),
+        ("test_kernels.py", 65),
+        ("test_mutations.py", 3),
+        ("test_report.py", 4),
+    ],
 )
 def test_on_emulated_ptx(file, least):
     made = emulated(f"tests/tools/ptxsim/{file}")

@@ -3,9 +3,9 @@
     python -m tests.tools.ptxsim rows [--targets sm_80,sm_90] [--kernels resident,step] [--minutes 30]
     python -m tests.tools.ptxsim report
 
-`rows` runs cases compiled by this interpreter's Triton and adds them to results/ptx/<target>.<triton>.jsonl;
-cases that it has at this commit are not run again. `report` makes <target>.md of the rows of all Triton
-versions there, and fails if they show a finding.
+`rows` runs cases compiled by this interpreter's Triton and adds them to results/ptx/<target>.<triton>.jsonl.
+Those that it has of the same kernels and the same emulator are not run again, all others are dropped.
+`report` makes <target>.md of the rows of all Triton versions there, and fails if they show a finding.
 """
 
 from __future__ import annotations
@@ -78,13 +78,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     targets = options.targets.split(",")
     if options.action == "report":
-        return report.write(options.output, targets)
+        return report.write(
+            options.output, {target: set(map(_key, plan(target, options))) for target in targets}
+        )
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: there is nothing to compile. Unset it.")
     if len(targets) > 1:  # a process has one target
         command = [sys.executable, "-m", "tests.tools.ptxsim", *(argv or sys.argv[1:]), "--targets"]
-        return max([subprocess.call([*command, target]) for target in targets])
+        codes = [subprocess.call([*command, target]) for target in targets]  # below 0: a signal ended it
+        return int(any(codes))
     return _rows(targets[0], options)
+
+
+def _key(planned: tuple[cases.Case, str]) -> tuple[str, str]:
+    """What a row is known by, beside target and Triton."""
+    return str(planned[0]), planned[1]
 
 
 def _rows(target: str, options: argparse.Namespace) -> int:
@@ -93,15 +101,15 @@ def _rows(target: str, options: argparse.Namespace) -> int:
     todo = todo[part - 1 :: parts]
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{target}.{triton.__version__}.jsonl"
-    stamp = commit()
-    there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    same = {"commit": stamp["commit"], "dirty": False}  # of a changed tree nobody knows what it was
-    known = {(row["case"], row["how"]) for row in there if same.items() <= row.items() and not stamp["dirty"]}
+    stamp = {"code": report.code(), **commit()}
+    there = report.current(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in there))
+    known = {(row["case"], row["how"]) for row in there}
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
     emulators = {way: Emulator(target, **how) for way, how in WAYS.items()}
     with path.open("a") as file:
         for case, way in todo:
-            if (str(case), way) in known:
+            if _key((case, way)) in known:
                 continue
             if time.monotonic() >= end:
                 print(f"{target}: time is up after {ran} of {len(todo)} cases", flush=True)

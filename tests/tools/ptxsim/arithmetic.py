@@ -11,6 +11,7 @@ import numpy as np
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 i64 = np.int64
 f16, f32, f64 = np.float16, np.float32, np.float64
+UINT = {f32: u32, f64: u64}
 
 # Floats
 
@@ -49,20 +50,54 @@ def flushed(x):
     return np.where((b & u32(0x7F800000)) == 0, b & u32(0x80000000), b).view(f32)
 
 
+def _odd(y, rest):
+    """y, which was rounded to nearest, rounded to odd instead: what rounds that again rounds rightly.
+
+    rest: what the rounding of y took away.
+    """
+    even = (y.view(UINT[y.dtype.type]) & 1) == 0
+    other = np.nextafter(y, np.copysign(y.dtype.type(np.inf), rest.astype(y.dtype)))
+    return np.where((rest != 0) & even & np.isfinite(y), other, y)
+
+
+def _fma(a, b, c):
+    """Of float32 numbers, in float64, rounded to odd. The product is exact there."""
+    product, c = a.astype(f64) * b, c.astype(f64)
+    y = product + c
+    back = y - product
+    return _odd(y, (product - (y - back)) + (c - back))
+
+
 def fma32(a, b, c):
-    """Rounded to float64 before float32: off by a unit where the first rounding makes a tie."""
-    return (a.astype(f64) * b + c).astype(f32)
+    return _fma(a, b, c).astype(f32)
+
+
+def fma_half(a, b, c):
+    """Of halves as float32; what it gives rounds to a half as the exact result does."""
+    wide = _fma(a, b, c)
+    y = wide.astype(f32)
+    return _odd(y, wide - y)
 
 
 def fma64(a, b, c):
+    """Rounded to more bits first: off by a unit where that makes a tie."""
     return (a.astype(np.longdouble) * b + c).astype(f64)
+
+
+def maximum(a, b, nan):
+    """nan: of a number and NaN NaN, else the number. +0 is more than -0."""
+    return np.where((a == 0) & (b == 0), a + b, (np.maximum if nan else np.fmax)(a, b))
+
+
+def minimum(a, b, nan):
+    return -maximum(-a, -b, nan)
 
 
 class Approximate:
     """The instructions of which the ISA only bounds the error: exact, or as far off as it allows.
 
-    error 1: ex2 and div.full 1 to 2 ulp off, tanh by a factor of 1 +- 2^-11, in a direction that hangs
-    on the argument's bits.
+    error 1: div.full by up to 2 ulp, ex2 by a factor of 1 +- 2^-22.5, tanh of 1 +- 2^-11, in a direction that
+    hangs on the argument's bits.
     """
 
     def __init__(self, error: float = 0.0):
@@ -83,7 +118,7 @@ class Approximate:
 
     def div_full(self, a, b):
         y = a.astype(f64) / b.astype(f64)
-        return self._off(y, np.broadcast_to(b, y.shape), 2.0**-22.5)
+        return self._off(y, np.broadcast_to(b, y.shape), 1.5 * 2.0**-24)
 
 
 # Integers
@@ -106,8 +141,9 @@ def div_int(a, b):
     safe = np.where(b == 0, 1, b).astype(a.dtype)
     if a.dtype.kind == "u":
         return np.where(b == 0, ~a.dtype.type(0), a // safe)
-    q = np.abs(a) // np.abs(safe)
-    return np.where(b == 0, a.dtype.type(-1), np.where((a < 0) != (safe < 0), -q, q)).astype(a.dtype)
+    q = a // safe  # downwards
+    q = q + ((q * safe != a) & ((a < 0) != (safe < 0))).astype(a.dtype)
+    return np.where(b == 0, a.dtype.type(-1), q)
 
 
 def rem_int(a, b):

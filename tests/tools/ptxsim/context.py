@@ -15,7 +15,7 @@ import numpy as np
 
 from .families import Operations, poison
 from .parser import Function, PtxError
-from .regions import Region, Threads
+from .regions import SHARED, Region, Threads
 
 u8, u32 = np.uint8, np.uint32
 
@@ -57,7 +57,7 @@ class Cta:
         self.index, self.number = index, number
         size, warps = machine.shared, machine.threads // 32
         self.shared = Region(
-            np.full(size, 0xFF, u8), "shared", machine.clocks, number * warps, warps, machine.reports,
+            np.full(size, 0xFF, u8), SHARED, machine.clocks, number * warps, warps, machine.reports,
             init=np.zeros(size, bool), lanes=machine.lanes,
         )  # fmt: skip
         self.barriers: defaultdict[int, Barrier] = defaultdict(Barrier)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .regions import Region, span
 
-u8, u64 = np.uint8, np.uint64
+u64 = np.uint64
 
 
 class WeakStores:
@@ -24,35 +24,47 @@ class WeakStores:
         #: Of each program and byte, how many of its stores are pending, and what the last of them wrote.
         self.own: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def delay(self, program: int, off: np.ndarray, data: np.ndarray) -> None:
-        self.pending += [(program, o, d) for o, d in zip(off.tolist(), data.copy(), strict=True)]
+    def delay(self, program: int, off: np.ndarray, data: np.ndarray, size: int) -> None:
+        """data: (n, bytes), elements of `size` bytes, which come one by one."""
+        off = (off[:, None] + np.arange(0, data.shape[1], size)).ravel()
+        data = data.reshape(-1, size).copy()
+        self.pending += [(program, o, d) for o, d in zip(off.tolist(), data, strict=True)]
         if program not in self.own:
             self.own[program] = np.zeros(len(self.region.mem), np.int32), np.zeros_like(self.region.mem)
         count, last = self.own[program]
-        idx = off[:, None] + span(data.shape[1])
+        idx = off[:, None] + span(size)
         np.add.at(count, idx, 1)
         last[idx] = data
 
-    def seen_by(self, program: int, off: np.ndarray, size: int, value: np.ndarray) -> np.ndarray:
-        """value, with what the program itself has stored."""
+    def seen_by(self, program: int, idx: np.ndarray) -> np.ndarray:
+        """These bytes, as the program has stored them itself, or as all see them."""
         if program not in self.own:
-            return value
+            return self.region.mem[idx]
         count, last = self.own[program]
-        idx = off[:, None] + span(size)
-        raw = np.ascontiguousarray(value).view(u8).reshape(len(off), size)
-        return np.where(count[idx] > 0, last[idx], raw).view(value.dtype).reshape(-1)
+        return np.where(count[idx] > 0, last[idx], self.region.mem[idx])
 
     def some(self, random: Any) -> int:
         """A few of them, drawn, become visible to all: how many."""
-        most = min(len(self.pending), random.choice((0, random.randint(1, 64))))
+        most = random.choice((0, random.randint(0, min(64, len(self.pending)))))
         for _ in range(most):
             k = random.randrange(len(self.pending))
-            _, off, data = self.pending[k]
-            if sum(count[off : off + len(data)].max() for count, _ in self.own.values()) > 1:
-                older = enumerate(self.pending[:k])  # of the same bytes, which it may not pass
-                k = next((n for n, (_, o, d) in older if o < off + len(data) and off < o + len(d)), k)
+            while (older := self._older(k)) is not None:
+                k = older
             self._land(*self.pending.pop(k))
         return most
+
+    def _older(self, k: int) -> int | None:
+        """One of the same bytes, which the k-th may not pass."""
+        _, off, data = self.pending[k]
+        if sum(count[off : off + len(data)].max() for count, _ in self.own.values()) == 1:
+            return None
+        before = enumerate(self.pending[:k])
+        return next((n for n, (_, o, d) in before if o < off + len(data) and off < o + len(d)), None)
+
+    def settle(self, program: int, off: np.ndarray, size: int) -> None:
+        """What the program itself has stored there is visible to all: an atomic operation comes after it."""
+        if program in self.own and self.own[program][0][off[:, None] + span(size)].any():
+            self.flush(program)
 
     def flush(self, program: int | None = None) -> None:
         """All of a program's, or of all programs'."""

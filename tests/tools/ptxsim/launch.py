@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from bench.precompile import Driver
 
 from . import parser
+from .context import Fault
 from .global_memory import memory_of
 from .machine import Machine, Options, Storage
 from .order import Key, Report
@@ -41,20 +42,13 @@ FRESH = 0x7FFE
 
 
 @lru_cache(maxsize=16)
-def _program(digest: str, fine: bool) -> Program:
-    return Program(parser.parse(_texts.pop(digest)), fine)
-
-
-_texts: dict[str, str] = {}
-
-
 def program_of(ptx: str, fine: bool) -> Program:
-    digest = hashlib.sha256(ptx.encode()).hexdigest()
-    _texts[digest] = ptx
-    try:
-        return _program(digest, fine)
-    finally:
-        _texts.pop(digest, None)
+    return Program(parser.parse(ptx), fine)
+
+
+def _fresh(size: int) -> np.ndarray:
+    """Memory that nobody has written."""
+    return np.frombuffer(np.full(size // 2 + 1, FRESH, np.uint16).tobytes(), np.uint8)[:size]
 
 
 class Emulator:
@@ -80,12 +74,14 @@ class Emulator:
         self.first: dict[Key, tuple[Report, str, str]] = {}
         self.serious: set[Key] = set()
         self.racy: dict[tuple[int, str], set] = {}
+        #: Of the tensors' memory after each launch; and the launches that a Fault ended.
+        self.digest = hashlib.sha256()
+        self.faults: list[str] = []
         self.since = self.launches
         self._fresh.clear()
         self._init: dict[int, np.ndarray] = {}
 
     def __enter__(self) -> Emulator:
-        triton.runtime.driver.set_active(Driver(GPUTarget("cuda", self.capability, 32)))
         run = JITFunction.run
 
         def emulate(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -96,6 +92,7 @@ class Emulator:
             )  # None: nothing that could be launched again
 
         patch = lambda *what: self._stack.enter_context(mock.patch.object(*what))  # noqa: E731
+        patch(triton.runtime.driver, "_active", Driver(GPUTarget("cuda", self.capability, 32)))
         patch(JITFunction, "run", emulate)
         patch(CUDABackend, "make_cubin", lambda *_, **__: b"")
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
@@ -120,7 +117,7 @@ class Emulator:
         storage = t.untyped_storage()
         if storage.nbytes():
             mem = memory_of(storage.data_ptr(), storage.nbytes())
-            mem[: len(mem) // 2 * 2].view(np.uint16)[:] = FRESH
+            mem[:] = _fresh(len(mem))
             self._fresh[storage.data_ptr()] = storage  # kept, so that no other tensor gets its address
             self._init[storage.data_ptr()] = np.zeros(len(mem), bool)
         return t
@@ -149,7 +146,12 @@ class Emulator:
             region.poison = self.poison.get((number, region.name), set())
         try:
             machine.run()
+        except Fault as fault:  # who launches may catch it
+            self.faults.append(str(fault))
+            raise
         finally:
+            for region in sorted(machine.memory.regions, key=lambda r: r.name):  # addresses differ
+                self.digest.update(b"" if region.large else region.mem)
             self.found.update(machine.reports.found)
             self.serious |= machine.reports.serious
             for key, report in machine.reports.first.items():
@@ -168,9 +170,10 @@ class Emulator:
             size = named[0][1].untyped_storage().nbytes()
             mem = memory_of(base, size)
             init = self._init.get(base)
-            if init is not None:  # what is another pattern by now, the host has written
-                even = size // 2 * 2
-                init[:even].reshape(-1, 2)[mem[:even].view(np.uint16) != FRESH] = True
+            if init is not None:  # elements that are another pattern by now, the host has written
+                changed = mem != _fresh(size)
+                changed[: size // 2 * 2] = np.repeat(changed[: size // 2 * 2].reshape(-1, 2).any(1), 2)
+                init |= changed
             name = "+".join(name for name, _ in named)
             found[base] = Storage(mem, name, _valid([t for _, t in named], size), init)
         return found

@@ -81,6 +81,8 @@ class Machine:
             for region in regions.values():
                 region.weak = WeakStores(region)
         self.memory = GlobalMemory(regions)
+        #: Not by address, which differs from run to run.
+        self.weak = sorted((r for r in regions.values() if r.weak is not None), key=lambda r: r.name)
 
     def run(self) -> Reports:
         """Raises Fault for what no program may do, PtxError for what is not known."""
@@ -102,11 +104,10 @@ class Machine:
                 lines = {self.program.blocks[g.block].last.line for c in live for g in c.groups}
                 raise Fault(f"deadlock: all {len(live)} contexts wait at barriers, lines {sorted(lines)}")
             context, budget = self._next(ready)
-            alone = len(live) == 1 and not any(region.weak for region in self.memory.regions)
-            context.run(budget, 1 << 60 if alone else 20)  # of those that ended, too, stores are under way
-            for region in self.memory.regions:
-                if region.weak is not None:
-                    self.stores += region.weak.some(self.random)
+            alone = len(live) == 1 and not self.weak  # of those that ended, too, stores are under way
+            context.run(budget, 1 << 60 if alone else 20)
+            for region in self.weak:
+                self.stores += region.weak.some(self.random)
             if context.done:
                 live.remove(context)
             if self.steps > LIMIT:

@@ -56,7 +56,8 @@ class Clocks:
         np.fill_diagonal(self.known, 1)
         #: Likewise: up to which clock its writes are past a fence of the asynchronous proxy.
         self.fenced = np.zeros((warps, warps), np.int32)
-        self._released: dict[tuple[int, int], np.ndarray] = {}
+        self._released: dict[tuple[int, int], np.ndarray] = {}  # by region and byte
+        self._releasing: dict[tuple[int, int], int] = {}  # the warp that last did
 
     def now(self, gids: np.ndarray) -> np.ndarray:
         return self.known[gids, gids]
@@ -73,7 +74,14 @@ class Clocks:
     def release(self, gid: int, place: tuple[int, int]) -> None:
         old = self._released.get(place, 0)
         self._released[place] = np.maximum(self.known[gid], old)
+        self._releasing[place] = gid
         self.known[gid, gid] += 1
+
+    def overwrite(self, gids: np.ndarray, region: int, off: np.ndarray) -> None:
+        """A store without release: who finds another warp's in the place of a release acquires nothing."""
+        for place, gid in [*self._releasing.items()]:
+            if place[0] == region and (gids[off == place[1]] != gid).any():
+                del self._released[place], self._releasing[place]
 
     def acquire(self, gid: int, place: tuple[int, int]) -> None:
         if place in self._released:

@@ -25,7 +25,7 @@ LARGE = 1 << 28
 #: Bytes times warps up to which each reader of each byte is recorded.
 READERS = 1 << 27
 #: The name of a program's own memory.
-SHARED = "shared"
+SHARED = "shared memory"  # no tensor has such a name
 
 
 @lru_cache
@@ -165,7 +165,8 @@ class Region:
         if bad.any():
             words = "a write that no barrier puts after the read"
             self.report("race", words, bad, access, reads, serious=not self.can_poison)
-            self.racy.update(self._racy_reads(bad, idx, gids))
+            if self.can_poison:
+                self.racy.update(self._racy_reads(bad, idx, gids))
         if self.lanes and self.reader is None:
             bad = self.read_epoch[idx] == threads.epoch[:, None]
             bad &= self.read_lane[idx] != threads.lane[:, None]
@@ -197,13 +198,12 @@ class Region:
     def _racy_reads(
         self, bad: np.ndarray, idx: np.ndarray, gids: np.ndarray
     ) -> Iterator[tuple[int, int, int]]:
-        if self.reader is not None:
-            return
         known = self.clocks.known[gids, self.gid0 : self.gid0 + self.warps]
         for k, b in np.argwhere(bad):
             clocks = self.read_clock[idx[k, b]]
             for w in np.nonzero(clocks > known[k])[0]:
-                yield int(w) + self.gid0, int(idx[k, b]), int(clocks[w])
+                for clock in range(int(known[k, w]) + 1, int(clocks[w]) + 1):  # it may have read before, too
+                    yield int(w) + self.gid0, int(idx[k, b]), clock
 
     def proxy_read(self, off: np.ndarray, width: int, gids: np.ndarray, spec: Any) -> None:
         """A read by the asynchronous proxy: what the generic one wrote must be past a fence.
@@ -237,12 +237,18 @@ class Region:
 
     def value(self, off: np.ndarray, size: int, cta: Any, gids: np.ndarray) -> np.ndarray:
         """What a program sees at the offsets."""
-        value = self.views[size][off // size]
-        if self.weak is not None:
-            value = self.weak.seen_by(cta.number, off, size, value)
+        if self.weak is None:
+            value = self.views[size][off // size]
+        else:
+            value = self.bytes(off, size, cta).view(UINT[size]).reshape(-1)
         if self.poison:
             value = np.where(self.poisoned(off, size, gids), value.dtype.type(NAN[size]), value)
         return value
+
+    def bytes(self, off: np.ndarray, size: int, cta: Any) -> np.ndarray:
+        """What a program sees at the offsets, (n, size)."""
+        idx = off[:, None] + span(size)
+        return self.mem[idx] if self.weak is None else self.weak.seen_by(cta.number, idx)
 
     def poisoned(self, off: np.ndarray, size: int, gids: np.ndarray) -> np.ndarray:
         """Which of the warps' reads are to see NaN."""

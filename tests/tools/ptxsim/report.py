@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ Row = dict[str, Any]
 HEAD = """\
 # Emulated PTX: {target}
 
-The kernels as Triton {versions} compiles them for {target}, up to PTX, run on a CPU by
+The kernels as compiled by Triton {versions} for {target}, up to PTX, run on a CPU by
 [tests/tools/ptxsim](../../tests/tools/ptxsim/README.md), which also looks for races, and for reads of memory
 that is uninitialised or not the tensor's. **Nothing here was run on a GPU, and no number says how fast a GPU
 is.**
 
-Made by `make ptx`, at commit {commits}. {cases} cases, {bad} with findings.
+Made by `make ptx`, at {commits}. {cases} of the {planned} cases that are planned, {bad} with findings.
 
-- cases: problems with a config that the model in kernels/configs.py accepts, drawn from all of them.
+- cases: problems with a config that the model in kernels/configs.py accepts, drawn from all of them, and in
+  a drawn order.
 - how: programs go in step, or each warp by itself in a drawn order (then the lanes' order is looked at too);
   with weak memory other programs see stores late and out of order; approximate: tanh.approx, ex2.approx and
   div.full as far off as the ISA allows; with truncated sums tensor cores cut the bits that the hardware cuts;
@@ -38,15 +41,37 @@ an error.
 """
 
 
-def write(folder: Path, targets: list[str]) -> int:
-    """<target>.md from all <target>.<triton>.jsonl in `folder`; 1 if they show nothing, or a finding."""
+#: What says how a case is run is of the code that a row stands for; the rest only looks on.
+LOOK_ON = ("report.py", "plugin.py", "mutations.py", "conftest.py", "small_kernels.py")
+
+
+@cache
+def code() -> str:
+    """A digest of the kernels and of the emulator."""
+    here = Path(__file__).parent
+    emulator = [p for p in here.rglob("*.py") if not p.name.startswith("test_") and p.name not in LOOK_ON]
+    digest = hashlib.sha256()
+    for path in (*sorted((here.parents[2] / "kernels").glob("*.py")), *sorted(emulator)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def current(path: Path) -> list[Row]:
+    """The rows of a file that come from the code as it is."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if row.get("code") == code()]
+
+
+def write(folder: Path, planned: dict[str, set[tuple[str, str]]]) -> int:
+    """<target>.md from all <target>.<triton>.jsonl in `folder`; 1 if they show nothing, or a finding.
+
+    planned: of each target the cases, and how each is run.
+    """
     failed = 0
-    for target in targets:
-        rows: dict[tuple, Row] = {}  # the latest run of a case counts
-        for path in sorted(folder.glob(f"{target}.*.jsonl"), reverse=True):
-            for row in (json.loads(line) for line in path.read_text().splitlines()):
-                rows[row["triton"], row["case"], row["how"]] = row
-        text, wrong = markdown(target, list(rows.values()))
+    for target, keys in planned.items():
+        files = [current(path) for path in sorted(folder.glob(f"{target}.*.jsonl"), reverse=True)]
+        rows = [row for file in files for row in file if (row["case"], row["how"]) in keys]
+        text, wrong = markdown(target, rows, len(keys) * len(files))
         (folder / f"{target}.md").write_text(text)
         for line in wrong:
             print(f"{target}: {line}")
@@ -54,8 +79,8 @@ def write(folder: Path, targets: list[str]) -> int:
     return int(failed)
 
 
-def markdown(target: str, rows: list[Row]) -> tuple[str, list[str]]:
-    """The page of a target, and what is wrong with its rows."""
+def markdown(target: str, rows: list[Row], planned: int) -> tuple[str, list[str]]:
+    """The page of a target, and what is wrong with its rows. planned: how many there may be."""
     wrong = [
         f"{row['case']}, {row['how']} (Triton {row['triton']}): {what}"
         for row in rows
@@ -64,9 +89,12 @@ def markdown(target: str, rows: list[Row]) -> tuple[str, list[str]]:
     if not rows:
         wrong.append("there are no rows: nothing was run")
     versions = " and ".join(dict.fromkeys(row["triton"] for row in rows))
-    commits = ", ".join(sorted({f"{row['commit']}{' with changes' * bool(row['dirty'])}" for row in rows}))
+    commits = sorted({f"{row['commit']}{' with changes' * bool(row['dirty'])}" for row in rows})
+    at = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     bad = sum(bool(row["wrong"]) for row in rows)
-    page = HEAD.format(target=target, versions=versions, commits=commits, cases=len(rows), bad=bad)
+    page = HEAD.format(
+        target=target, versions=versions, commits=at, cases=len(rows), planned=planned, bad=bad
+    )
     page += "| kernel | Triton | how | arithmetic | cases | error | unused | findings |\n"
     page += "|---|---|---|---|---:|---:|---:|---:|\n"
     groups: dict[tuple, list[Row]] = {}

@@ -106,3 +106,13 @@ def pass_on_kernel(x, count, out, RELEASE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def collide_kernel(x):
     tl.store(x + tl.arange(0, 32), tl.program_id(0))
+
+
+@triton.jit
+def peek_kernel(x, out, n, BLOCK: tl.constexpr):
+    """Program 1 reads what program 0 writes, and stores it where there are n elements."""
+    i = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(x + i, i)
+    else:
+        tl.store(out + i, tl.load(x + i), mask=i < n)

@@ -3,13 +3,12 @@
 import itertools
 import re
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from tests.tools.ptxsim import arithmetic, parser, tensor_cores
+from tests.tools.ptxsim import parser
 from tests.tools.ptxsim.context import Fault
 from tests.tools.ptxsim.launch import Emulator
 from tests.tools.ptxsim.mutations import without
@@ -311,45 +310,3 @@ def test_what_is_not_known_is_an_error(text):
     assert len(Program(good).blocks) == 1
     with pytest.raises(parser.PtxError, match="unknown instruction"):
         Program(parser.parse(HEADER + declared + text + "\nret;\n}"))
-
-
-def test_relu_of_an_fma():
-    """fma.rn.relu of two halves gives no negative number: the modifier is not lost."""
-    f = parser.parse(HEADER + ".reg .b32 %r<4>;\nfma.rn.relu.bf16x2 %r1, %r1, %r2, %r3;\nret;\n}")
-    source = Program(f).blocks[0].source
-    assert "np.maximum" in source
-
-
-def test_subnormals_and_ftz():
-    tiny = np.array([1e-40, -1e-40, 1e-38, 1.0, np.inf], np.float32)
-    assert np.array_equal(arithmetic.flushed(tiny), np.array([0, 0, 0, 1, np.inf], np.float32))
-    assert np.signbit(arithmetic.flushed(tiny)[1])
-    f = parser.parse(HEADER + ".reg .f32 %f<4>;\nmul.ftz.f32 %f1, %f2, %f3;\nret;\n}")
-    assert Program(f).blocks[0].source.count("A.flushed") == 3  # both operands and the result
-
-
-# Tensor cores' sums
-
-
-def tensor_core(a, b, c, unit):
-    """c + a . b of vectors, as one element of a product."""
-    places = tensor_cores.fragment("m16n8k16", "bf16", "C")
-    left, right = np.zeros((1, 16, len(a))), np.zeros((1, len(a), 8))
-    left[0, 0], right[0, :, 0] = a, b
-    old = np.full((1, 32, 4), c, np.float32)
-    return float(tensor_cores.accumulate(old, left, right, places, "bf16", unit)[0, 0, 0])
-
-
-def test_a_truncated_sum():
-    """By arXiv 2512.07004: towards zero, one (A100) or two (H100) bits below float32's last are kept."""
-    ones, small = np.ones(16), np.full(16, 2.0**-24)
-    for capability, extra in ((80, 1), (90, 2)):
-        unit = tensor_cores.UNITS[capability]
-        # Each term is half of the sum's last bit. Kept, eight of them together are four of its last bits.
-        assert tensor_core(small[:8], ones[:8], 1.0, unit) == 1.0 + 4 * 2.0**-23
-        lost = 2.0 ** -(24 + extra)
-        assert tensor_core(np.full(8, lost), ones[:8], 1.0, unit) == 1.0
-        assert tensor_core([2.0**-24], [1.0], -1.0, unit) == -1.0 + 2.0**-24
-        assert tensor_core([-(2.0**-25)], [1.0], 1.0, unit) == (1.0 if extra == 1 else 1.0 - 2.0**-24)
-    assert tensor_core(small, ones, 1.0, None) == np.float32(1.0 + 16 * 2.0**-24)
-    assert np.isnan(tensor_core([np.inf], [0.0], 1.0, tensor_cores.UNITS[90]))

@@ -7,15 +7,15 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 
 from bench.agreement import FACTOR, floor
 from elman import reference
 from elman.kernels import configs
 from tests.helpers import error
-from tests.scans import problem, truth
-from tests.tools.ptxsim import cases
+from tests.scans import clean, problem, truth
+from tests.tools.ptxsim import cases, check
 from tests.tools.ptxsim.cases import Case
-from tests.tools.ptxsim.check import check
 from tests.tools.ptxsim.launch import Emulator
 
 SEED = 0
@@ -31,9 +31,58 @@ def pytest_generate_tests(metafunc):
 def test_sample(drawn, target):
     case, options = drawn
     with Emulator(target, **options) as emulator:
-        outcome = check(case, emulator, configs.CHIPS[target])
+        outcome = check.check(case, emulator, configs.CHIPS[target])
     assert not outcome.wrong, outcome.wrong[:4]
     assert emulator.launches
+
+
+def test_what_the_sample_computes_depends_on_w_hh(target):
+    for case, _ in cases.sample(configs.CHIPS[target], SEED):
+        if case.backward:
+            torch.manual_seed(case.seed)
+            z, h0, w_hh, lengths, g_out, g_hn, resets = check._numbers(case)
+            output, _ = truth(clean(z, lengths), h0, w_hh, lengths, check._word(case), resets)
+            g_o, g_h = check._gradients(case, g_out, g_hn, z.dtype)
+            with_w, without = (
+                check._dz(case, g_o, g_h, output, w, lengths, resets) for w in (w_hh, 0 * w_hh)
+            )
+            assert error(without, with_w) > 0.02, case
+
+
+def test_an_element_that_is_wrong_is_noticed_whatever_the_others_are(monkeypatch, target):
+    """One of 8,448 adds little to the norm of the error."""
+    chip = configs.CHIPS[target]
+    case = Case("resident", "bf16", 264, B=16, T=2)
+    case = replace(case, config=cases.found(case, chip)[0])
+    right = check._forward
+
+    def with_an_error(*arguments):
+        actual, expected, *rest = right(*arguments)
+        actual[1, 3, 5] = -expected[1, 3, 5].sign()
+        return actual, expected, *rest
+
+    monkeypatch.setattr(check, "_forward", with_an_error)
+    with Emulator(target) as emulator:
+        assert "worst at (1, 3, 5)" in check.check(case, emulator, chip).wrong[0]
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["flag", "counter"])
+def test_giving_up_excuses_no_missing_barrier(flag, target):
+    """Programs that wait in vain read what is not there; that a program's warps collide is wrong as ever."""
+    chip = configs.CHIPS[target]
+    config = configs.CooperativeConfig(8, 16, 64, 1, FLAG=flag, num_warps=4)
+    case = Case("cooperative", "bf16", 64, config, B=3, T=3, withheld=3)
+    with Emulator(target) as emulator:
+        assert not check.check(case, emulator, chip).wrong
+        emulator.edit = lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx)
+        assert any(" x race " in line for line in check.check(case, emulator, chip).wrong)
+
+
+def test_the_driver_is_that_of_before(target):
+    before = triton.runtime.driver._active
+    with Emulator(target):
+        assert triton.runtime.driver.active is not before
+    assert triton.runtime.driver._active is before
 
 
 #: Of each the arithmetic, the hidden size, and why launchers refuse it; None: they don't.
@@ -56,16 +105,16 @@ def test_warps_with_the_same_rows_wait_for_one_another(arithmetic, H, config, re
     case, chip = Case("resident", arithmetic, H, config, B=3, T=6), configs.CHIPS[target]
     if refused:
         with Emulator(target) as emulator:
-            (wrong,) = check(case, emulator, chip).wrong
+            (wrong,) = check.check(case, emulator, chip).wrong
         assert "ValueError" in wrong
         assert refused in wrong
     with mock.patch.object(configs, "misfit", return_value=None):
         for seed in range(3):
             with Emulator(target, by_warp=True, seed=seed) as emulator:
-                assert not check(case, emulator, chip).wrong
+                assert not check.check(case, emulator, chip).wrong
         with Emulator(target) as emulator:
             emulator.edit = lambda ptx: re.sub(r"bar\.sync\s+0;", "", ptx)
-            assert any(" x race " in line for line in check(case, emulator, chip).wrong)
+            assert any(" x race " in line for line in check.check(case, emulator, chip).wrong)
 
 
 # The 1.5 rule, with sums as tensor cores round them.

@@ -83,7 +83,7 @@ class CopyOperations:
     def cp_finish(self, copy):
         data = np.zeros((len(copy.off), copy.spec.size), u8)
         for region, k, off, width, poisoned in copy.reads:
-            data[k[:, None], span(width)] = region.mem[off[:, None] + span(width)]
+            data[k[:, None], span(width)] = region.bytes(off, width, self.cta)
             if poisoned is not None:
                 data[k[poisoned]] = NAN[1]
         copy.region.end_copy(copy.off, data, self.of(copy.which), copy.spec)

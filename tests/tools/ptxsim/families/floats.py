@@ -31,13 +31,12 @@ class Floats(Registers):
 
     @form("fma", HALF)
     def half_fma(self, i, d, a, b, c):
-        self._half_result(i, d, f"A.fma32({', '.join(self._halves(i, a, b, c))})")
+        self._half_result(i, d, f"A.fma_half({', '.join(self._halves(i, a, b, c))})")
 
     @form("max min", r"(ftz\.)?(NaN\.)?f32|f64")
     def float_max(self, i, d, a, b):
         """Of a number and NaN the number, or with .NaN NaN."""
-        name = f"np.{i.op}imum" if "NaN" in i.mods else f"np.f{i.op}"
-        self._result(i, d, f"{name}({', '.join(self._operands(i, a, b))})")
+        self._result(i, d, f"A.{i.op}imum({', '.join(self._operands(i, a, b))}, {'NaN' in i.mods})")
 
     @form("abs", r"(ftz\.)?f32|f64")
     def abs(self, i, d, a):
@@ -72,7 +71,7 @@ class Floats(Registers):
         return [f"A.{kind.removesuffix('x2')}_to_f32({v})" for v in values]
 
     def _half_result(self, i, d, text):
-        """Rounded once from float32, which holds any sum, product or fma of halves well enough for that."""
+        """Rounded from float32, which has more than twice a half's bits: as if from the exact result."""
         kind = i.mods[-1]
         if "relu" in i.mods:
             text = f"np.maximum({text}, f32(0))"

@@ -60,8 +60,10 @@ class LaneOperations:
 
     def _members(self, members, m, line):
         """Which lanes a mask names, and which are there; they should be the same."""
-        member = ((members.reshape(-1, 32)[:, :1] >> LANES.astype(u32)) & u32(1)).astype(bool)
-        here = np.ones_like(member) if m is None else m.reshape(-1, 32)
+        members = members.reshape(-1, 32)
+        here = np.ones(members.shape, bool) if m is None else m.reshape(-1, 32)
+        of_the_first = np.take_along_axis(members, here.argmax(1)[:, None], 1)
+        member = ((of_the_first >> LANES.astype(u32)) & u32(1)).astype(bool)
         if (here.any(1)[:, None] & (member & ~here)).any():
             self.report("lanes", line, "it waits for a lane that is not there")
         if (here & ~member).any():

@@ -163,8 +163,10 @@ class MemoryOperations:
                 self.machine.memory.flush(self.cta.number)
                 for g, o in set(zip(threads.gids.tolist(), off.tolist(), strict=True)):
                     self.machine.clocks.release(g, (id(region), o))
-            if region.weak is not None:
-                region.weak.delay(self.cta.number, off, data)
+            else:
+                self.machine.clocks.overwrite(threads.gids, id(region), off)
+            if region.weak is not None and not spec.release:  # whoever acquires must find the release
+                region.weak.delay(self.cta.number, off, data, spec.size)
             else:
                 region.put(off, data, spec)
 
@@ -181,6 +183,9 @@ class MemoryOperations:
         if not len(which):
             return result
         for region, k, off in self.pieces(spec, address[which], which, spec.size, "global"):
+            region.read(off, spec.size, self.of(k), spec, ordered=False)
+            if region.weak is not None:
+                region.weak.settle(self.cta.number, off, spec.size)
             memory = region.views[spec.size].view(KIND[spec.kind])
             for t, o in zip(k.tolist(), off.tolist(), strict=True):  # one thread after the other
                 g, key, place = int(self.gids[t]), (id(region), o), o // spec.size

@@ -1,4 +1,4 @@
-"""mov, cvta, cvt, prmt: PTX ISA, section "Data Movement and Conversion Instructions"."""
+"""mov, cvt, prmt: PTX ISA, section "Data Movement and Conversion Instructions"."""
 
 from __future__ import annotations
 

@@ -93,6 +93,12 @@ def _old(R, index, width, n):
     return poison(width, n) if R[index] is None else R[index]
 
 
+def _read(R, index, name):
+    if R[index] is None:
+        raise ValueError(f"{name} is read, and no thread has written it")
+    return R[index]
+
+
 class Registers:
     """Writes blocks. A family's methods, marked with `form`, take an instruction and its operands."""
 
@@ -102,6 +108,7 @@ class Registers:
         self.p = program
         self.space: dict[str, Any] = {
             "np": np, "A": arithmetic, "where": np.where, "AND": _and, "MERGE": _merge, "OLD": _old,
+            "READ": _read,
             "pred": np.bool_, **{UNTYPED[w]: KIND[UNTYPED[w]] for w in (8, 16, 32, 64)},
             **{f"s{w}": KIND[f"s{w}"] for w in (8, 16, 32, 64)}, "f32": np.float32, "f64": np.float64,
         }  # fmt: skip
@@ -176,7 +183,7 @@ class Registers:
         if WIDTHS[kind] != reg.width:
             raise PtxError(f"line {self.i.line}: {reg.name} of {reg.width} bits as {kind}: {self.i.text}")
         if reg.index not in self.known:
-            self.known[reg.index] = {UNTYPED[reg.width]: self.name(f"R[{reg.index}]")}
+            self.known[reg.index] = {UNTYPED[reg.width]: self.name(f"READ(R, {reg.index}, {reg.name!r})")}
         names = self.known[reg.index]
         if kind not in names:
             names[kind] = self.name(f"{next(iter(names.values()))}.view({kind})")

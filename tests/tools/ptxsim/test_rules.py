@@ -1,0 +1,301 @@
+"""Single rules of the emulator, in PTX written by hand: what is seen, what is found, and what is not."""
+
+import numpy as np
+import pytest
+
+from tests.tools.ptxsim import arithmetic, parser, tensor_cores
+from tests.tools.ptxsim.context import Fault
+from tests.tools.ptxsim.machine import Machine, Options, Storage
+from tests.tools.ptxsim.program import Program
+
+#: The element of x or y that is a thread's.
+ADDRESSES = """\
+mov.u32 %r1, %tid.x;
+mul.wide.u32 %rd10, %r1, 4;
+add.s64 %rd11, %rd1, %rd10;
+add.s64 %rd12, %rd2, %rd10;
+"""
+#: Program 0 goes on, program 1 jumps.
+PROGRAM = """\
+mov.u32 %r2, %ctaid.x;
+setp.ne.u32 %p1, %r2, 0;
+@%p1 bra $L1;
+"""
+
+
+def words(n, value=0):
+    return np.full(n, value, np.uint32)
+
+
+def launch(body, x, y, *, threads=32, grid=(1,), shared=0, fresh=False, poison=None, **options):
+    """Runs the body, where %rd1 and %rd2 are the addresses of x and y. fresh: nobody has written x."""
+    text = (
+        ".version 8.7\n.target sm_90a\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
+        f".visible .entry k(.param .u64 k_x, .param .u64 k_y) .reqntid {threads} {{\n"
+        ".reg .pred %p<20>; .reg .b32 %r<60>; .reg .b64 %rd<40>; .reg .f32 %f<9>;\n"
+        f"ld.param.b64 %rd1, [k_x];\nld.param.b64 %rd2, [k_y];\n{body}\nret;\n}}"
+    )
+    init = np.zeros(x.nbytes, bool) if fresh else None
+    bases = {"k_x": 1 << 20, "k_y": 2 << 20}
+    storages = {
+        bases["k_x"]: Storage(x.view(np.uint8), "x", None, init),
+        bases["k_y"]: Storage(y.view(np.uint8), "y", None, None),
+    }
+    made = Options(**options)
+    machine = Machine(
+        Program(parser.parse(text), made.by_warp), grid, threads, shared, bases, storages, made,
+        unit=tensor_cores.UNITS[90], together=len(grid) > 0 and grid[0] > 1,
+    )  # fmt: skip
+    for region in machine.memory.regions:
+        region.poison = (poison or {}).get(region.name, set())
+    machine.run()
+    return machine
+
+
+def kinds(machine):
+    return {kind for kind, _, _ in machine.reports.found}
+
+
+def racy(machine):
+    return {region.name: region.racy for region in machine.memory.regions if region.racy}
+
+
+# Races
+
+
+def test_every_racing_read_sees_nan():
+    """Not the last alone: what an earlier one read is stored."""
+    body = (
+        ADDRESSES + PROGRAM + "ld.global.b32 %r3, [%rd11];\nst.global.b32 [%rd12], %r3;\nbar.sync 0;\n"
+        "ld.global.b32 %r4, [%rd11];\nret;\n$L1:\nst.global.b32 [%rd11], 7;\n"
+    )
+    results = []
+    for seed in range(8):
+        y = words(32)
+        first = launch(body, words(32, 1), y, grid=(2,), seed=seed)
+        if kinds(first) == {"race"} and y[0] == 1 and not first.reports.serious:
+            again = words(32)
+            launch(body, words(32, 1), again, grid=(2,), seed=seed, poison=racy(first))
+            results.append(set(again.tolist()))
+    assert results
+    assert all(1 not in values for values in results), results
+
+
+def test_a_store_over_a_release_ends_it():
+    """Who acquires what another program has stored there without release is not ordered by the release."""
+    body = (
+        "mov.u32 %r2, %ctaid.x;\nsetp.eq.u32 %p1, %r2, 0;\nsetp.eq.u32 %p2, %r2, 1;\n"
+        "@%p1 bra $L0;\n@%p2 bra $L1;\n"
+        "$LOOP:\nld.volatile.global.b32 %r3, [%rd2];\nsetp.ne.u32 %p3, %r3, WANTED;\n@%p3 bra $LOOP;\n"
+        "ld.acquire.gpu.global.b32 %r3, [%rd2];\n"
+        "ld.global.b32 %r4, [%rd1];\nst.global.b32 [%rd2+4], %r4;\nret;\n"
+        "$L0:\nst.global.b32 [%rd1], 7;\nst.release.gpu.global.b32 [%rd2], 1;\nret;\n"
+        "$L1:\nld.volatile.global.b32 %r3, [%rd2];\nsetp.ne.u32 %p3, %r3, 1;\n@%p3 bra $L1;\n"
+        "LATE"
+    )
+    late = "st.relaxed.gpu.global.b32 [%rd2], 2;\n"
+    for wanted, last, races in ((1, "", False), (2, late, True)):
+        for seed in range(4):
+            text = body.replace("WANTED", str(wanted)).replace("LATE", last)
+            machine = launch(text, words(1), words(2), grid=(3,), seed=seed)
+            lines = [machine.program.f.lines[line - 1] for _, line, _ in machine.reports.found]
+            assert ("ld.global.b32 %r4, [%rd1];" in lines) == races
+
+
+def test_an_atomic_operation_on_fresh_memory_is_found():
+    body = ADDRESSES + "atom.global.gpu.relaxed.add.u32 %r3, [%rd11], 1;\n"
+    assert kinds(launch(body, words(32), words(32))) == set()
+    assert kinds(launch(body, words(32), words(32), fresh=True)) == {"uninitialised"}
+
+
+# Stores that come late
+
+WAIT = "$LOOP:\nld.volatile.global.b32 %r20, [%rd1+8];\nadd.u32 %r9, %r9, 1;\nsetp.lt.u32 %p2, %r9, 60;\n"
+WAIT += "@%p2 bra $LOOP;\n"
+
+
+def test_a_program_s_stores_of_one_place_stay_in_order():
+    body = (
+        "mov.u32 %r9, 0;\nmov.u32 %r3, 2;\n" + PROGRAM + "st.global.b32 [%rd1], 1;\n"
+        "st.global.v2.b32 [%rd1], {%r3, %r3};\nst.global.b32 [%rd1+4], 3;\n$L1:\n" + WAIT
+    )
+    for seed in range(30):
+        x = words(4)
+        launch(body, x, words(1), grid=(2,), weak=True, by_warp=True, seed=seed)
+        assert x[:2].tolist() == [2, 3]
+
+
+def test_elements_of_a_late_store_come_one_by_one():
+    """Of a pair some program sees the second before the first."""
+    body = (
+        "mov.u32 %r9, 0;\nmov.u32 %r3, 7;\nmov.u32 %r1, %tid.x;\nsetp.eq.u32 %p3, %r1, 0;\n" + PROGRAM
+        + "@%p3 st.global.v2.b32 [%rd1], {%r3, %r3};\n" + WAIT
+        + "ret;\n$L1:\nld.volatile.global.b32 %r4, [%rd1+4];\nadd.u32 %r9, %r9, 1;\n"
+        "setp.eq.u32 %p2, %r4, 0;\nsetp.lt.and.u32 %p2, %r9, 60, %p2;\n@%p2 bra $L1;\n"
+        "ld.volatile.global.b32 %r5, [%rd1];\nst.global.b32 [%rd2], %r4;\nst.global.b32 [%rd2+4], %r5;\n"
+    )  # fmt: skip
+    seen = set()
+    for seed in range(60):
+        y = words(2, 9)
+        launch(body, words(4), y, grid=(2,), weak=True, by_warp=True, seed=seed)
+        seen.add(tuple(y.tolist()))
+    assert {(7, 7), (7, 0)} <= seen
+
+
+def test_a_program_sees_its_own_late_stores():
+    """Atomic operations and cp.async do, too."""
+    atomic = ADDRESSES + (
+        "st.global.b32 [%rd11], 9;\natom.global.gpu.relaxed.add.u32 %r3, [%rd11], 1;\n"
+        "st.global.b32 [%rd12], %r3;\n"
+    )
+    x, y = words(32, 1), words(32)
+    launch(atomic, x, y, weak=True)
+    assert set(y.tolist()) == {9}
+    assert set(x.tolist()) == {10}
+    copy = ADDRESSES + (
+        "mov.u32 %r5, smem;\nshl.b32 %r6, %r1, 2;\nadd.u32 %r5, %r5, %r6;\nst.global.b32 [%rd11], 9;\n"
+        "cp.async.ca.shared.global [%r5], [%rd11], 4;\ncp.async.commit_group;\ncp.async.wait_group 0;\n"
+        "ld.shared.b32 %r8, [%r5];\nst.global.b32 [%rd12], %r8;\n"
+    )
+    y = words(32)
+    launch(copy, words(32, 1), y, shared=128, weak=True)
+    assert set(y.tolist()) == {9}
+
+
+def test_who_does_not_see_a_release_is_not_ordered_by_it():
+    body = (
+        "mov.u32 %r9, 0;\n" + PROGRAM + "st.global.b32 [%rd1], 7;\nst.release.gpu.global.b32 [%rd2], 1;\n"
+        + WAIT + "ret;\n$L1:\nld.acquire.gpu.global.b32 %r4, [%rd2];\nld.global.b32 %r5, [%rd1];\n"
+        "st.global.b32 [%rd2+4], %r4;\n"
+    )  # fmt: skip
+    saw = []
+    for seed in range(30):
+        y = words(2)
+        found = kinds(launch(body, words(4), y, grid=(2,), weak=True, by_warp=True, seed=seed))
+        saw.append((int(y[1]), found))
+    assert (1, set()) in saw
+    assert (0, {"race"}) in saw
+    # It may have read before anybody stored. What it read then, a later store races with.
+    assert (0, set()) not in saw
+
+
+# Registers and lanes
+
+
+@pytest.mark.parametrize("text", ["@%p7 st.global.b32 [%rd1], 5;", "@%p7 bra $END;\n$END:"])
+def test_a_predicate_that_nobody_wrote_is_an_error(text):
+    body = f"mov.u32 %r1, %tid.x;\nsetp.eq.u32 %p1, %r1, 99;\n@%p1 bra $W;\nbra $X;\n$W:\n" \
+        f"setp.eq.u32 %p7, %r1, 0;\n$X:\n{text}"  # fmt: skip
+    with pytest.raises(parser.PtxError, match="%p7 is read, and no thread has written it"):
+        launch(body, words(32), words(1))
+
+
+def test_a_member_mask_is_that_of_the_lanes_that_are_there():
+    body = (
+        "mov.u32 %r1, %tid.x;\nsetp.lt.u32 %p1, %r1, 16;\nselp.b32 %r3, 65535, -65536, %p1;\n"
+        "@%p1 bra $END;\nshfl.sync.bfly.b32 %r4, %r1, 1, 31, %r3;\n$END:\n"
+    )
+    assert kinds(launch(body, words(1), words(1))) == set()
+    assert kinds(launch(body.replace("-65536", "-1"), words(1), words(1))) == {"lanes"}
+
+
+def test_out_of_bounds_is_a_fault():
+    with pytest.raises(Fault, match="out of bounds"):
+        launch(ADDRESSES + "ld.global.b32 %r3, [%rd11];\n", words(31), words(1))
+
+
+# Arithmetic
+
+
+def test_division_is_towards_zero():
+    a = np.array([-(2**31), -7, 7, -7, 7], np.int32)
+    b = np.array([10, 2, -2, -2, 2], np.int32)
+    assert arithmetic.div_int(a, b).tolist() == [-214748364, -3, -3, 3, 3]
+    assert arithmetic.rem_int(a, b).tolist() == [-8, -1, 1, -1, 1]
+    assert arithmetic.div_int(np.array([-(2**63)]), np.array([10])).tolist() == [-922337203685477580]
+
+
+def test_a_fused_product_is_rounded_once():
+    """152 * 240 lies between two bfloat16 numbers; what is added decides, and float32 would lose it."""
+    f32 = np.float32
+    a, b, c = np.array([152, 152], f32), np.array([240, 240], f32), np.array([2.0**-30, -(2.0**-30)], f32)
+    assert arithmetic.bf16_to_f32(arithmetic.f32_to_bf16(arithmetic.fma_half(a, b, c))).tolist() == [
+        36608,
+        36352,
+    ]
+    one, tiny = f32(1 + 2.0**-23), f32(2.0**-23)
+    exact = arithmetic.fma32(np.array([one]), np.array([f32(1 + 2.0**-23)]), np.array([-tiny]))
+    assert exact.tolist() == [float(f32(1 + 2.0**-23))]
+    # 1 + 2^-24 is a tie; 2^-60 above it is not.
+    above = arithmetic.fma32(np.array([f32(2.0**-24)]), np.array([f32(1 + 2.0**-23)]), np.array([f32(1)]))
+    assert above.tolist() == [float(f32(1 + 2.0**-23))]
+    wide = arithmetic.fma32(np.array([f32(2.0**-30)]), np.array([f32(2.0**-50)]), np.array([f32(1)]))
+    assert wide.tolist() == [1.0]
+
+
+def test_zeros_have_an_order():
+    zeros = np.array([-0.0, 0.0], np.float32)
+    assert not np.signbit(arithmetic.maximum(zeros, zeros[::-1], False)).any()
+    assert np.signbit(arithmetic.minimum(zeros, zeros[::-1], False)).all()
+    nan = np.array([np.nan], np.float32)
+    assert arithmetic.maximum(nan, zeros[:1] + 1, False).tolist() == [1.0]
+    assert np.isnan(arithmetic.maximum(nan, zeros[:1], True)).all()
+
+
+def test_relu_of_an_fma():
+    """A half's fused product below zero is zero: -1.0 * 1.0 + 0.5, and 1.0 * 1.0 + 0.5."""
+    body = ADDRESSES + (
+        "ld.global.b32 %r3, [%rd11];\nmov.b32 %r4, 0x3F803F80;\nmov.b32 %r5, 0x3F003F00;\n"
+        "fma.rn.relu.bf16x2 %r6, %r3, %r4, %r5;\nst.global.b32 [%rd12], %r6;\n"
+    )
+    y = words(32)
+    launch(body, words(32, 0x3F80BF80), y)
+    assert set(y.tolist()) == {0x3FC00000}
+
+
+def test_subnormals_and_ftz():
+    """.ftz makes zeros of small operands and of small results; without it they count."""
+    tiny = np.array([1e-40, -1e-40, 1e-38, 1.0, np.inf], np.float32)
+    assert np.array_equal(arithmetic.flushed(tiny), np.array([0, 0, 0, 1, np.inf], np.float32))
+    assert np.signbit(arithmetic.flushed(tiny)[1])
+    body = ADDRESSES + (
+        "ld.global.b32 %r3, [%rd11];\nmov.b32 %f1, %r3;\nmov.b32 %f2, 0fFACTOR;\n"
+        "mul.MODIFIER.f32 %f3, %f1, %f2;\nmov.b32 %r4, %f3;\nst.global.b32 [%rd12], %r4;\n"
+    )
+    for modifier, small, factor, product in (
+        ("rn", 2.0**-130, 4.0, 2.0**-128),
+        ("rn.ftz", 2.0**-130, 4.0, 0.0),
+        ("rn.ftz", 2.0**-126, 0.5, 0.0),
+    ):
+        y = words(32)
+        bits = f"{np.float32(factor).view(np.uint32):08X}"
+        text = body.replace("MODIFIER", modifier).replace("FACTOR", bits)
+        launch(text, np.full(32, small, np.float32), y)
+        assert set(y.view(np.float32).tolist()) == {product}
+
+
+# Tensor cores' sums
+
+
+def tensor_core(a, b, c, unit):
+    """c + a . b of vectors, as one element of a product."""
+    places = tensor_cores.fragment("m16n8k16", "bf16", "C")
+    left, right = np.zeros((1, 16, len(a))), np.zeros((1, len(a), 8))
+    left[0, 0], right[0, :, 0] = a, b
+    old = np.full((1, 32, 4), c, np.float32)
+    return float(tensor_cores.accumulate(old, left, right, places, "bf16", unit)[0, 0, 0])
+
+
+def test_a_truncated_sum():
+    """By arXiv 2512.07004: towards zero, one (A100) or two (H100) bits below float32's last are kept."""
+    ones, small = np.ones(16), np.full(16, 2.0**-24)
+    for capability, extra in ((80, 1), (90, 2)):
+        unit = tensor_cores.UNITS[capability]
+        # Each term is half of the sum's last bit. Kept, eight of them together are four of its last bits.
+        assert tensor_core(small[:8], ones[:8], 1.0, unit) == 1.0 + 4 * 2.0**-23
+        lost = 2.0 ** -(24 + extra)
+        assert tensor_core(np.full(8, lost), ones[:8], 1.0, unit) == 1.0
+        assert tensor_core([2.0**-24], [1.0], -1.0, unit) == -1.0 + 2.0**-24
+        assert tensor_core([-(2.0**-25)], [1.0], 1.0, unit) == (1.0 if extra == 1 else 1.0 - 2.0**-24)
+    assert tensor_core(small, ones, 1.0, None) == np.float32(1.0 + 16 * 2.0**-24)
+    assert np.isnan(tensor_core([np.inf], [0.0], 1.0, tensor_cores.UNITS[90]))
