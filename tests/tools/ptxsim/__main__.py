@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -42,21 +43,22 @@ WAYS: dict[str, dict[str, Any]] = {
     "truncated sums": {"truncate": True},
     "a program withheld": {},
 }
+ALL = ",".join(cases.SIZES)
 #: Of the drawn cases, every so many are run once more in this way.
 EVERY = {"by warp": 12, "weak memory": 4, "approximate": 15, "truncated sums": 8, "a program withheld": 8}
 
 
-def plan(target: str, options: argparse.Namespace) -> Iterator[tuple[cases.Case, str]]:
+def plan(target: str, kernels: str = ALL, seed: int = 0) -> Iterator[tuple[cases.Case, str]]:
     """Cases and how they are run, the same for the same seed."""
-    drawn = cases.every(options.kernels.split(","), configs.CHIPS[target], options.seed)
-    for n, case in enumerate(drawn):
+    for case in cases.every(kernels.split(","), configs.CHIPS[target], seed):
         yield case, "in step"
         programs = -(-case.H // getattr(case.config, "BLOCK_N", case.H))
         for way, each in EVERY.items():
-            if n % each == each - 1 and (way != "approximate" or not case.relu):
+            draw = random.Random(f"{case} {way}")
+            if draw.randrange(each) == 0 and (way != "approximate" or not case.relu):
                 if way == "a program withheld":
                     if case.kernel == "cooperative" and programs > 1 and not case.lengths and not case.resets:
-                        yield replace(case, withheld=0 if n % 2 else programs - 1, T=3), way
+                        yield replace(case, withheld=draw.choice((0, programs - 1)), T=3), way
                 elif way != "weak memory" or case.kernel == "cooperative":
                     yield case, way
 
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("action", choices=("rows", "report"))
     parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
-    parser.add_argument("--kernels", default=",".join(cases.SIZES), help="default: %(default)s")
+    parser.add_argument("--kernels", default=ALL, help="default: %(default)s")
     parser.add_argument(
         "--minutes", type=float, default=60, help="for each target, at most; default: %(default)g"
     )
@@ -78,9 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     targets = options.targets.split(",")
     if options.action == "report":
-        return report.write(
-            options.output, {target: set(map(_key, plan(target, options))) for target in targets}
-        )
+        return report.write(options.output, {target: set(map(_key, plan(target))) for target in targets})
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: there is nothing to compile. Unset it.")
     if len(targets) > 1:  # a process has one target
@@ -97,13 +97,16 @@ def _key(planned: tuple[cases.Case, str]) -> tuple[str, str]:
 
 def _rows(target: str, options: argparse.Namespace) -> int:
     part, parts = (int(n) for n in options.part.split("/"))
-    todo = [(case, way) for case, way in plan(target, options) if re.search(options.only, f"{case} {way}")]
-    todo = todo[part - 1 :: parts]
+    planned = plan(target, options.kernels, options.seed)
+    todo = [(case, way) for case, way in planned if re.search(options.only, f"{case} {way}")][
+        part - 1 :: parts
+    ]
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{target}.{triton.__version__}.jsonl"
     stamp = {"code": report.code(), **commit()}
     there = report.current(path)
-    path.write_text("".join(json.dumps(row) + "\n" for row in there))
+    path.with_suffix(".new").write_text("".join(json.dumps(row) + "\n" for row in there))
+    path.with_suffix(".new").replace(path)
     known = {(row["case"], row["how"]) for row in there}
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
     emulators = {way: Emulator(target, **how) for way, how in WAYS.items()}

@@ -114,10 +114,13 @@ def found(case: Case, chip: Chip) -> list[Config]:
 
 
 def every(kernels: list[str], chip: Chip, seed: int = 0) -> list[Case]:
-    """Every kernel, size, arithmetic, direction and variant; configs take turns, and the order is drawn."""
-    draw = random.Random(seed)
+    """Every kernel, size, arithmetic, direction and variant; configs take turns, and the order is drawn.
+
+    A kernel's cases are the same whatever kernels are asked for.
+    """
     out: list[Case] = []
     for kernel in kernels:
+        draw = random.Random(f"{kernel} {seed}")
         for H, arithmetic, backward in itertools.product(SIZES[kernel], KINDS[kernel], (False, True)):
             for n in range(len(VARIANTS)) if not (backward and kernel in ONE_WAY) else ():
                 if H < 1024 or n in (0, 4):  # larger ones take a minute
@@ -128,7 +131,8 @@ def every(kernels: list[str], chip: Chip, seed: int = 0) -> list[Case]:
             out.append(
                 Case("cooperative", arithmetic, 136, config, B=9, D=2, lengths=True, backward=backward)
             )
-    draw.shuffle(out)
+    out = list(dict.fromkeys(out))
+    random.Random(seed).shuffle(out)
     return out
 
 
