@@ -19,7 +19,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,19 +47,25 @@ ALL = ",".join(cases.SIZES)
 EVERY = {"by warp": 12, "weak memory": 4, "approximate": 15, "truncated sums": 8, "a program withheld": 8}
 
 
-def plan(target: str, kernels: str = ALL, seed: int = 0) -> Iterator[tuple[cases.Case, str]]:
-    """Cases and how they are run, the same for the same seed."""
+Key = tuple[str, str]  # a case's text, and how it is run
+
+
+def plan(target: str, kernels: str = ALL, seed: int = 0) -> dict[Key, cases.Case]:
+    """What is run, and how; the same for the same seed."""
+    out: dict[Key, cases.Case] = {}
     for case in cases.every(kernels.split(","), configs.CHIPS[target], seed):
-        yield case, "in step"
+        out[str(case), "in step"] = case
         programs = -(-case.H // getattr(case.config, "BLOCK_N", case.H))
         for way, each in EVERY.items():
             draw = random.Random(f"{case} {way}")
             if draw.randrange(each) == 0 and (way != "approximate" or not case.relu):
                 if way == "a program withheld":
                     if case.kernel == "cooperative" and programs > 1 and not case.lengths and not case.resets:
-                        yield replace(case, withheld=draw.choice((0, programs - 1)), T=3), way
+                        alone = replace(case, withheld=draw.choice((0, programs - 1)), T=3)
+                        out[str(alone), way] = alone
                 elif way != "weak memory" or case.kernel == "cooperative":
-                    yield case, way
+                    out[str(case), way] = case
+    return out
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     targets = options.targets.split(",")
     if options.action == "report":
-        return report.write(options.output, {target: set(map(_key, plan(target))) for target in targets})
+        return report.write(options.output, {target: set(plan(target)) for target in targets})
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: there is nothing to compile. Unset it.")
     if len(targets) > 1:  # a process has one target
@@ -90,17 +95,10 @@ def main(argv: list[str] | None = None) -> int:
     return _rows(targets[0], options)
 
 
-def _key(planned: tuple[cases.Case, str]) -> tuple[str, str]:
-    """What a row is known by, beside target and Triton."""
-    return str(planned[0]), planned[1]
-
-
 def _rows(target: str, options: argparse.Namespace) -> int:
     part, parts = (int(n) for n in options.part.split("/"))
     planned = plan(target, options.kernels, options.seed)
-    todo = [(case, way) for case, way in planned if re.search(options.only, f"{case} {way}")][
-        part - 1 :: parts
-    ]
+    named = [key for key in planned if re.search(options.only, " ".join(key))][part - 1 :: parts]
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{target}.{triton.__version__}.jsonl"
     stamp = {"code": report.code(), **commit()}
@@ -108,12 +106,12 @@ def _rows(target: str, options: argparse.Namespace) -> int:
     path.with_suffix(".new").write_text("".join(json.dumps(row) + "\n" for row in there))
     path.with_suffix(".new").replace(path)
     known = {(row["case"], row["how"]) for row in there}
+    todo = [key for key in named if key not in known]
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
     emulators = {way: Emulator(target, **how) for way, how in WAYS.items()}
     with path.open("a") as file:
-        for case, way in todo:
-            if _key((case, way)) in known:
-                continue
+        for key in todo:
+            case, way = planned[key], key[1]
             if time.monotonic() >= end:
                 print(f"{target}: time is up after {ran} of {len(todo)} cases", flush=True)
                 break

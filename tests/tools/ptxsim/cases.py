@@ -131,7 +131,6 @@ def every(kernels: list[str], chip: Chip, seed: int = 0) -> list[Case]:
             out.append(
                 Case("cooperative", arithmetic, 136, config, B=9, D=2, lengths=True, backward=backward)
             )
-    out = list(dict.fromkeys(out))
     random.Random(seed).shuffle(out)
     return out
 
