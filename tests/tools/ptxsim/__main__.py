@@ -50,10 +50,10 @@ EVERY = {"by warp": 12, "weak memory": 4, "approximate": 15, "truncated sums": 8
 Key = tuple[str, str]  # a case's text, and how it is run
 
 
-def plan(target: str, kernels: str = ALL, seed: int = 0) -> dict[Key, cases.Case]:
-    """What is run, and how; the same for the same seed."""
+def plan(target: str, kernels: str = ALL) -> dict[Key, cases.Case]:
+    """What is run, and how, with this interpreter's Triton: on its version hangs which configs there are."""
     out: dict[Key, cases.Case] = {}
-    for case in cases.every(kernels.split(","), configs.CHIPS[target], seed):
+    for case in cases.every(kernels.split(","), configs.CHIPS[target]):
         out[str(case), "in step"] = case
         programs = -(-case.H // getattr(case.config, "BLOCK_N", case.H))
         for way, each in EVERY.items():
@@ -78,14 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, default=60, help="for each target, at most; default: %(default)g"
     )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a regular expression on a case's text")
-    parser.add_argument("--part", default="1/1", help="the first of two halves is 1/2")
+    parser.add_argument(
+        "--part", default="1/1", help="the first of two halves is 1/2; each wants an --output"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/ptx"))
     options = parser.parse_args(argv)
     targets = options.targets.split(",")
     if options.action == "report":
-        return report.write(options.output, {target: set(plan(target)) for target in targets})
+        return report.write(options.output, targets)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: there is nothing to compile. Unset it.")
     if len(targets) > 1:  # a process has one target
@@ -97,14 +98,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _rows(target: str, options: argparse.Namespace) -> int:
     part, parts = (int(n) for n in options.part.split("/"))
-    planned = plan(target, options.kernels, options.seed)
+    planned = plan(target, options.kernels)
     named = [key for key in planned if re.search(options.only, " ".join(key))][part - 1 :: parts]
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{target}.{triton.__version__}.jsonl"
-    stamp = {"code": report.code(), **commit()}
+    stamp = {"planned": len(plan(target)), "code": report.code(), **commit()}
     there = report.current(path)
-    path.with_suffix(".new").write_text("".join(json.dumps(row) + "\n" for row in there))
-    path.with_suffix(".new").replace(path)
+    if path.exists() and path.read_text().count("\n") != len(there):
+        path.write_text("".join(json.dumps(row) + "\n" for row in there))
     known = {(row["case"], row["how"]) for row in there}
     todo = [key for key in named if key not in known]
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0

@@ -80,7 +80,7 @@ def fma_half(a, b, c):
 
 
 def fma64(a, b, c):
-    """Rounded to more bits first: off by a unit where that makes a tie."""
+    """With 11 bits more, not exact: where terms cancel, little of what is left is right."""
     return (a.astype(np.longdouble) * b + c).astype(f64)
 
 

@@ -97,7 +97,7 @@ class Case:
         words += [f"no {name}" for name in ("g_out", "g_hn", "bias") if not getattr(self, name)]
         words += [self.layout] * (self.layout != "plain") + [f"x{self.scale:g}"] * (self.scale != 1)
         words += [f"{self.processors} processors"] * bool(self.processors)
-        words += [f"without program {self.withheld}"] * (self.withheld >= 0)
+        words += [f"without program {self.withheld}"] * (self.withheld >= 0) + [f"seed {self.seed}"]
         blocks = (
             " ".join(f"{name}={value}" for name, value in vars(self.config).items()) if self.config else ""
         )

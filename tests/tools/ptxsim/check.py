@@ -95,7 +95,8 @@ def _results(case: Case, emulator: Emulator, wrong: list[str]) -> tuple[float, s
     off = error(actual, expected)
     # The norm of everything would hide an element that is wholly wrong. Where large terms of an input's
     # product cancel, what is left of them has their error.
-    each = 4 * bound * (max(1.0, case.scale) if case.I else 1.0)
+    cancels = case.I and dtype in (torch.float32, torch.float64)  # a half's result is rounded more roughly
+    each = 4 * bound * (max(1.0, case.scale) if cancels else 1.0)
     worst = ((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-300)).item()
     if not worst <= each:
         wrong.append(f"{worst:.3g} of the largest > {each:.3g}; {_where(actual, expected)}")

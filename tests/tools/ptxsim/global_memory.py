@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .regions import Region, span
+from .regions import Region, span, views_of
 
 u64 = np.uint64
 
@@ -20,15 +20,18 @@ class WeakStores:
 
     def __init__(self, region: Region):
         self.region = region
-        self.pending: list[tuple[int, int, np.ndarray]] = []  # program, offset, bytes
+        region.latest = views_of(region.mem.copy())
+        self.pending: list[tuple[int, int, np.ndarray, int]] = []  # program, offset, bytes, warp
         #: Of each program and byte, how many of its stores are pending, and what the last of them wrote.
         self.own: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def delay(self, program: int, off: np.ndarray, data: np.ndarray, size: int) -> None:
+    def delay(self, program: int, off: np.ndarray, data: np.ndarray, size: int, gids: np.ndarray) -> None:
         """data: (n, bytes), elements of `size` bytes, which come one by one."""
+        gids = np.repeat(gids, data.shape[1] // size)
         off = (off[:, None] + np.arange(0, data.shape[1], size)).ravel()
         data = data.reshape(-1, size).copy()
-        self.pending += [(program, o, d) for o, d in zip(off.tolist(), data, strict=True)]
+        items = zip(off.tolist(), data, gids.tolist(), strict=True)
+        self.pending += [(program, o, d, g) for o, d, g in items]
         if program not in self.own:
             self.own[program] = np.zeros(len(self.region.mem), np.int32), np.zeros_like(self.region.mem)
         count, last = self.own[program]
@@ -55,11 +58,11 @@ class WeakStores:
 
     def _older(self, k: int) -> int | None:
         """One of the same bytes, which the k-th may not pass."""
-        _, off, data = self.pending[k]
+        _, off, data, _ = self.pending[k]
         if sum(count[off : off + len(data)].max() for count, _ in self.own.values()) == 1:
             return None
         before = enumerate(self.pending[:k])
-        return next((n for n, (_, o, d) in before if o < off + len(data) and off < o + len(d)), None)
+        return next((n for n, (_, o, d, _) in before if o < off + len(data) and off < o + len(d)), None)
 
     def settle(self, program: int, off: np.ndarray, size: int) -> None:
         """What the program itself has stored there is visible to all: an atomic operation comes after it."""
@@ -73,8 +76,9 @@ class WeakStores:
                 self._land(*item)
         self.pending = [item for item in self.pending if program not in (None, item[0])]
 
-    def _land(self, program: int, off: int, data: np.ndarray) -> None:
+    def _land(self, program: int, off: int, data: np.ndarray, gid: int) -> None:
         self.region.mem[off : off + len(data)] = data
+        self.region.clocks.overwrite(np.array([gid]), id(self.region), np.array([off]), len(data))
         self.own[program][0][off : off + len(data)] -= 1
 
 

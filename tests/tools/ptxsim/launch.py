@@ -37,18 +37,14 @@ from .program import Program
 from .regions import LARGE
 from .tensor_cores import UNITS
 
-#: What uninitialised memory is filled with: NaN in every dtype, and nothing that a kernel writes.
-FRESH = 0x7FFE
+#: The bytes that uninitialised memory is filled with, by turns: NaN in every dtype, and nothing that a kernel
+#: writes.
+FRESH = 0xFE, 0x7F
 
 
 @lru_cache(maxsize=16)
 def program_of(ptx: str, fine: bool) -> Program:
     return Program(parser.parse(ptx), fine)
-
-
-def _fresh(size: int) -> np.ndarray:
-    """Memory that nobody has written."""
-    return np.frombuffer(np.full(size // 2 + 1, FRESH, np.uint16).tobytes(), np.uint8)[:size]
 
 
 class Emulator:
@@ -74,7 +70,7 @@ class Emulator:
         self.first: dict[Key, tuple[Report, str, str]] = {}
         self.serious: set[Key] = set()
         self.racy: dict[tuple[int, str], set] = {}
-        #: Of the tensors' memory after each launch; and the launches that a Fault ended.
+        #: Of the tensors' memory after each launch; and why launches came to no end.
         self.digest = hashlib.sha256()
         self.faults: list[str] = []
         self.since = self.launches
@@ -87,9 +83,12 @@ class Emulator:
         def emulate(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
             self._jitted.add(kernel)
             compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
-            self._execute(
-                kernel, compiled, grid, arguments, options
-            )  # None: nothing that could be launched again
+            try:
+                self._execute(kernel, compiled, grid, arguments, options)
+            except (Fault, parser.PtxError) as error:  # who launches may catch it
+                self.faults.append(f"{type(error).__name__}: {error}")
+                raise
+            # None: nothing that could be launched again
 
         patch = lambda *what: self._stack.enter_context(mock.patch.object(*what))  # noqa: E731
         patch(triton.runtime.driver, "_active", Driver(GPUTarget("cuda", self.capability, 32)))
@@ -117,7 +116,7 @@ class Emulator:
         storage = t.untyped_storage()
         if storage.nbytes():
             mem = memory_of(storage.data_ptr(), storage.nbytes())
-            mem[:] = _fresh(len(mem))
+            mem[0::2], mem[1::2] = FRESH
             self._fresh[storage.data_ptr()] = storage  # kept, so that no other tensor gets its address
             self._init[storage.data_ptr()] = np.zeros(len(mem), bool)
         return t
@@ -146,9 +145,6 @@ class Emulator:
             region.poison = self.poison.get((number, region.name), set())
         try:
             machine.run()
-        except Fault as fault:  # who launches may catch it
-            self.faults.append(str(fault))
-            raise
         finally:
             for region in sorted(machine.memory.regions, key=lambda r: r.name):  # addresses differ
                 self.digest.update(b"" if region.large else region.mem)
@@ -171,8 +167,11 @@ class Emulator:
             mem = memory_of(base, size)
             init = self._init.get(base)
             if init is not None:  # elements that are another pattern by now, the host has written
-                changed = mem != _fresh(size)
-                changed[: size // 2 * 2] = np.repeat(changed[: size // 2 * 2].reshape(-1, 2).any(1), 2)
+                changed = np.empty(size, bool)
+                changed[0::2], changed[1::2] = mem[0::2] != FRESH[0], mem[1::2] != FRESH[1]
+                element = max(t.element_size() for _, t in named)
+                whole = changed[: size // element * element].reshape(-1, element)
+                whole |= whole.any(1, keepdims=True)
                 init |= changed
             name = "+".join(name for name, _ in named)
             found[base] = Storage(mem, name, _valid([t for _, t in named], size), init)

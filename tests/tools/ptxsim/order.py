@@ -77,10 +77,11 @@ class Clocks:
         self._releasing[place] = gid
         self.known[gid, gid] += 1
 
-    def overwrite(self, gids: np.ndarray, region: int, off: np.ndarray) -> None:
-        """A store without release: who finds another warp's in the place of a release acquires nothing."""
+    def overwrite(self, gids: np.ndarray, region: int, off: np.ndarray, size: int) -> None:
+        """Stores of `size` bytes: who finds another warp's in a release's place acquires nothing of it."""
         for place, gid in [*self._releasing.items()]:
-            if place[0] == region and (gids[off == place[1]] != gid).any():
+            over = (off <= place[1]) & (place[1] < off + size)
+            if place[0] == region and (gids[over] != gid).any():
                 del self._released[place], self._releasing[place]
 
     def acquire(self, gid: int, place: tuple[int, int]) -> None:

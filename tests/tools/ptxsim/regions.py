@@ -33,6 +33,11 @@ def span(n: int) -> np.ndarray:
     return np.arange(n)
 
 
+def views_of(mem: np.ndarray) -> dict[int, np.ndarray]:
+    """The bytes as numbers, by their size."""
+    return {size: mem[: len(mem) // size * size].view(t) for size, t in UINT.items()}
+
+
 class Threads(NamedTuple):
     """Of each thread of an access: its warp, its lane, and how often its warp has been synchronised."""
 
@@ -62,7 +67,9 @@ class Region:
     ):  # fmt: skip
         self.mem, self.name, self.clocks, self.gid0, self.warps = mem, name, clocks, gid0, warps
         self.reports, self.init, self.valid, self.lanes = reports, init, valid, lanes
-        self.views = {size: mem[: len(mem) // size * size].view(t) for size, t in UINT.items()}
+        self.views = views_of(mem)
+        #: What is there once all stores that are under way have come.
+        self.latest = self.views
         self.large = len(mem) > LARGE
         n = 1 if self.large else len(mem)
         self.written = False
@@ -157,7 +164,7 @@ class Region:
         self.report(
             "async", "a write to what cp.async is still writing", self.writing[idx] > 0, access, writes
         )
-        changes = self.mem[idx] != data  # the same value twice does no harm
+        changes = self.latest[1][idx] != data  # the same value twice does no harm
         if self.written:
             bad = self._unknown_writes(idx, gids) & changes
             self.report("race", "two writes, no barrier between", bad, access, writes)
@@ -235,13 +242,13 @@ class Region:
         self.copied[idx] = True
         self.mem[idx] = data
 
-    def value(self, off: np.ndarray, size: int, cta: Any, gids: np.ndarray) -> np.ndarray:
-        """What a program sees at the offsets."""
+    def value(self, off: np.ndarray, size: int, cta: Any, gids: np.ndarray | None) -> np.ndarray:
+        """What a program sees at the offsets. gids: the warps whose reads may be to see NaN."""
         if self.weak is None:
             value = self.views[size][off // size]
         else:
             value = self.bytes(off, size, cta).view(UINT[size]).reshape(-1)
-        if self.poison:
+        if self.poison and gids is not None:
             value = np.where(self.poisoned(off, size, gids), value.dtype.type(NAN[size]), value)
         return value
 
@@ -256,10 +263,10 @@ class Region:
         return np.array([any((g, o + b, c) in self.poison for b in range(size)) for g, o, c in where])
 
     def put(self, off: np.ndarray, data: np.ndarray, spec: Any) -> None:
-        """Stores data (n, bytes); threads may not want different values in one place."""
+        """Notes the store of data (n, bytes); threads may not want different values in one place."""
         size = min(data.shape[1], 8)
         place = off[:, None] // size + np.arange(data.shape[1] // size)
-        new, view = data.view(UINT[size]), self.views[size]
+        new, view = data.view(UINT[size]), self.latest[size]
         view[place] = new
         clash = (view[place] != new).any(1)
         if clash.any():
@@ -269,5 +276,7 @@ class Region:
             )
 
     def made(self, off: int, size: int) -> None:
+        """An atomic operation has written there."""
         if self.init is not None:
             self.init[off : off + size] = True
+        self.latest[1][off : off + size] = self.mem[off : off + size]

@@ -116,3 +116,11 @@ def peek_kernel(x, out, n, BLOCK: tl.constexpr):
         tl.store(x + i, i)
     else:
         tl.store(out + i, tl.load(x + i), mask=i < n)
+
+
+@triton.jit
+def unknown_kernel(x):
+    """An instruction that no kernel of the project has."""
+    i = tl.arange(0, 32)
+    y = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [tl.load(x + i)], tl.float32, True, 1)
+    tl.store(x + i, y)

@@ -7,10 +7,11 @@ from tests.helpers import compiling
 from tests.tools.ptxsim import __main__ as program
 from tests.tools.ptxsim import report
 
-#: Tests of a user: one races and uses what it read, one hides that a kernel went out of bounds.
+#: Tests of a user: one races and uses what it read, others hide that a kernel went out
+#: of bounds, or could not be run.
 USER = """
 import torch
-from tests.tools.ptxsim.small_kernels import add_kernel, peek_kernel
+from tests.tools.ptxsim.small_kernels import add_kernel, peek_kernel, unknown_kernel
 
 def test_right():
     x, out = torch.ones(256), torch.empty(256)
@@ -32,6 +33,12 @@ def test_fault():
         add_kernel[(1,)](torch.ones(255), torch.ones(256), torch.empty(256), 256, BLOCK=256)
     except Exception:
         pass
+
+def test_unknown():
+    try:
+        unknown_kernel[(1,)](torch.ones(32), num_warps=1)
+    except Exception:
+        pass
 """
 
 
@@ -40,15 +47,15 @@ def row(**changes):
         "target": "sm_90", "triton": "3.9.0", "kernel": "step forward", "arithmetic": "bf16",
         "case": "a case", "how": "in step", "error": 0.25, "digest": "0",
         "wrong": [], "unused": [], "seconds": 1.0,
-        "code": report.code(), "commit": "abc", "dirty": False,
+        "planned": 2, "code": report.code(), "commit": "abc", "dirty": False,
     }  # fmt: skip
     return made | changes
 
 
-def page(folder, *rows, planned=(("a case", "in step"), ("another", "in step"))):
+def page(folder, *rows):
     """The page of these rows, and whether there is nothing wrong with them."""
     (folder / "sm_90.3.9.0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    good = report.write(folder, {"sm_90": set(planned)}) == 0
+    good = report.write(folder, ["sm_90"]) == 0
     return (folder / "sm_90.md").read_text(), good
 
 
@@ -59,7 +66,9 @@ def test_a_page_is_of_the_code_as_it_is(tmp_path):
     assert "at commit abc." in text
     old = row(code="0", case="another", commit="old", wrong=["an old one"])
     assert page(tmp_path, row(), old) == (text, True)
-    assert page(tmp_path, row(), row(case="no longer planned")) == (text, True)
+    with (tmp_path / "sm_90.3.9.0.jsonl").open("a") as file:
+        file.write('{"a line that a kill cut')
+    assert report.write(tmp_path, ["sm_90"]) == 0
     assert "with changes" in page(tmp_path, row(dirty=True))[0]
 
 
@@ -86,5 +95,5 @@ def test_the_option_accepts_no_race_and_no_hidden_fault(tmp_path, target):
     failed = {
         line.split("::")[1].split()[0] for line in made.stdout.splitlines() if line.startswith("FAILED")
     }
-    assert failed == {"test_race", "test_fault"}, made.stdout + made.stderr
-    assert "2 failed, 2 passed" in made.stdout
+    assert failed == {"test_race", "test_fault", "test_unknown"}, made.stdout + made.stderr
+    assert "3 failed, 2 passed" in made.stdout

@@ -1,5 +1,7 @@
 """Single rules of the emulator, in PTX written by hand: what is seen, what is found, and what is not."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -86,20 +88,74 @@ def test_a_store_over_a_release_ends_it():
     body = (
         "mov.u32 %r2, %ctaid.x;\nsetp.eq.u32 %p1, %r2, 0;\nsetp.eq.u32 %p2, %r2, 1;\n"
         "@%p1 bra $L0;\n@%p2 bra $L1;\n"
-        "$LOOP:\nld.volatile.global.b32 %r3, [%rd2];\nsetp.ne.u32 %p3, %r3, WANTED;\n@%p3 bra $LOOP;\n"
-        "ld.acquire.gpu.global.b32 %r3, [%rd2];\n"
-        "ld.global.b32 %r4, [%rd1];\nst.global.b32 [%rd2+4], %r4;\nret;\n"
-        "$L0:\nst.global.b32 [%rd1], 7;\nst.release.gpu.global.b32 [%rd2], 1;\nret;\n"
-        "$L1:\nld.volatile.global.b32 %r3, [%rd2];\nsetp.ne.u32 %p3, %r3, 1;\n@%p3 bra $L1;\n"
+        "$LOOP:\nld.volatile.global.b32 %r3, [%rd2+8];\nsetp.ne.u32 %p3, %r3, WANTED;\n@%p3 bra $LOOP;\n"
+        "ld.acquire.gpu.global.b32 %r3, [%rd2+8];\n"
+        "ld.global.b32 %r4, [%rd1];\nst.global.b32 [%rd2+16], %r4;\nret;\n"
+        "$L0:\nst.global.b32 [%rd1], 7;\nst.release.gpu.global.b32 [%rd2+8], 1;\nret;\n"
+        "$L1:\nld.volatile.global.b32 %r3, [%rd2+8];\nsetp.ne.u32 %p3, %r3, 1;\n@%p3 bra $L1;\n"
         "LATE"
     )
-    late = "st.relaxed.gpu.global.b32 [%rd2], 2;\n"
-    for wanted, last, races in ((1, "", False), (2, late, True)):
+    stores = (
+        (1, "", False),
+        (2, "st.relaxed.gpu.global.b32 [%rd2+8], 2;\n", True),
+        (2, "mov.u32 %r5, 2;\nst.global.v4.b32 [%rd2], {%r5, %r5, %r5, %r5};\n", True),
+        (2, "st.release.gpu.global.b32 [%rd2+8], 2;\n", True),  # of what its own program has done
+    )
+    for wanted, last, races in stores:
         for seed in range(4):
             text = body.replace("WANTED", str(wanted)).replace("LATE", last)
-            machine = launch(text, words(1), words(2), grid=(3,), seed=seed)
+            machine = launch(text, words(1), words(5), grid=(3,), seed=seed)
             lines = [machine.program.f.lines[line - 1] for _, line, _ in machine.reports.found]
-            assert ("ld.global.b32 %r4, [%rd1];" in lines) == races
+            assert ("ld.global.b32 %r4, [%rd1];" in lines) == races, last
+
+
+def test_a_warp_s_own_store_over_its_release_keeps_it():
+    body = (
+        PROGRAM + "st.global.b32 [%rd1], 7;\nst.release.gpu.global.b32 [%rd2], 1;\n"
+        "st.relaxed.gpu.global.b32 [%rd2], 2;\nret;\n"
+        "$L1:\nld.volatile.global.b32 %r3, [%rd2];\nsetp.ne.u32 %p3, %r3, 2;\n@%p3 bra $L1;\n"
+        "ld.acquire.gpu.global.b32 %r3, [%rd2];\nld.global.b32 %r4, [%rd1];\nst.global.b32 [%rd2+4], %r4;\n"
+    )
+    for seed in range(4):
+        assert kinds(launch(body, words(1), words(2), grid=(2,), seed=seed)) == set()
+
+
+def test_a_late_store_over_a_release_ends_it_when_it_comes():
+    """The third reads x only if it has acquired what the first released, whatever is on its way."""
+    body = (
+        "mov.u32 %r2, %ctaid.x;\nsetp.eq.u32 %p1, %r2, 0;\nsetp.eq.u32 %p2, %r2, 1;\n"
+        "@%p1 bra $L0;\n@%p2 bra $L1;\nmov.u32 %r9, 0;\n"
+        "$LOOP:\nld.acquire.gpu.global.b32 %r3, [%rd2];\nadd.u32 %r9, %r9, 1;\nsetp.ne.u32 %p3, %r3, 1;\n"
+        "setp.lt.and.u32 %p3, %r9, 60, %p3;\n@%p3 bra $LOOP;\nsetp.ne.u32 %p3, %r3, 1;\n@%p3 bra $END;\n"
+        "ld.global.b32 %r4, [%rd1];\nst.global.b32 [%rd2+4], %r4;\n$END:\nret;\n"
+        "$L0:\nst.global.b32 [%rd1], 7;\nst.release.gpu.global.b32 [%rd2], 1;\nret;\n"
+        "$L1:\nld.acquire.gpu.global.b32 %r3, [%rd2];\nsetp.ne.u32 %p3, %r3, 1;\n@%p3 bra $L1;\n"
+        "st.relaxed.gpu.global.b32 [%rd2], 2;\n"
+    )
+    for seed in range(40):
+        assert kinds(launch(body, words(1), words(2), grid=(3,), seed=seed, weak=True, by_warp=True)) == set()
+
+
+def test_the_same_value_late_is_the_same_value():
+    """Programs that store one value in one place do not race, others do, whether stores come late or not."""
+    body = PROGRAM + "st.global.b32 [%rd1], 7;\nret;\n$L1:\nst.global.b32 [%rd1], VALUE;\n"
+    for seed, weak in itertools.product(range(6), (False, True)):
+        for value, found in ((7, set()), (8, {"race"})):
+            text = body.replace("VALUE", str(value))
+            assert kinds(launch(text, words(1), words(1), grid=(2,), seed=seed, weak=weak)) == found
+    clash = "mov.u32 %r1, %tid.x;\nst.global.b32 [%rd1], %r1;\n"
+    assert kinds(launch(clash, words(1), words(1), weak=True)) == {"conflict"}
+
+
+def test_polling_sees_no_nan():
+    """It may race: a rerun must end, too."""
+    body = (
+        PROGRAM + "ld.global.b32 %r3, [%rd1];\n$W:\nld.volatile.global.b32 %r4, [%rd1];\n"
+        "setp.ne.u32 %p3, %r4, 7;\n@%p3 bra $W;\nret;\n$L1:\nst.global.b32 [%rd1], 7;\n"
+    )
+    for seed in range(6):
+        first = launch(body, words(1), words(1), grid=(2,), seed=seed)
+        launch(body, words(1), words(1), grid=(2,), seed=seed, poison=racy(first))
 
 
 def test_an_atomic_operation_on_fresh_memory_is_found():
@@ -119,10 +175,17 @@ def test_a_program_s_stores_of_one_place_stay_in_order():
         "mov.u32 %r9, 0;\nmov.u32 %r3, 2;\n" + PROGRAM + "st.global.b32 [%rd1], 1;\n"
         "st.global.v2.b32 [%rd1], {%r3, %r3};\nst.global.b32 [%rd1+4], 3;\n$L1:\n" + WAIT
     )
+    chain = (
+        "mov.u32 %r9, 0;\nmov.b32 %r3, 0x20002;\n" + PROGRAM + "st.global.b16 [%rd1], 1;\n"
+        "st.global.b32 [%rd1], %r3;\nst.global.b16 [%rd1+2], 3;\n$L1:\n" + WAIT
+    )  # the third may not pass the second, nor that the first
     for seed in range(30):
         x = words(4)
         launch(body, x, words(1), grid=(2,), weak=True, by_warp=True, seed=seed)
         assert x[:2].tolist() == [2, 3]
+        x = words(4)
+        launch(chain, x, words(1), grid=(2,), weak=True, by_warp=True, seed=seed)
+        assert x.view(np.uint16)[:2].tolist() == [2, 3]
 
 
 def test_elements_of_a_late_store_come_one_by_one():
@@ -166,12 +229,13 @@ def test_who_does_not_see_a_release_is_not_ordered_by_it():
     body = (
         "mov.u32 %r9, 0;\n" + PROGRAM + "st.global.b32 [%rd1], 7;\nst.release.gpu.global.b32 [%rd2], 1;\n"
         + WAIT + "ret;\n$L1:\nld.acquire.gpu.global.b32 %r4, [%rd2];\nld.global.b32 %r5, [%rd1];\n"
-        "st.global.b32 [%rd2+4], %r4;\n"
+        "st.global.b32 [%rd2+4], %r4;\nst.global.b32 [%rd2+8], %r5;\n"
     )  # fmt: skip
     saw = []
     for seed in range(30):
-        y = words(2)
+        y = words(3)
         found = kinds(launch(body, words(4), y, grid=(2,), weak=True, by_warp=True, seed=seed))
+        assert (y[1], y[2]) != (1, 0), "the release has come before what it releases"
         saw.append((int(y[1]), found))
     assert (1, set()) in saw
     assert (0, {"race"}) in saw
@@ -197,6 +261,10 @@ def test_a_member_mask_is_that_of_the_lanes_that_are_there():
     )
     assert kinds(launch(body, words(1), words(1))) == set()
     assert kinds(launch(body.replace("-65536", "-1"), words(1), words(1))) == {"lanes"}
+    apart = body.replace("@%p1 bra $END;\n", "")
+    assert kinds(launch(apart, words(1), words(1))) == set()
+    alone = apart.replace("65535", "-1").replace("-65536", "1").replace(" 16;", " 1;")
+    assert kinds(launch(alone, words(1), words(1))) == {"lanes"}
 
 
 def test_out_of_bounds_is_a_fault():
@@ -226,9 +294,9 @@ def test_a_fused_product_is_rounded_once():
     one, tiny = f32(1 + 2.0**-23), f32(2.0**-23)
     exact = arithmetic.fma32(np.array([one]), np.array([f32(1 + 2.0**-23)]), np.array([-tiny]))
     assert exact.tolist() == [float(f32(1 + 2.0**-23))]
-    # 1 + 2^-24 is a tie; 2^-60 above it is not.
-    above = arithmetic.fma32(np.array([f32(2.0**-24)]), np.array([f32(1 + 2.0**-23)]), np.array([f32(1)]))
-    assert above.tolist() == [float(f32(1 + 2.0**-23))]
+    # 2^-60 below a tie, which float64 does not hold beside 1.
+    a, b = np.array([f32(2.0**-12 * (1 + 2.0**-18))]), np.array([f32(2.0**-12 * (1 - 2.0**-18))])
+    assert arithmetic.fma32(a, b, np.array([f32(1 + 2.0**-23)])).tolist() == [1 + 2.0**-23]
     wide = arithmetic.fma32(np.array([f32(2.0**-30)]), np.array([f32(2.0**-50)]), np.array([f32(1)]))
     assert wide.tolist() == [1.0]
 

@@ -59,16 +59,17 @@ class LaneOperations:
         return np.repeat(REDUCTIONS[what].reduce(a.reshape(-1, 32), axis=1, dtype=a.dtype), 32)
 
     def _members(self, members, m, line):
-        """Which lanes a mask names, and which are there; they should be the same."""
+        """Which lanes the first one's mask names, and which are there; each should name itself and such."""
         members = members.reshape(-1, 32)
         here = np.ones(members.shape, bool) if m is None else m.reshape(-1, 32)
-        of_the_first = np.take_along_axis(members, here.argmax(1)[:, None], 1)
-        member = ((of_the_first >> LANES.astype(u32)) & u32(1)).astype(bool)
-        if (here.any(1)[:, None] & (member & ~here)).any():
+        named = ((members[:, :, None] >> LANES.astype(u32)) & u32(1)).astype(bool) & here[
+            :, :, None
+        ]  # by whom, whom
+        if (named & ~here[:, None, :]).any():
             self.report("lanes", line, "it waits for a lane that is not there")
-        if (here & ~member).any():
+        if (here & ~np.diagonal(named, axis1=1, axis2=2)).any():
             self.report("lanes", line, "a lane that its mask leaves out")
-        return member, here
+        return np.take_along_axis(named, here.argmax(1)[:, None, None], 1)[:, 0], here
 
     def everyone(self, m, line):
         """Faults where only a part of the threads is at an instruction whose effect is all threads' alike."""

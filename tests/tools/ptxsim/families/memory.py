@@ -132,7 +132,9 @@ class MemoryOperations:
                 for g, o in set(zip(threads.gids.tolist(), off.tolist(), strict=True)):
                     self.machine.clocks.acquire(g, (id(region), o))
             for n in range(spec.vector):
-                value = region.value(off + n * spec.size, spec.size, self.cta, threads.gids)
+                value = region.value(
+                    off + n * spec.size, spec.size, self.cta, threads.gids if ordered else None
+                )
                 width = spec.widths[n]
                 if width != 8 * spec.size:
                     if spec.signed:
@@ -159,16 +161,15 @@ class MemoryOperations:
             data = data.view(u8).reshape(len(off), -1)
             threads = self.of(k)
             region.write(off, data, threads, spec)
-            if spec.release:
+            region.put(off, data, spec)
+            if region.weak is not None:
+                region.weak.delay(self.cta.number, off, data, spec.size, threads.gids)
+            else:
+                self.machine.clocks.overwrite(threads.gids, id(region), off, data.shape[1])
+            if spec.release:  # with the store itself: whoever acquires must find the release
                 self.machine.memory.flush(self.cta.number)
                 for g, o in set(zip(threads.gids.tolist(), off.tolist(), strict=True)):
                     self.machine.clocks.release(g, (id(region), o))
-            else:
-                self.machine.clocks.overwrite(threads.gids, id(region), off)
-            if region.weak is not None and not spec.release:  # whoever acquires must find the release
-                region.weak.delay(self.cta.number, off, data, spec.size)
-            else:
-                region.put(off, data, spec)
 
     def atomic(self, spec, address, m, values, old):
         if spec.space == "shared":
