@@ -23,7 +23,8 @@ def emulated(what):
     ("file", "least"),
     [
         ("test_emulator.py", 35),
-        ("test_rules.py", 17),
+        ("test_arithmetic.py", 5),
+        ("test_rules.py", 16),
         ("test_kernels.py", 65),
         ("test_mutations.py", 3),
         ("test_report.py", 4),
