@@ -6,7 +6,6 @@ import json
 import subprocess
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +19,6 @@ from tests.helpers import DEVICE, compiling, error
 from tests.machines import simulate_gpu
 from tests.tolerances import tolerance
 
-ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NEEDS_TRITON = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
 

@@ -41,7 +41,7 @@ an error.
 """
 
 
-#: What says how a case is run is of the code that a row stands for; the rest only looks on.
+#: Modules that change no row.
 LOOK_ON = ("report.py", "plugin.py", "mutations.py", "conftest.py", "small_kernels.py")
 
 
