@@ -340,7 +340,7 @@ def test_a_loop_alone_is_measured_without_another_core():
 @NEEDS_C
 def test_no_product_is_faster_than_multiply_adds():
     """Rates that count too little would make floors that something can beat."""
-    found = loops.measure(torch.get_num_threads(), seconds=0.01, sizes=(1 << 14,))
+    found = loops.measure(torch.get_num_threads(), seconds=0.05, sizes=(1 << 14,))
     matrix = floor._matrix(CPU, ["float32"], (256, 512), 0.05)["float32"]
     threads = torch.get_num_threads()
     most = max(found["multiply_add"][str(threads)][0], threads * found["multiply_add"]["1"][0])
