@@ -102,10 +102,12 @@ class GlobalMemory:
         return [(self.regions[i], n, (address[n] - self._bases[i]).astype(np.int64)) for i, n in groups], None
 
     def near(self, address: int) -> str:
-        for base, end, region in zip(self._bases.tolist(), self._ends.tolist(), self.regions, strict=True):
-            if base - 4096 <= address < end + 4096:
-                return f"{region.name} has {end - base} bytes, this is at {address - base}"
-        return "no tensor near"
+        """The tensor that an address that belongs to none is next to."""
+        places = zip(self._bases.tolist(), self._ends.tolist(), self.regions, strict=True)
+        away, base, end, name = min((max(b - address, address - e), b, e, r.name) for b, e, r in places)
+        if away >= 4096:
+            return "no tensor near"
+        return f"{name} has {end - base} bytes, this is at {address - base}"
 
     def flush(self, program: int | None = None) -> None:
         for region in self.regions:

@@ -34,12 +34,8 @@ from .global_memory import memory_of
 from .machine import Machine, Options, Storage
 from .order import Key, Report
 from .program import Program
-from .regions import LARGE
+from .regions import FRESH, LARGE
 from .tensor_cores import UNITS
-
-#: The bytes that uninitialised memory is filled with, by turns: NaN in every dtype, and nothing that a kernel
-#: writes.
-FRESH = 0xFE, 0x7F
 
 
 @lru_cache(maxsize=16)
@@ -59,7 +55,7 @@ class Emulator:
         self.launches = 0
         self._jitted: set[JITFunction] = set()
         #: Reads that are to see NaN, by launch and tensor.
-        self.poison: dict[tuple[int, str], set] = {}
+        self._poison: dict[tuple[int, str], set] = {}
         self._fresh: dict[int, torch.UntypedStorage] = {}
         self._stack = contextlib.ExitStack()
         self.reset()
@@ -121,6 +117,23 @@ class Emulator:
             self._init[storage.data_ptr()] = np.zeros(len(mem), bool)
         return t
 
+    def rerun(self, run: Callable[[], None]) -> bool:
+        """Runs once more what was run since the last reset, and reads that raced see NaN.
+
+        Returns whether the same reads raced and nothing else was found, then and now. Without such reads, or
+        if something else was found, nothing is run.
+        """
+        racy = self.racy
+        if not racy or self.serious or self.faults:
+            return False
+        self.reset()
+        self._poison = racy
+        try:
+            run()
+        finally:
+            self._poison = {}
+        return self.racy == racy and not self.serious and not self.faults
+
     def _execute(
         self, kernel: JITFunction, compiled: Any, grid: Any, arguments: tuple, options: dict
     ) -> None:
@@ -142,7 +155,7 @@ class Emulator:
             False)),
         )  # fmt: skip
         for region in machine.memory.regions:
-            region.poison = self.poison.get((number, region.name), set())
+            region.poison = self._poison.get((number, region.name), set())
         try:
             machine.run()
         finally:

@@ -56,8 +56,8 @@ class Clocks:
         np.fill_diagonal(self.known, 1)
         #: Likewise: up to which clock its writes are past a fence of the asynchronous proxy.
         self.fenced = np.zeros((warps, warps), np.int32)
-        self._released: dict[tuple[int, int], np.ndarray] = {}  # by region and byte
-        self._releasing: dict[tuple[int, int], int] = {}  # the warp that last did
+        #: By region and byte, the warp that released last, and what who acquires there knows.
+        self._released: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
     def now(self, gids: np.ndarray) -> np.ndarray:
         return self.known[gids, gids]
@@ -72,18 +72,19 @@ class Clocks:
         self.known[gid, gid] += 1
 
     def release(self, gid: int, place: tuple[int, int]) -> None:
-        old = self._released.get(place, 0)
-        self._released[place] = np.maximum(self.known[gid], old)
-        self._releasing[place] = gid
+        known = self.known[gid].copy()
+        if place in self._released:
+            np.maximum(known, self._released[place][1], out=known)
+        self._released[place] = gid, known
         self.known[gid, gid] += 1
 
     def overwrite(self, gids: np.ndarray, region: int, off: np.ndarray, size: int) -> None:
         """Stores of `size` bytes: who finds another warp's in a release's place acquires nothing of it."""
-        for place, gid in [*self._releasing.items()]:
+        for place, (gid, _) in [*self._released.items()]:
             over = (off <= place[1]) & (place[1] < off + size)
             if place[0] == region and (gids[over] != gid).any():
-                del self._released[place], self._releasing[place]
+                del self._released[place]
 
     def acquire(self, gid: int, place: tuple[int, int]) -> None:
         if place in self._released:
-            np.maximum(self.known[gid], self._released[place], out=self.known[gid])
+            np.maximum(self.known[gid], self._released[place][1], out=self.known[gid])

@@ -48,23 +48,20 @@ class Emulation:
             return (yield)
         emulator = self.emulator
         with emulator:
-            self._begin({})
+            emulator.reset()
+            emulator.kernels.clear()
             result = yield
-            wrong, racy, digest = emulator.faults + emulator.lines(), emulator.racy, emulator.digest.digest()
-            if racy and not emulator.serious and not emulator.faults:
-                self._begin(racy)
+            wrong, digest = emulator.faults + emulator.lines(), emulator.digest.digest()
+
+            def again() -> None:
                 torch.manual_seed(0)  # as the fixture `seed` did
                 item.runtest()
-                if emulator.digest.digest() == digest and emulator.racy == racy and not emulator.serious:
-                    wrong = emulator.faults
+
+            if emulator.rerun(again) and emulator.digest.digest() == digest:
+                wrong = []
         if wrong:
             pytest.fail("\n".join(wrong), pytrace=False)
         return result
-
-    def _begin(self, poison: dict[tuple[int, str], set]) -> None:
-        self.emulator.reset()
-        self.emulator.kernels.clear()
-        self.emulator.poison = poison
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.emulator.launches:  # xdist's workers have made them, and say nothing here

@@ -18,8 +18,10 @@ u8 = np.uint8
 UINT = {size: np.dtype(f"u{size}").type for size in (1, 2, 4, 8)}
 #: A clock of what has not ended yet.
 FOREVER = 1 << 30
-#: What a read sees that is to see NaN.
-NAN = {1: 0xFE, 2: 0x7FFE, 4: 0x7FFE7FFE, 8: 0x7FFE7FFE7FFE7FFE}
+#: Bytes that are NaN in every dtype, by turns, and that no kernel writes: of memory that nobody has written,
+#: and, as a number of 1, 2, 4 or 8 bytes, of a read that is to see NaN.
+FRESH = b"\xfe\x7f"
+NAN = {size: int.from_bytes((FRESH * 4)[:size], "little") for size in UINT}
 #: Larger memory is an expanded tensor's or a stride's of 2^31 elements: only its bounds are checked.
 LARGE = 1 << 28
 #: Bytes times warps up to which each reader of each byte is recorded.

@@ -22,10 +22,10 @@ Made by `make ptx`, at {commits}. {cases} of the {planned} cases that are planne
 
 - cases: problems with a config that the model in kernels/configs.py accepts, drawn from all of them, and in
   a drawn order.
-- how: programs go in step, or each warp by itself in a drawn order (then the lanes' order is looked at too);
-  with weak memory other programs see stores late and out of order; approximate: tanh.approx, ex2.approx and
-  div.full as far off as the ISA allows; with truncated sums tensor cores cut the bits that the hardware cuts;
-  a program withheld: it never starts, and the others must give up.
+- how: programs go in step, or, below H = 1024, each warp by itself in a drawn order (then the lanes' order is
+  looked at too); with weak memory other programs see stores late and out of order; approximate: tanh.approx,
+  ex2.approx and div.full as far off as the ISA allows; with truncated sums tensor cores cut the bits that the
+  hardware cuts; a program withheld: it never starts, and the others must give up.
 - error: of a result against the float64 reference, over the tests' tolerance; the worst.
 - unused: cases in which reads raced whose values go nowhere: with NaN in their place the result is the same
   to the bit, or programs had given up, and all results are thrown away.
@@ -69,8 +69,12 @@ def write(folder: Path, targets: list[str]) -> int:
     """<target>.md from all <target>.<triton>.jsonl in `folder`; 1 if they show nothing, or a finding."""
     failed = 0
     for target in targets:
-        files = sorted(folder.glob(f"{target}.*.jsonl"), reverse=True)
-        text, wrong = markdown(target, [row for path in files for row in current(path)])
+        rows = [
+            {**row, "triton": path.stem.removeprefix(f"{target}.")}
+            for path in sorted(folder.glob(f"{target}.*.jsonl"), reverse=True)
+            for row in current(path)
+        ]
+        text, wrong = markdown(target, rows)
         (folder / f"{target}.md").write_text(text)
         for line in wrong:
             print(f"{target}: {line}")
@@ -99,9 +103,10 @@ def markdown(target: str, rows: list[Row]) -> tuple[str, list[str]]:
     page += "|---|---|---|---|---:|---:|---:|---:|\n"
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["kernel"], row["triton"], row["how"]), []).append(row)
+        kernel, direction, _ = row["case"].split(maxsplit=2)
+        groups.setdefault((f"{kernel} {direction}", row["triton"], row["how"]), []).append(row)
     for (kernel, version, how), same in sorted(groups.items()):
-        arithmetic = ", ".join(sorted({row["arithmetic"] for row in same}))
+        arithmetic = ", ".join(sorted({row["case"].split()[2] for row in same}))
         errors = [row["error"] for row in same if row["error"] is not None]
         unused, found = (sum(bool(row[name]) for row in same) for name in ("unused", "wrong"))
         worst = f"{max(errors):.2f}" if errors else ""

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 
 from tests.tools.ptxsim import parser
 from tests.tools.ptxsim.context import Fault
+from tests.tools.ptxsim.global_memory import GlobalMemory
 from tests.tools.ptxsim.launch import Emulator
 from tests.tools.ptxsim.mutations import without
 from tests.tools.ptxsim.program import Program
@@ -263,6 +265,15 @@ def test_registers_written_under_a_wgmma_are_noticed(emulate, target, operand):
 def test_out_of_bounds(emulate):
     with emulate(), pytest.raises(Fault, match=r"out of bounds.*y has 3996 bytes, this is at 3996"):
         add_kernel[(4,)](torch.randn(1000), torch.randn(999), torch.empty(1000), 1000, BLOCK=256)
+
+
+def test_out_of_bounds_names_the_nearest():
+    x, y = SimpleNamespace(name="x", mem=bytes(4000)), SimpleNamespace(name="y", mem=bytes(3996))
+    near = GlobalMemory({4096: x, 8192: y}).near
+    assert near(8192 + 3996) == "y has 3996 bytes, this is at 3996"
+    assert near(4096 + 4000) == "x has 4000 bytes, this is at 4000"
+    assert near(4090) == "x has 4000 bytes, this is at -6"
+    assert near(1 << 20) == "no tensor near"
 
 
 def test_uninitialised_and_outside(emulate):

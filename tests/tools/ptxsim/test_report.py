@@ -44,10 +44,8 @@ def test_unknown():
 
 def row(**changes):
     made = {
-        "target": "sm_90", "triton": "3.9.0", "kernel": "step forward", "arithmetic": "bf16",
-        "case": "a case", "how": "in step", "error": 0.25, "digest": "0",
-        "wrong": [], "unused": [], "seconds": 1.0,
-        "planned": 2, "code": report.code(), "commit": "abc", "dirty": False,
+        "case": "step forward bf16 H=17", "how": "in step", "error": 0.25, "wrong": [], "unused": [],
+        "seconds": 1.0, "planned": 2, "code": report.code(), "commit": "abc", "dirty": False,
     }  # fmt: skip
     return made | changes
 
@@ -64,7 +62,8 @@ def test_a_page_is_of_the_code_as_it_is(tmp_path):
     assert good
     assert "1 of the 2 cases that are planned, 0 with findings" in text
     assert "at commit abc." in text
-    old = row(code="0", case="another", commit="old", wrong=["an old one"])
+    assert "| step forward | 3.9.0 | in step | bf16 | 1 | 0.25 | 0 | 0 |" in text
+    old = row(code="0", case="step forward bf16 H=64", commit="old", wrong=["an old one"])
     assert page(tmp_path, row(), old) == (text, True)
     with (tmp_path / "sm_90.3.9.0.jsonl").open("a") as file:
         file.write('{"a line that a kill cut')
@@ -73,9 +72,9 @@ def test_a_page_is_of_the_code_as_it_is(tmp_path):
 
 
 def test_a_finding_and_no_rows_at_all_fail(tmp_path):
-    text, good = page(tmp_path, row(), row(case="another", wrong=["a race"]))
+    text, good = page(tmp_path, row(), row(case="step forward bf16 H=64", wrong=["a race"]))
     assert not good
-    assert "- another, in step (Triton 3.9.0): a race\n" in text
+    assert "- step forward bf16 H=64, in step (Triton 3.9.0): a race\n" in text
     assert not page(tmp_path)[1]
     assert not page(tmp_path, row(code="0"))[1]
 
