@@ -45,20 +45,19 @@ WAYS: dict[str, dict[str, Any]] = {
 EVERY = {"by warp": 12, "weak memory": 4, "approximate": 15, "truncated sums": 8, "a program withheld": 8}
 
 
-Key = tuple[str, str]  # a case's text, and how it is run
-
-
-def plan(target: str) -> dict[Key, cases.Case]:
-    """What is run, and how, with this interpreter's Triton: on its version hangs which configs there are."""
-    out: dict[Key, cases.Case] = {}
+def plan(target: str) -> dict[tuple[str, str], cases.Case]:
+    """What is run, by its text and how it is run. This Triton's version decides which configs there are."""
+    out: dict[tuple[str, str], cases.Case] = {}
     for case in cases.every([*cases.SIZES], configs.CHIPS[target]):
         out[str(case), "in step"] = case
         for way, each in EVERY.items():
             draw = random.Random(f"{case} {way}")
-            if draw.randrange(each) == 0 and _makes_sense(case, way):
-                alone = replace(case, withheld=draw.choice((0, _programs(case) - 1)), T=3)
-                drawn = alone if way == "a program withheld" else case
-                out[str(drawn), way] = drawn
+            if draw.randrange(each) or not _applies(way, case):
+                continue
+            drawn = case
+            if way == "a program withheld":
+                drawn = replace(case, withheld=draw.choice((0, _programs(case) - 1)), T=3)
+            out[str(drawn), way] = drawn
     return out
 
 
@@ -67,9 +66,7 @@ def _programs(case: cases.Case) -> int:
     return -(-case.H // getattr(case.config, "BLOCK_N", case.H)) if case.kernel == "cooperative" else 1
 
 
-def _makes_sense(case: cases.Case, way: str) -> bool:
-    if way == "by warp":
-        return case.H < 1024  # above, z has too many readers to judge its races: regions.READERS
+def _applies(way: str, case: cases.Case) -> bool:
     if way == "weak memory":
         return case.kernel == "cooperative"
     if way == "approximate":
@@ -96,6 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("results/ptx"))
     options = parser.parse_args(argv)
     targets = options.targets.split(",")
+    if {*options.kernels.split(",")} - {*cases.SIZES}:
+        parser.error(f"--kernels is {options.kernels}; expected some of {', '.join(cases.SIZES)}")
+    if {*targets} - {*TARGETS}:
+        parser.error(f"--targets is {options.targets}; expected some of {', '.join(TARGETS)}")
     if options.action == "report":
         return report.write(options.output, targets)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -109,17 +110,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _rows(target: str, options: argparse.Namespace) -> int:
     part, parts = (int(n) for n in options.part.split("/"))
-    planned, kernels = plan(target), options.kernels.split(",")
+    planned = plan(target)
     named = [
         key for key, case in planned.items()
-        if case.kernel in kernels and re.search(options.only, " ".join(key))
+        if case.kernel in options.kernels.split(",") and re.search(options.only, " ".join(key))
     ][part - 1 :: parts]  # fmt: skip
+    if not named:
+        print(f"{target}: --only is {options.only!r}; expected a part of a case's text or of how it is run")
+        return 1
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{target}.{triton.__version__}.jsonl"
-    stamp = {"planned": len(planned), "code": report.code(), **commit()}
+    stamp = {"triton": triton.__version__, "planned": len(planned), "code": report.code(), **commit()}
     there = report.current(path)
-    if path.exists() and path.read_text().count("\n") != len(there):
-        path.write_text("".join(json.dumps(row) + "\n" for row in there))
+    path.write_text("".join(json.dumps(row) + "\n" for row in there))
     known = {(row["case"], row["how"]) for row in there}
     todo = [key for key in named if key not in known]
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0

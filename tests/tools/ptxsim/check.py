@@ -29,9 +29,10 @@ TF32_BOUND = 2e-3
 
 @dataclass(frozen=True)
 class Outcome:
-    """error: over the tolerance; None where there is no result. wrong: what was found, in words.
+    """error: over the tolerance; None where there is no result. digest: of the result's bits.
 
-    unused: races of reads whose values go nowhere: the results are the same to the bit if they see NaN.
+    wrong: what was found, in words. unused: races of reads whose values go nowhere: the results are the same
+    to the bit if they see NaN.
     """
 
     error: float | None
@@ -44,11 +45,10 @@ def check(case: Case, emulator: Emulator, chip: Chip) -> Outcome:
     """Runs the case; and once more where all that was found is reads that race, which then see NaN."""
     emulator.reset()
     first = _run(case, emulator, chip)
-    if len(first.wrong) != len(emulator.found):  # nothing is wrong, or the result is
+    if len(first.wrong) != len(emulator.found):  # the result is wrong, too, or a withheld program is why
         return first
-    again: list[Outcome] = []
-    unused = emulator.rerun(lambda: again.append(_run(case, emulator, chip)))
-    if unused and again[0].digest == first.digest and len(again[0].wrong) == len(emulator.found):
+    again = emulator.rerun(lambda: _run(case, emulator, chip))
+    if again and again.digest == first.digest and len(again.wrong) == len(emulator.found):
         return replace(first, wrong=[], unused=first.wrong)
     return first
 
@@ -77,6 +77,7 @@ def _run(case: Case, emulator: Emulator, chip: Chip) -> Outcome:
                 wrong.append("a program was missing and nobody noticed")
         finally:
             emulator.options = options
+    wrong += [fault for fault in emulator.faults if fault not in wrong]  # which the launcher has caught
     found = emulator.lines()
     serious = {kind for kind, _, _ in emulator.serious}
     if gave_up and serious <= {"uninitialised"}:  # all that it reads then is thrown away

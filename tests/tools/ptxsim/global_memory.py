@@ -102,7 +102,7 @@ class GlobalMemory:
         return [(self.regions[i], n, (address[n] - self._bases[i]).astype(np.int64)) for i, n in groups], None
 
     def near(self, address: int) -> str:
-        """The tensor that an address that belongs to none is next to."""
+        """The tensor nearest to an address out of bounds."""
         places = zip(self._bases.tolist(), self._ends.tolist(), self.regions, strict=True)
         away, base, end, name = min((max(b - address, address - e), b, e, r.name) for b, e, r in places)
         if away >= 4096:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -36,6 +36,8 @@ from .order import Key, Report
 from .program import Program
 from .regions import FRESH, LARGE
 from .tensor_cores import UNITS
+
+T = TypeVar("T")
 
 
 @lru_cache(maxsize=16)
@@ -117,22 +119,22 @@ class Emulator:
             self._init[storage.data_ptr()] = np.zeros(len(mem), bool)
         return t
 
-    def rerun(self, run: Callable[[], None]) -> bool:
-        """Runs once more what was run since the last reset, and reads that raced see NaN.
+    def rerun(self, run: Callable[[], T]) -> T | None:
+        """Runs once more what was run since the last reset; reads that raced see NaN.
 
-        Returns whether the same reads raced and nothing else was found, then and now. Without such reads, or
-        if something else was found, nothing is run.
+        Returns what run() does. None: no read raced or something else was found, and nothing was run; or this
+        time other reads raced or something else was found.
         """
         racy = self.racy
         if not racy or self.serious or self.faults:
-            return False
+            return None
         self.reset()
         self._poison = racy
         try:
-            run()
+            made = run()
         finally:
             self._poison = {}
-        return self.racy == racy and not self.serious and not self.faults
+        return made if self.racy == racy and not self.serious and not self.faults else None
 
     def _execute(
         self, kernel: JITFunction, compiled: Any, grid: Any, arguments: tuple, options: dict
@@ -182,7 +184,7 @@ class Emulator:
             if init is not None:  # elements that are another pattern by now, the host has written
                 changed = np.empty(size, bool)
                 changed[0::2], changed[1::2] = mem[0::2] != FRESH[0], mem[1::2] != FRESH[1]
-                element = max(t.element_size() for _, t in named)
+                element = min(t.element_size() for _, t in named)
                 whole = changed[: size // element * element].reshape(-1, element)
                 whole |= whole.any(1, keepdims=True)
                 init |= changed

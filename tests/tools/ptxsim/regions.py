@@ -18,14 +18,15 @@ u8 = np.uint8
 UINT = {size: np.dtype(f"u{size}").type for size in (1, 2, 4, 8)}
 #: A clock of what has not ended yet.
 FOREVER = 1 << 30
-#: Bytes that are NaN in every dtype, by turns, and that no kernel writes: of memory that nobody has written,
-#: and, as a number of 1, 2, 4 or 8 bytes, of a read that is to see NaN.
+#: Memory that nobody has written holds these two bytes by turns: NaN in every dtype, and nothing that a
+#: kernel writes. So does a read that is to see NaN.
 FRESH = b"\xfe\x7f"
+#: By bytes.
 NAN = {size: int.from_bytes((FRESH * 4)[:size], "little") for size in UINT}
 #: Larger memory is an expanded tensor's or a stride's of 2^31 elements: only its bounds are checked.
 LARGE = 1 << 28
 #: Bytes times warps up to which each reader of each byte is recorded.
-READERS = 1 << 27
+READERS = 1 << 28
 #: The name of a program's own memory.
 SHARED = "shared memory"  # no tensor has such a name
 

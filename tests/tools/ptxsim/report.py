@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from bench import precompile
+from tests import cross_compile, helpers
 
 Row = dict[str, Any]
 
@@ -20,12 +26,13 @@ is.**
 
 Made by `make ptx`, at {commits}. {cases} of the {planned} cases that are planned, {bad} with findings.
 
-- cases: problems with a config that the model in kernels/configs.py accepts, drawn from all of them, and in
-  a drawn order.
-- how: programs go in step, or, below H = 1024, each warp by itself in a drawn order (then the lanes' order is
-  looked at too); with weak memory other programs see stores late and out of order; approximate: tanh.approx,
-  ex2.approx and div.full as far off as the ISA allows; with truncated sums tensor cores cut the bits that the
-  hardware cuts; a program withheld: it never starts, and the others must give up.
+- cases: problems of drawn sizes and options; the configs that the model in kernels/configs.py would try first
+  take turns.
+- how: in step, and for a part of the cases once more: each warp by itself in a drawn order (then the lanes'
+  order is looked at too); with weak memory, where other programs see stores late and out of order;
+  approximate: tanh.approx, ex2.approx and div.full as far off as the ISA allows; with truncated sums, where
+  tensor cores cut the bits that the hardware cuts; a program withheld: it never starts, and the others must
+  give up.
 - error: of a result against the float64 reference, over the tests' tolerance; the worst.
 - unused: cases in which reads raced whose values go nowhere: with NaN in their place the result is the same
   to the bit, or programs had given up, and all results are thrown away.
@@ -47,12 +54,19 @@ LOOK_ON = ("report.py", "plugin.py", "mutations.py", "conftest.py", "small_kerne
 
 @cache
 def code() -> str:
-    """A digest of the kernels, of the emulator, and of what judges a result."""
+    """A digest of the kernels, of the emulator, and of what makes a case and judges its result."""
     here = Path(__file__).parent
     root = here.parents[2]
     emulator = [p for p in here.rglob("*.py") if not p.name.startswith("test_") and p.name not in LOOK_ON]
     judges = [root / name for name in ("elman/reference.py", "tests/scans.py", "tests/tolerances.py")]
-    digest = hashlib.sha256()
+    pieces = (
+        helpers.error,
+        precompile.Driver,
+        precompile.module_of,
+    )  # of files that change for other reasons
+    digest = hashlib.sha256(repr(cross_compile.ARITHMETIC).encode())
+    for piece in pieces:
+        digest.update(inspect.getsource(piece).encode())
     for path in (*sorted((root / "kernels").glob("*.py")), *sorted(emulator), *judges):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -66,16 +80,21 @@ def current(path: Path) -> list[Row]:
 
 
 def write(folder: Path, targets: list[str]) -> int:
-    """<target>.md from all <target>.<triton>.jsonl in `folder`; 1 if they show nothing, or a finding."""
-    failed = 0
+    """<target>.md from all <target>.<triton>.jsonl in `folder`.
+
+    Returns 1 for a finding, and where a file has no row of the code as it is. If none has, the page stays.
+    """
+    failed = False
     for target in targets:
-        rows = [
-            {**row, "triton": path.stem.removeprefix(f"{target}.")}
-            for path in sorted(folder.glob(f"{target}.*.jsonl"), reverse=True)
-            for row in current(path)
-        ]
-        text, wrong = markdown(target, rows)
-        (folder / f"{target}.md").write_text(text)
+        files = {path: current(path) for path in sorted(folder.glob(f"{target}.*.jsonl"), reverse=True)}
+        wrong = [f"{path.name} has no row of the code as it is" for path, there in files.items() if not there]
+        rows = {(row["triton"], row["case"], row["how"]): row for there in files.values() for row in there}
+        if rows:
+            text, findings = markdown(target, [*rows.values()])
+            (folder / f"{target}.md").write_text(text)
+            wrong += findings
+        else:
+            wrong.append("there are no rows: nothing was run")
         for line in wrong:
             print(f"{target}: {line}")
         failed |= bool(wrong)
@@ -89,8 +108,6 @@ def markdown(target: str, rows: list[Row]) -> tuple[str, list[str]]:
         for row in rows
         for what in row["wrong"]
     ]
-    if not rows:
-        wrong.append("there are no rows: nothing was run")
     versions = " and ".join(dict.fromkeys(row["triton"] for row in rows))
     planned = sum({row["triton"]: row["planned"] for row in rows}.values())
     commits = sorted({f"{row['commit']}{' with changes' * bool(row['dirty'])}" for row in rows})
@@ -108,8 +125,8 @@ def markdown(target: str, rows: list[Row]) -> tuple[str, list[str]]:
     for (kernel, version, how), same in sorted(groups.items()):
         arithmetic = ", ".join(sorted({row["case"].split()[2] for row in same}))
         errors = [row["error"] for row in same if row["error"] is not None]
+        worst = f"{np.max(errors):.2f}" if errors else ""  # NaN, if one is
         unused, found = (sum(bool(row[name]) for row in same) for name in ("unused", "wrong"))
-        worst = f"{max(errors):.2f}" if errors else ""
         page += (
             f"| {kernel} | {version} | {how} | {arithmetic} | {len(same)} | {worst} | {unused} | {found} |\n"
         )

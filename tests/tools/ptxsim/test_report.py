@@ -1,15 +1,26 @@
 """Where rows and reports come from and go to: the program, its pages, and the option --ptx."""
 
 import json
+import math
 import subprocess
 
-from tests.helpers import compiling
+import pytest
+import torch
+
+from elman.kernels import configs, resident
+from tests import helpers
 from tests.tools.ptxsim import __main__ as program
 from tests.tools.ptxsim import report
+from tests.tools.ptxsim.cases import Case
+from tests.tools.ptxsim.check import Outcome, check
+from tests.tools.ptxsim.context import Fault
+from tests.tools.ptxsim.launch import Emulator
+from tests.tools.ptxsim.small_kernels import add_kernel
 
 #: Tests of a user: one races and uses what it read, others hide that a kernel went out
 #: of bounds, or could not be run.
 USER = """
+import pytest
 import torch
 from tests.tools.ptxsim.small_kernels import add_kernel, peek_kernel, unknown_kernel
 
@@ -28,6 +39,18 @@ def test_race():
     peek_kernel[(2,)](torch.zeros(32, dtype=torch.int32), out, 32, BLOCK=32)
     assert out.shape == (32,)
 
+def read_and_used():
+    out = torch.zeros(32, dtype=torch.int32)
+    peek_kernel[(2,)](torch.zeros(32, dtype=torch.int32), out, 32, BLOCK=32)
+    return int(out.max())
+
+def test_skips_for_what_it_read():
+    if read_and_used() > 31:
+        pytest.skip()
+
+def test_fails_for_what_it_read():
+    assert read_and_used() < 32
+
 def test_fault():
     try:
         add_kernel[(1,)](torch.ones(255), torch.ones(256), torch.empty(256), 256, BLOCK=256)
@@ -45,7 +68,8 @@ def test_unknown():
 def row(**changes):
     made = {
         "case": "step forward bf16 H=17", "how": "in step", "error": 0.25, "wrong": [], "unused": [],
-        "seconds": 1.0, "planned": 2, "code": report.code(), "commit": "abc", "dirty": False,
+        "seconds": 1.0,
+        "triton": "3.9.0", "planned": 2, "code": report.code(), "commit": "abc", "dirty": False,
     }  # fmt: skip
     return made | changes
 
@@ -69,14 +93,68 @@ def test_a_page_is_of_the_code_as_it_is(tmp_path):
         file.write('{"a line that a kill cut')
     assert report.write(tmp_path, ["sm_90"]) == 0
     assert "with changes" in page(tmp_path, row(dirty=True))[0]
+    assert page(tmp_path, row(), row()) == (text, True)
+    assert "| nan | 0 | 0 |" in page(tmp_path, row(), row(case="step forward bf16 H=64", error=math.nan))[0]
 
 
 def test_a_finding_and_no_rows_at_all_fail(tmp_path):
     text, good = page(tmp_path, row(), row(case="step forward bf16 H=64", wrong=["a race"]))
     assert not good
     assert "- step forward bf16 H=64, in step (Triton 3.9.0): a race\n" in text
-    assert not page(tmp_path)[1]
-    assert not page(tmp_path, row(code="0"))[1]
+    assert page(tmp_path) == (text, False)
+    assert page(tmp_path, row(code="0")) == (text, False)
+    (tmp_path / "sm_90.3.6.0.jsonl").write_text(json.dumps(row(triton="3.6.0", code="0")) + "\n")
+    assert not page(tmp_path, row())[1]
+
+
+def test_what_judges_a_result_is_part_of_the_code(monkeypatch):
+    before = report.code.__wrapped__()
+    monkeypatch.setattr(helpers, "error", lambda actual, truth: 0.0)
+    assert report.code.__wrapped__() != before
+
+
+def test_rows_go_on_after_a_kill(tmp_path, monkeypatch, target):
+    three = [Case("step", "bf16", H) for H in (1, 2, 3)]
+    planned = {(str(case), "in step"): case for case in three}
+    ran = []
+
+    def check(case, *_):
+        ran.append(case.H)
+        return Outcome(0.5, "", [], [])
+
+    monkeypatch.setattr(program, "plan", lambda target: planned)
+    monkeypatch.setattr(program, "check", check)
+    make = ["rows", "--targets", target, "--output", str(tmp_path)]
+    assert program.main(make) == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    assert program.main(make) == 0
+    assert ran == [1, 2, 3, 3]
+    assert len(report.current(path)) == len(path.read_text().splitlines()) == 3
+
+
+def test_rows_of_nothing_are_an_error(tmp_path, target, capsys):
+    assert program.main(["rows", "--targets", target, "--only", "no such", "--output", str(tmp_path)]) == 1
+    assert "--only is 'no such'; expected" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        program.main(["rows", "--kernels", "resident,coperative"])
+    assert "--kernels is resident,coperative; expected some of resident, " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_that_the_launcher_hides_is_wrong(monkeypatch, target):
+    def scan(z, *_):
+        try:
+            add_kernel[(1,)](torch.ones(255), torch.ones(256), torch.empty(256), 256, BLOCK=256)
+        except Fault:
+            return torch.zeros_like(z)
+
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of a kernel that doesn't say
+    monkeypatch.setattr(resident, "scan", scan)
+    with Emulator(target) as emulator:
+        outcome = check(Case("resident", "bf16", 17), emulator, configs.CHIPS[target])
+    assert any("out of bounds" in what for what in outcome.wrong), outcome
 
 
 def test_rows_that_a_signal_ended_fail(monkeypatch):
@@ -87,12 +165,14 @@ def test_rows_that_a_signal_ended_fail(monkeypatch):
 
 def test_the_option_accepts_no_race_and_no_hidden_fault(tmp_path, target):
     (tmp_path / "test_user.py").write_text(USER)
-    made = compiling(
+    made = helpers.compiling(
         "-m", "pytest", "-p", "tests.conftest", "--ptx", target, "-q", "-p", "no:cacheprovider",
         tmp_path / "test_user.py", CUDA_VISIBLE_DEVICES="", TRITON_DEFAULT_FP_FUSION="1",
     )  # fmt: skip
     failed = {
         line.split("::")[1].split()[0] for line in made.stdout.splitlines() if line.startswith("FAILED")
     }
-    assert failed == {"test_race", "test_fault", "test_unknown"}, made.stdout + made.stderr
-    assert "3 failed, 2 passed" in made.stdout
+    races = {"test_race", "test_skips_for_what_it_read", "test_fails_for_what_it_read"}
+    assert failed == races | {"test_fault", "test_unknown"}, made.stdout + made.stderr
+    assert "5 failed, 2 passed" in made.stdout
+    assert made.stdout.count(" x race at line ") == len(races), made.stdout

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tools.ptxsim import parser, tensor_cores
+from tests.tools.ptxsim.context import Fault
 from tests.tools.ptxsim.machine import Machine, Options, Storage
 from tests.tools.ptxsim.program import Program
 
@@ -242,6 +243,27 @@ def test_who_does_not_see_a_release_is_not_ordered_by_it():
     assert (0, set()) not in saw
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_read_that_is_to_see_nan_sees_it(copied):
+    """Program 0 sends its reads of x on, program 1 writes x."""
+    load = "ld.global.b32 %r3, [%rd11];\n"
+    if copied:
+        load = (
+            "mov.u32 %r5, smem;\nshl.b32 %r6, %r1, 2;\nadd.u32 %r5, %r5, %r6;\n"
+            "cp.async.ca.shared.global [%r5], [%rd11], 4;\ncp.async.commit_group;\n"
+            "cp.async.wait_group 0;\nld.shared.b32 %r3, [%r5];\n"
+        )
+    store = "st.global.b32 [%rd12], %r3;\nret;\n$L1:\nst.global.b32 [%rd11], 5;"
+    body = ADDRESSES + PROGRAM + load + store
+    first = launch(body, words(32, 1), words(32), grid=(2,), shared=128)
+    y = words(32)
+    launch(body, words(32, 1), y, grid=(2,), shared=128, poison=racy(first))
+    assert kinds(first) == {"race"}
+    assert np.isnan(y.view(np.float32)).all()
+    assert np.isnan(y.view(np.float16)).all()
+    assert set((y & 0x7F80).tolist()) == {0x7F80}  # bfloat16
+
+
 # Registers and lanes
 
 
@@ -264,6 +286,11 @@ def test_a_member_mask_is_that_of_the_lanes_that_are_there():
     assert kinds(launch(apart, words(1), words(1))) == set()
     alone = apart.replace("65535", "-1").replace("-65536", "1").replace(" 16;", " 1;")
     assert kinds(launch(alone, words(1), words(1))) == {"lanes"}
+    across = apart.replace("bfly.b32 %r4, %r1, 1,", "bfly.b32 %r4, %r1, 16,")
+    assert kinds(launch(across, words(1), words(1))) == {"lanes"}
+    halves = apart.replace("shfl.sync.bfly.b32 %r4, %r1, 1, 31,", "bar.warp.sync")
+    with pytest.raises(Fault, match=r"bar\.warp\.sync of a part of a warp"):
+        launch(halves, words(1), words(1))
 
 
 # Instructions

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..regions import NAN, Threads, span
+from ..regions import FRESH, Threads, span
 from .registers import Registers, form
 
 u8, u32, u64 = np.uint8, np.uint32, np.uint64
@@ -85,5 +85,5 @@ class CopyOperations:
         for region, k, off, width, poisoned in copy.reads:
             data[k[:, None], span(width)] = region.bytes(off, width, self.cta)
             if poisoned is not None:
-                data[k[poisoned]] = NAN[1]
+                data[k[poisoned], :width] = np.resize(np.frombuffer(FRESH, u8), width)
         copy.region.end_copy(copy.off, data, self.of(copy.which), copy.spec)

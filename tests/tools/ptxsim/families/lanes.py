@@ -8,6 +8,7 @@ from .registers import Registers, form
 
 u32 = np.uint32
 LANES = np.arange(32)
+ALL = u32(0xFFFFFFFF)
 REDUCTIONS = {
     "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor,
@@ -39,37 +40,40 @@ class LaneOperations:
     """A context's exchanges within warps. m: a mask of its threads, or None for all."""
 
     def shfl(self, mode, a, b, c, members, m, line):
-        self._members(members, m, line)
+        named, here = self._members(members, m, line)
         a, b, c = (x.reshape(-1, 32).astype(np.int64) for x in (a, b, c))
         b, clamp, segment = b & 31, c & 31, (c >> 8) & 31
         top, low = (LANES & segment) | (clamp & ~segment), LANES & segment
         source = {"bfly": LANES ^ b, "idx": low | (b & ~segment), "up": LANES - b, "down": LANES + b}[mode]
         inside = source >= top if mode == "up" else source <= top
         source = np.where(inside, source, LANES)
-        if m is not None:
-            here = m.reshape(-1, 32)
-            if (here & ~np.take_along_axis(here, source, 1)).any():
-                self.report("lanes", line, "a shuffle reads from a lane that is not there")
+        if (here & ~np.take_along_axis(here, source, 1)).any():
+            self.report("lanes", line, "a shuffle reads from a lane that is not there")
+        if (here & ~np.take_along_axis(named, source[:, :, None], 2)[:, :, 0]).any():
+            self.report("lanes", line, "a shuffle reads from a lane that its mask leaves out")
         return np.take_along_axis(a, source, 1).reshape(-1).astype(u32), inside.reshape(-1)
 
     def redux(self, what, a, members, m, line):
-        member, here = self._members(members, m, line)
-        if not member[here.any(1)].all():
+        named, here = self._members(members, m, line)
+        if not named[here.any(1)].all():
             self.fault(line, f"redux.{what} of a part of a warp")
         return np.repeat(REDUCTIONS[what].reduce(a.reshape(-1, 32), axis=1, dtype=a.dtype), 32)
 
     def _members(self, members, m, line):
-        """Which lanes the first one's mask names, and which are there; each should name itself and such."""
+        """Which lanes each lane's mask names, (warps, 32, 32), and which are there, (warps, 32).
+
+        A mask should name its own lane, and only lanes that are there.
+        """
         members = members.reshape(-1, 32)
+        if m is None and (members == ALL).all():
+            return np.broadcast_to(True, (len(members), 32, 32)), np.broadcast_to(True, members.shape)
         here = np.ones(members.shape, bool) if m is None else m.reshape(-1, 32)
-        named = ((members[:, :, None] >> LANES.astype(u32)) & u32(1)).astype(bool) & here[
-            :, :, None
-        ]  # by whom, whom
+        named = ((members[:, :, None] >> LANES.astype(u32)) & u32(1)).astype(bool) & here[:, :, None]
         if (named & ~here[:, None, :]).any():
             self.report("lanes", line, "it waits for a lane that is not there")
         if (here & ~np.diagonal(named, axis1=1, axis2=2)).any():
             self.report("lanes", line, "a lane that its mask leaves out")
-        return np.take_along_axis(named, here.argmax(1)[:, None, None], 1)[:, 0], here
+        return named, here
 
     def everyone(self, m, line):
         """Faults where only a part of the threads is at an instruction whose effect is all threads' alike."""
@@ -77,7 +81,9 @@ class LaneOperations:
             self.fault(line, "a part of the threads waits for, or closes, what all have begun")
 
     def warp_sync(self, members, m, line):
-        self._members(members, m, line)
+        named, here = self._members(members, m, line)
+        if not named[here.any(1)].all():
+            self.fault(line, "bar.warp.sync of a part of a warp")
         self.epoch[slice(None) if m is None else m] += 1
 
     def whole_warps(self, m, line):
