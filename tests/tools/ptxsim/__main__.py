@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, default=60, help="for each target, at most; default: %(default)g"
     )
-    parser.add_argument("--only", default="", help="a regular expression on a case's text")
+    parser.add_argument("--only", default="", help="a regular expression on a case's text and how it is run")
     parser.add_argument(
         "--part", default="1/1", help="the first of two halves is 1/2; each wants an --output"
     )
@@ -114,17 +114,21 @@ def _rows(target: str, options: argparse.Namespace) -> int:
     named = [
         key for key, case in planned.items()
         if case.kernel in options.kernels.split(",") and re.search(options.only, " ".join(key))
-    ][part - 1 :: parts]  # fmt: skip
+    ]  # fmt: skip
     if not named:
-        print(f"{target}: --only is {options.only!r}; expected a part of a case's text or of how it is run")
+        print(f"{target}: no planned case of {options.kernels} has {options.only!r} in its text: see --only")
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{target}.{triton.__version__}.jsonl"
     stamp = {"triton": triton.__version__, "planned": len(planned), "code": report.code(), **commit()}
     there = report.current(path)
-    path.write_text("".join(json.dumps(row) + "\n" for row in there))
+    text = "".join(json.dumps(row) + "\n" for row in there)
+    if path.exists() and path.read_text() != text:
+        rest = path.with_suffix(".rest")  # a kill loses no row
+        rest.write_text(text)
+        rest.replace(path)
     known = {(row["case"], row["how"]) for row in there}
-    todo = [key for key in named if key not in known]
+    todo = [key for key in named[part - 1 :: parts] if key not in known]
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
     emulators = {way: Emulator(target, **how) for way, how in WAYS.items()}
     with path.open("a") as file:

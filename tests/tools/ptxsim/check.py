@@ -45,7 +45,7 @@ def check(case: Case, emulator: Emulator, chip: Chip) -> Outcome:
     """Runs the case; and once more where all that was found is reads that race, which then see NaN."""
     emulator.reset()
     first = _run(case, emulator, chip)
-    if len(first.wrong) != len(emulator.found):  # the result is wrong, too, or a withheld program is why
+    if len(first.wrong) != len(emulator.found):  # the result is wrong, too; or all is excused already
         return first
     again = emulator.rerun(lambda: _run(case, emulator, chip))
     if again and again.digest == first.digest and len(again.wrong) == len(emulator.found):
@@ -78,6 +78,8 @@ def _run(case: Case, emulator: Emulator, chip: Chip) -> Outcome:
         finally:
             emulator.options = options
     wrong += [fault for fault in emulator.faults if fault not in wrong]  # which the launcher has caught
+    if emulator.launches == emulator.since and not wrong:
+        wrong.append("nothing was launched")
     found = emulator.lines()
     serious = {kind for kind, _, _ in emulator.serious}
     if gave_up and serious <= {"uninitialised"}:  # all that it reads then is thrown away

@@ -122,8 +122,8 @@ class Emulator:
     def rerun(self, run: Callable[[], T]) -> T | None:
         """Runs once more what was run since the last reset; reads that raced see NaN.
 
-        Returns what run() does. None: no read raced or something else was found, and nothing was run; or this
-        time other reads raced or something else was found.
+        Returns what run() does, or None: if nothing was run, since no read raced or something else was found;
+        or if this time other reads raced or something else was found.
         """
         racy = self.racy
         if not racy or self.serious or self.faults:
@@ -184,9 +184,9 @@ class Emulator:
             if init is not None:  # elements that are another pattern by now, the host has written
                 changed = np.empty(size, bool)
                 changed[0::2], changed[1::2] = mem[0::2] != FRESH[0], mem[1::2] != FRESH[1]
-                element = min(t.element_size() for _, t in named)
-                whole = changed[: size // element * element].reshape(-1, element)
-                whole |= whole.any(1, keepdims=True)
+                for _, t in named:
+                    elements = changed[_extent(t)].reshape(-1, t.element_size())
+                    elements |= elements.any(1, keepdims=True)
                 init |= changed
             name = "+".join(name for name, _ in named)
             found[base] = Storage(mem, name, _valid([t for _, t in named], size), init)
@@ -228,6 +228,13 @@ def _parameters(kernel: JITFunction, compiled: Any, bound: dict, f: parser.Funct
     if [parser.WIDTHS[kind] for _, kind in f.params] != [width for _, width in bits]:
         raise parser.PtxError(f"the entry's parameters are {f.params}, the arguments' widths {bits}")
     return {name: value for (name, _), (value, _) in zip(f.params, bits, strict=True)}, tensors
+
+
+def _extent(t: torch.Tensor) -> slice:
+    """From its first byte in its storage to its last."""
+    e = t.element_size()
+    n = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return slice(t.storage_offset() * e, (t.storage_offset() + n) * e)
 
 
 def _valid(tensors: list[torch.Tensor], size: int) -> np.ndarray | None:

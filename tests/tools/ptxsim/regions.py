@@ -21,7 +21,7 @@ FOREVER = 1 << 30
 #: Memory that nobody has written holds these two bytes by turns: NaN in every dtype, and nothing that a
 #: kernel writes. So does a read that is to see NaN.
 FRESH = b"\xfe\x7f"
-#: By bytes.
+#: As a number of so many bytes.
 NAN = {size: int.from_bytes((FRESH * 4)[:size], "little") for size in UINT}
 #: Larger memory is an expanded tensor's or a stride's of 2^31 elements: only its bounds are checked.
 LARGE = 1 << 28

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 from functools import cache
 from pathlib import Path
@@ -26,8 +27,8 @@ is.**
 
 Made by `make ptx`, at {commits}. {cases} of the {planned} cases that are planned, {bad} with findings.
 
-- cases: problems of drawn sizes and options; the configs that the model in kernels/configs.py would try first
-  take turns.
+- cases: each hidden size, arithmetic and direction with up to seven sets of options; batch and input sizes
+  are drawn. The configs that the model in kernels/configs.py would try first, up to seven, take turns.
 - how: in step, and for a part of the cases once more: each warp by itself in a drawn order (then the lanes'
   order is looked at too); with weak memory, where other programs see stores late and out of order;
   approximate: tanh.approx, ex2.approx and div.full as far off as the ISA allows; with truncated sums, where
@@ -59,11 +60,8 @@ def code() -> str:
     root = here.parents[2]
     emulator = [p for p in here.rglob("*.py") if not p.name.startswith("test_") and p.name not in LOOK_ON]
     judges = [root / name for name in ("elman/reference.py", "tests/scans.py", "tests/tolerances.py")]
-    pieces = (
-        helpers.error,
-        precompile.Driver,
-        precompile.module_of,
-    )  # of files that change for other reasons
+    # Of files that change for other reasons, too.
+    pieces = (helpers.error, precompile.Driver, precompile.module_of)
     digest = hashlib.sha256(repr(cross_compile.ARITHMETIC).encode())
     for piece in pieces:
         digest.update(inspect.getsource(piece).encode())
@@ -73,10 +71,12 @@ def code() -> str:
 
 
 def current(path: Path) -> list[Row]:
-    """The rows of a file that come from the code as it is."""
+    """The rows of a file that come from the code as it is, and from the Triton that the file's name says."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one off
-    return [row for row in rows if row.get("code") == code()]
+    return [
+        row for row in rows if row.get("code") == code() and path.name.endswith(f".{row['triton']}.jsonl")
+    ]
 
 
 def write(folder: Path, targets: list[str]) -> int:
@@ -87,13 +87,21 @@ def write(folder: Path, targets: list[str]) -> int:
     failed = False
     for target in targets:
         files = {path: current(path) for path in sorted(folder.glob(f"{target}.*.jsonl"), reverse=True)}
-        wrong = [f"{path.name} has no row of the code as it is" for path, there in files.items() if not there]
-        rows = {(row["triton"], row["case"], row["how"]): row for there in files.values() for row in there}
+        wrong = [
+            f"{path.name} has no row of the code as it is; run its cases or, if its Triton is gone, delete it"
+            for path, there in files.items()
+            if not there
+        ]
+        rows: dict[tuple, Row] = {}
+        for row in itertools.chain(*files.values()):
+            key = row["triton"], row["case"], row["how"]
+            if key not in rows or row["wrong"]:  # of two that differ the one with a finding
+                rows[key] = row
         if rows:
             text, findings = markdown(target, [*rows.values()])
             (folder / f"{target}.md").write_text(text)
             wrong += findings
-        else:
+        elif not files:
             wrong.append("there are no rows: nothing was run")
         for line in wrong:
             print(f"{target}: {line}")

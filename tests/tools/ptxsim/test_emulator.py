@@ -289,6 +289,13 @@ def test_uninitialised_and_outside(emulate):
         halves[::2] = 1
         add_kernel[(1,)](halves, torch.ones(128), out, 128, BLOCK=128)
         assert e.kinds() == {"uninitialised"}
+        e.reset()
+        memory = torch.empty(256)
+        halves, numbers = memory.view(torch.bfloat16)[:128], memory[128:]
+        halves.fill_(1)
+        numbers.view(torch.int32).fill_(0x3F807FFE)  # half of it is what unwritten memory holds
+        add_kernel[(1,)](halves, numbers, torch.empty(128), 128, BLOCK=128)
+        assert e.kinds() == set()
 
 
 def test_programs_that_collide(emulate):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from elman.kernels import configs, resident
 from tests import helpers
+from tests.scans import truth
 from tests.tools.ptxsim import __main__ as program
 from tests.tools.ptxsim import report
 from tests.tools.ptxsim.cases import Case
@@ -50,6 +52,13 @@ def test_skips_for_what_it_read():
 
 def test_fails_for_what_it_read():
     assert read_and_used() < 32
+
+def test_race_before_a_skip():
+    read_and_used()
+    pytest.skip()
+
+def test_skip():
+    pytest.skip()
 
 def test_fault():
     try:
@@ -94,6 +103,7 @@ def test_a_page_is_of_the_code_as_it_is(tmp_path):
     assert report.write(tmp_path, ["sm_90"]) == 0
     assert "with changes" in page(tmp_path, row(dirty=True))[0]
     assert page(tmp_path, row(), row()) == (text, True)
+    assert page(tmp_path, row(), row(triton="3.6.0")) == (text, True)
     assert "| nan | 0 | 0 |" in page(tmp_path, row(), row(case="step forward bf16 H=64", error=math.nan))[0]
 
 
@@ -101,10 +111,21 @@ def test_a_finding_and_no_rows_at_all_fail(tmp_path):
     text, good = page(tmp_path, row(), row(case="step forward bf16 H=64", wrong=["a race"]))
     assert not good
     assert "- step forward bf16 H=64, in step (Triton 3.9.0): a race\n" in text
+    for rows in ((row(), row(wrong=["a race"])), (row(wrong=["a race"]), row())):
+        assert "- step forward bf16 H=17, in step (Triton 3.9.0): a race\n" in page(tmp_path, *rows)[0]
+    text = page(tmp_path, row())[0]
     assert page(tmp_path) == (text, False)
     assert page(tmp_path, row(code="0")) == (text, False)
     (tmp_path / "sm_90.3.6.0.jsonl").write_text(json.dumps(row(triton="3.6.0", code="0")) + "\n")
     assert not page(tmp_path, row())[1]
+
+
+def test_ways_and_tritons_are_rows_of_their_own(tmp_path):
+    (tmp_path / "sm_90.3.6.0.jsonl").write_text(json.dumps(row(triton="3.6.0", planned=7)) + "\n")
+    text, good = page(tmp_path, row(), row(how="by warp"))
+    assert good
+    assert "3 of the 9 cases that are planned" in text
+    assert len(re.findall(r"^\| step forward \|", text, re.M)) == 3
 
 
 def test_what_judges_a_result_is_part_of_the_code(monkeypatch):
@@ -136,7 +157,10 @@ def test_rows_go_on_after_a_kill(tmp_path, monkeypatch, target):
 
 def test_rows_of_nothing_are_an_error(tmp_path, target, capsys):
     assert program.main(["rows", "--targets", target, "--only", "no such", "--output", str(tmp_path)]) == 1
-    assert "--only is 'no such'; expected" in capsys.readouterr().out
+    assert (
+        "no planned case of resident,vector,fused,cooperative,step,cell has 'no such' in its text"
+        in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit):
         program.main(["rows", "--kernels", "resident,coperative"])
     assert "--kernels is resident,coperative; expected some of resident, " in capsys.readouterr().err
@@ -157,6 +181,13 @@ def test_a_fault_that_the_launcher_hides_is_wrong(monkeypatch, target):
     assert any("out of bounds" in what for what in outcome.wrong), outcome
 
 
+def test_a_case_that_launches_nothing_is_wrong(monkeypatch, target):
+    monkeypatch.setattr(resident, "scan", lambda z, h0, w, lengths, act, *_: truth(z, h0, w, lengths, act)[0])
+    with Emulator(target) as emulator:
+        outcome = check(Case("resident", "bf16", 17), emulator, configs.CHIPS[target])
+    assert outcome.wrong == ["nothing was launched"]
+
+
 def test_rows_that_a_signal_ended_fail(monkeypatch):
     codes = iter([-11, 0])
     monkeypatch.setattr(subprocess, "call", lambda command: next(codes))
@@ -172,7 +203,12 @@ def test_the_option_accepts_no_race_and_no_hidden_fault(tmp_path, target):
     failed = {
         line.split("::")[1].split()[0] for line in made.stdout.splitlines() if line.startswith("FAILED")
     }
-    races = {"test_race", "test_skips_for_what_it_read", "test_fails_for_what_it_read"}
+    races = {
+        "test_race",
+        "test_race_before_a_skip",
+        "test_skips_for_what_it_read",
+        "test_fails_for_what_it_read",
+    }
     assert failed == races | {"test_fault", "test_unknown"}, made.stdout + made.stderr
-    assert "5 failed, 2 passed" in made.stdout
+    assert "6 failed, 2 passed, 1 skipped" in made.stdout
     assert made.stdout.count(" x race at line ") == len(races), made.stdout

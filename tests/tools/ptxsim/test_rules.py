@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from tests.tools.ptxsim import parser, tensor_cores
-from tests.tools.ptxsim.context import Fault
 from tests.tools.ptxsim.machine import Machine, Options, Storage
 from tests.tools.ptxsim.program import Program
 
@@ -264,6 +263,22 @@ def test_a_read_that_is_to_see_nan_sees_it(copied):
     assert set((y & 0x7F80).tolist()) == {0x7F80}  # bfloat16
 
 
+def test_what_of_a_copy_sees_nan():
+    """The word that races and was given; not the next one, nor the zeros that fill the rest."""
+    body = ADDRESSES + PROGRAM + (
+        "mov.u32 %r5, smem;\nshl.b32 %r6, %r1, 4;\nadd.u32 %r5, %r5, %r6;\nmul.wide.u32 %rd13, %r1, 16;\n"
+        "add.s64 %rd11, %rd1, %rd13;\nadd.s64 %rd12, %rd2, %rd13;\n"
+        "cp.async.ca.shared.global [%r5], [%rd11], 16, 8;\ncp.async.commit_group;\ncp.async.wait_group 0;\n"
+        "ld.shared.v4.b32 {%r3, %r4, %r6, %r7}, [%r5];\nst.global.v4.b32 [%rd12], {%r3, %r4, %r6, %r7};\n"
+        "ret;\n$L1:\nmul.wide.u32 %rd13, %r1, 16;\nadd.s64 %rd11, %rd1, %rd13;\nst.global.b32 [%rd11], 5;"
+    )  # fmt: skip
+    first = launch(body, words(128, 1), words(128), grid=(2,), shared=512)
+    y = words(128)
+    launch(body, words(128, 1), y, grid=(2,), shared=512, poison=racy(first))
+    assert kinds(first) == {"race"}
+    assert np.unique(y.reshape(32, 4), axis=0).tolist() == [[0x7FFE7FFE, 1, 0, 0]]
+
+
 # Registers and lanes
 
 
@@ -289,8 +304,28 @@ def test_a_member_mask_is_that_of_the_lanes_that_are_there():
     across = apart.replace("bfly.b32 %r4, %r1, 1,", "bfly.b32 %r4, %r1, 16,")
     assert kinds(launch(across, words(1), words(1))) == {"lanes"}
     halves = apart.replace("shfl.sync.bfly.b32 %r4, %r1, 1, 31,", "bar.warp.sync")
-    with pytest.raises(Fault, match=r"bar\.warp\.sync of a part of a warp"):
+    with pytest.raises(parser.PtxError, match=r"bar\.warp\.sync of a part of a warp"):
         launch(halves, words(1), words(1))
+
+
+def test_lanes_that_wait_for_one_another_have_one_mask():
+    """Lane 0 names itself and lane 1, all others themselves."""
+    body = (
+        "mov.u32 %r1, %tid.x;\nsetp.eq.u32 %p1, %r1, 0;\nshl.b32 %r2, 1, %r1;\nselp.b32 %r3, 3, %r2, %p1;\n"
+        "shfl.sync.idx.b32 %r4, %r1, %r1, 31, %r3;\n"
+    )
+    assert kinds(launch(body, words(1), words(1))) == {"lanes"}
+
+
+@pytest.mark.parametrize("barrier", [
+    "bar.warp.sync -1;", "redux.sync.add.s32 %r4, %r1, -1;", "shfl.sync.down.b32 %r4, %r1, 9, 31, -1;",
+])  # fmt: skip
+def test_a_warp_may_be_away(barrier):
+    """The second of two warps jumps over it; or nobody comes to it."""
+    body = "mov.u32 %r1, %tid.x;\nsetp.ge.u32 %p1, %r1, LIMIT;\n@%p1 bra $END;\n" + barrier + "\n$END:\n"
+    for limit, by_warp in itertools.product(("32", "0"), (False, True)):
+        text = body.replace("LIMIT", limit)
+        assert kinds(launch(text, words(1), words(1), threads=64, by_warp=by_warp)) == set()
 
 
 # Instructions

@@ -41,7 +41,7 @@ class Copy(NamedTuple):
     region: Any
     which: np.ndarray  # threads
     off: np.ndarray
-    reads: list  # (region, which of them, offsets, bytes, which are to see NaN)
+    reads: list  # (region, which of them, offsets, bytes, of each 4 bytes which are to see NaN)
 
 
 class CopyOperations:
@@ -65,7 +65,9 @@ class CopyOperations:
                 self.pieces(spec, source[k] + u64(width - 1), k, 1, "global")
                 some = Threads(*(x[k] for x in threads))
                 r.read(o, width, some, spec)
-                reads.append((r, k, o, width, r.poisoned(o, width, some.gids) if r.poison else None))
+                words = range(0, width, 4) if r.poison else ()
+                poisoned = [r.poisoned(o + n, min(4, width - n), some.gids) for n in words]
+                reads.append((r, k, o, width, poisoned))
         region.begin_copy(off, spec.size, threads, spec)
         self.cp_open.append(Copy(spec, region, which, off, reads))
 
@@ -84,6 +86,7 @@ class CopyOperations:
         data = np.zeros((len(copy.off), copy.spec.size), u8)
         for region, k, off, width, poisoned in copy.reads:
             data[k[:, None], span(width)] = region.bytes(off, width, self.cta)
-            if poisoned is not None:
-                data[k[poisoned], :width] = np.resize(np.frombuffer(FRESH, u8), width)
+            for n, which in enumerate(poisoned):
+                word = slice(4 * n, min(4 * n + 4, width))
+                data[k[which], word] = np.resize(np.frombuffer(FRESH, u8), word.stop - word.start)
         copy.region.end_copy(copy.off, data, self.of(copy.which), copy.spec)

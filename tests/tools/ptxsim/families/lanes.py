@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..parser import PtxError
 from .registers import Registers, form
 
 u32 = np.uint32
@@ -55,8 +56,7 @@ class LaneOperations:
 
     def redux(self, what, a, members, m, line):
         named, here = self._members(members, m, line)
-        if not named[here.any(1)].all():
-            self.fault(line, f"redux.{what} of a part of a warp")
+        self._whole(named, here, f"redux.{what}", line)
         return np.repeat(REDUCTIONS[what].reduce(a.reshape(-1, 32), axis=1, dtype=a.dtype), 32)
 
     def _members(self, members, m, line):
@@ -73,7 +73,13 @@ class LaneOperations:
             self.report("lanes", line, "it waits for a lane that is not there")
         if (here & ~np.diagonal(named, axis1=1, axis2=2)).any():
             self.report("lanes", line, "a lane that its mask leaves out")
+        if (named & here[:, None, :] & (members[:, :, None] != members[:, None, :])).any():
+            self.report("lanes", line, "lanes that wait for one another and whose masks differ")
         return named, here
+
+    def _whole(self, named, here, what, line):
+        if not named[here.any(1)].all():
+            raise PtxError(f"line {line}: {what} of a part of a warp is not known")
 
     def everyone(self, m, line):
         """Faults where only a part of the threads is at an instruction whose effect is all threads' alike."""
@@ -82,8 +88,7 @@ class LaneOperations:
 
     def warp_sync(self, members, m, line):
         named, here = self._members(members, m, line)
-        if not named[here.any(1)].all():
-            self.fault(line, "bar.warp.sync of a part of a warp")
+        self._whole(named, here, "bar.warp.sync", line)
         self.epoch[slice(None) if m is None else m] += 1
 
     def whole_warps(self, m, line):
