@@ -50,7 +50,7 @@ an error.
 
 
 #: Modules that change no row.
-LOOK_ON = ("report.py", "plugin.py", "mutations.py", "conftest.py", "small_kernels.py")
+LOOK_ON = ("report.py", "plugin.py", "mutations.py", "conftest.py", "small_kernels.py", "handwritten.py")
 
 
 @cache

@@ -1,65 +1,11 @@
-"""Single rules of the emulator, in PTX written by hand: what is seen, what is found, and what is not."""
+"""Single rules of memory, in PTX written by hand: what is seen, what is found, and what is not."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from tests.tools.ptxsim import parser, tensor_cores
-from tests.tools.ptxsim.machine import Machine, Options, Storage
-from tests.tools.ptxsim.program import Program
-
-#: The element of x or y that is a thread's.
-ADDRESSES = """\
-mov.u32 %r1, %tid.x;
-mul.wide.u32 %rd10, %r1, 4;
-add.s64 %rd11, %rd1, %rd10;
-add.s64 %rd12, %rd2, %rd10;
-"""
-#: Program 0 goes on, program 1 jumps.
-PROGRAM = """\
-mov.u32 %r2, %ctaid.x;
-setp.ne.u32 %p1, %r2, 0;
-@%p1 bra $L1;
-"""
-
-
-def words(n, value=0):
-    return np.full(n, value, np.uint32)
-
-
-def launch(body, x, y, *, threads=32, grid=(1,), shared=0, fresh=False, poison=None, **options):
-    """Runs the body, where %rd1 and %rd2 are the addresses of x and y. fresh: nobody has written x."""
-    text = (
-        ".version 8.7\n.target sm_90a\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
-        f".visible .entry k(.param .u64 k_x, .param .u64 k_y) .reqntid {threads} {{\n"
-        ".reg .pred %p<20>; .reg .b32 %r<60>; .reg .b64 %rd<40>; .reg .f32 %f<9>;\n"
-        f"ld.param.b64 %rd1, [k_x];\nld.param.b64 %rd2, [k_y];\n{body}\nret;\n}}"
-    )
-    init = np.zeros(x.nbytes, bool) if fresh else None
-    bases = {"k_x": 1 << 20, "k_y": 2 << 20}
-    storages = {
-        bases["k_x"]: Storage(x.view(np.uint8), "x", None, init),
-        bases["k_y"]: Storage(y.view(np.uint8), "y", None, None),
-    }
-    made = Options(**options)
-    machine = Machine(
-        Program(parser.parse(text), made.by_warp), grid, threads, shared, bases, storages, made,
-        unit=tensor_cores.UNITS[90], together=grid[0] > 1,
-    )  # fmt: skip
-    for region in machine.memory.regions:
-        region.poison = (poison or {}).get(region.name, set())
-    machine.run()
-    return machine
-
-
-def kinds(machine):
-    return {kind for kind, _, _ in machine.reports.found}
-
-
-def racy(machine):
-    return {region.name: region.racy for region in machine.memory.regions if region.racy}
-
+from tests.tools.ptxsim.handwritten import ADDRESSES, PROGRAM, kinds, launch, racy, words
 
 # Races
 
@@ -163,6 +109,43 @@ def test_an_atomic_operation_on_fresh_memory_is_found():
     assert kinds(launch(body, words(32), words(32), fresh=True)) == {"uninitialised"}
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_read_that_is_to_see_nan_sees_it(copied):
+    """Program 0 sends its reads of x on, program 1 writes x."""
+    load = "ld.global.b32 %r3, [%rd11];\n"
+    if copied:
+        load = (
+            "mov.u32 %r5, smem;\nshl.b32 %r6, %r1, 2;\nadd.u32 %r5, %r5, %r6;\n"
+            "cp.async.ca.shared.global [%r5], [%rd11], 4;\ncp.async.commit_group;\n"
+            "cp.async.wait_group 0;\nld.shared.b32 %r3, [%r5];\n"
+        )
+    store = "st.global.b32 [%rd12], %r3;\nret;\n$L1:\nst.global.b32 [%rd11], 5;"
+    body = ADDRESSES + PROGRAM + load + store
+    first = launch(body, words(32, 1), words(32), grid=(2,), shared=128)
+    y = words(32)
+    launch(body, words(32, 1), y, grid=(2,), shared=128, poison=racy(first))
+    assert kinds(first) == {"race"}
+    assert np.isnan(y.view(np.float32)).all()
+    assert np.isnan(y.view(np.float16)).all()
+    assert set((y & 0x7F80).tolist()) == {0x7F80}  # bfloat16
+
+
+def test_what_of_a_copy_sees_nan():
+    """The word that races and was given; not the next one, nor the zeros that fill the rest."""
+    body = ADDRESSES + PROGRAM + (
+        "mov.u32 %r5, smem;\nshl.b32 %r6, %r1, 4;\nadd.u32 %r5, %r5, %r6;\nmul.wide.u32 %rd13, %r1, 16;\n"
+        "add.s64 %rd11, %rd1, %rd13;\nadd.s64 %rd12, %rd2, %rd13;\n"
+        "cp.async.ca.shared.global [%r5], [%rd11], 16, 8;\ncp.async.commit_group;\ncp.async.wait_group 0;\n"
+        "ld.shared.v4.b32 {%r3, %r4, %r6, %r7}, [%r5];\nst.global.v4.b32 [%rd12], {%r3, %r4, %r6, %r7};\n"
+        "ret;\n$L1:\nmul.wide.u32 %rd13, %r1, 16;\nadd.s64 %rd11, %rd1, %rd13;\nst.global.b32 [%rd11], 5;"
+    )  # fmt: skip
+    first = launch(body, words(128, 1), words(128), grid=(2,), shared=512)
+    y = words(128)
+    launch(body, words(128, 1), y, grid=(2,), shared=512, poison=racy(first))
+    assert kinds(first) == {"race"}
+    assert np.unique(y.reshape(32, 4), axis=0).tolist() == [[0x7FFE7FFE, 1, 0, 0]]
+
+
 # Stores that come late
 
 WAIT = "$LOOP:\nld.volatile.global.b32 %r20, [%rd1+8];\nadd.u32 %r9, %r9, 1;\nsetp.lt.u32 %p2, %r9, 60;\n"
@@ -240,121 +223,3 @@ def test_who_does_not_see_a_release_is_not_ordered_by_it():
     assert (0, {"race"}) in saw
     # It may have read before anybody stored. What it read then, a later store races with.
     assert (0, set()) not in saw
-
-
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_read_that_is_to_see_nan_sees_it(copied):
-    """Program 0 sends its reads of x on, program 1 writes x."""
-    load = "ld.global.b32 %r3, [%rd11];\n"
-    if copied:
-        load = (
-            "mov.u32 %r5, smem;\nshl.b32 %r6, %r1, 2;\nadd.u32 %r5, %r5, %r6;\n"
-            "cp.async.ca.shared.global [%r5], [%rd11], 4;\ncp.async.commit_group;\n"
-            "cp.async.wait_group 0;\nld.shared.b32 %r3, [%r5];\n"
-        )
-    store = "st.global.b32 [%rd12], %r3;\nret;\n$L1:\nst.global.b32 [%rd11], 5;"
-    body = ADDRESSES + PROGRAM + load + store
-    first = launch(body, words(32, 1), words(32), grid=(2,), shared=128)
-    y = words(32)
-    launch(body, words(32, 1), y, grid=(2,), shared=128, poison=racy(first))
-    assert kinds(first) == {"race"}
-    assert np.isnan(y.view(np.float32)).all()
-    assert np.isnan(y.view(np.float16)).all()
-    assert set((y & 0x7F80).tolist()) == {0x7F80}  # bfloat16
-
-
-def test_what_of_a_copy_sees_nan():
-    """The word that races and was given; not the next one, nor the zeros that fill the rest."""
-    body = ADDRESSES + PROGRAM + (
-        "mov.u32 %r5, smem;\nshl.b32 %r6, %r1, 4;\nadd.u32 %r5, %r5, %r6;\nmul.wide.u32 %rd13, %r1, 16;\n"
-        "add.s64 %rd11, %rd1, %rd13;\nadd.s64 %rd12, %rd2, %rd13;\n"
-        "cp.async.ca.shared.global [%r5], [%rd11], 16, 8;\ncp.async.commit_group;\ncp.async.wait_group 0;\n"
-        "ld.shared.v4.b32 {%r3, %r4, %r6, %r7}, [%r5];\nst.global.v4.b32 [%rd12], {%r3, %r4, %r6, %r7};\n"
-        "ret;\n$L1:\nmul.wide.u32 %rd13, %r1, 16;\nadd.s64 %rd11, %rd1, %rd13;\nst.global.b32 [%rd11], 5;"
-    )  # fmt: skip
-    first = launch(body, words(128, 1), words(128), grid=(2,), shared=512)
-    y = words(128)
-    launch(body, words(128, 1), y, grid=(2,), shared=512, poison=racy(first))
-    assert kinds(first) == {"race"}
-    assert np.unique(y.reshape(32, 4), axis=0).tolist() == [[0x7FFE7FFE, 1, 0, 0]]
-
-
-# Registers and lanes
-
-
-@pytest.mark.parametrize("text", ["@%p7 st.global.b32 [%rd1], 5;", "@%p7 bra $END;\n$END:"])
-def test_a_predicate_that_nobody_wrote_is_an_error(text):
-    body = f"mov.u32 %r1, %tid.x;\nsetp.eq.u32 %p1, %r1, 99;\n@%p1 bra $W;\nbra $X;\n$W:\n" \
-        f"setp.eq.u32 %p7, %r1, 0;\n$X:\n{text}"  # fmt: skip
-    with pytest.raises(parser.PtxError, match="%p7 is read, and no thread has written it"):
-        launch(body, words(32), words(1))
-
-
-def test_a_member_mask_is_that_of_the_lanes_that_are_there():
-    body = (
-        "mov.u32 %r1, %tid.x;\nsetp.lt.u32 %p1, %r1, 16;\nselp.b32 %r3, 65535, -65536, %p1;\n"
-        "@%p1 bra $END;\nshfl.sync.bfly.b32 %r4, %r1, 1, 31, %r3;\n$END:\n"
-    )
-    assert kinds(launch(body, words(1), words(1))) == set()
-    assert kinds(launch(body.replace("-65536", "-1"), words(1), words(1))) == {"lanes"}
-    apart = body.replace("@%p1 bra $END;\n", "")
-    assert kinds(launch(apart, words(1), words(1))) == set()
-    alone = apart.replace("65535", "-1").replace("-65536", "1").replace(" 16;", " 1;")
-    assert kinds(launch(alone, words(1), words(1))) == {"lanes"}
-    across = apart.replace("bfly.b32 %r4, %r1, 1,", "bfly.b32 %r4, %r1, 16,")
-    assert kinds(launch(across, words(1), words(1))) == {"lanes"}
-    halves = apart.replace("shfl.sync.bfly.b32 %r4, %r1, 1, 31,", "bar.warp.sync")
-    with pytest.raises(parser.PtxError, match=r"bar\.warp\.sync of a part of a warp"):
-        launch(halves, words(1), words(1))
-
-
-def test_lanes_that_wait_for_one_another_have_one_mask():
-    """Lane 0 names itself and lane 1, all others themselves."""
-    body = (
-        "mov.u32 %r1, %tid.x;\nsetp.eq.u32 %p1, %r1, 0;\nshl.b32 %r2, 1, %r1;\nselp.b32 %r3, 3, %r2, %p1;\n"
-        "shfl.sync.idx.b32 %r4, %r1, %r1, 31, %r3;\n"
-    )
-    assert kinds(launch(body, words(1), words(1))) == {"lanes"}
-
-
-@pytest.mark.parametrize("barrier", [
-    "bar.warp.sync -1;", "redux.sync.add.s32 %r4, %r1, -1;", "shfl.sync.down.b32 %r4, %r1, 9, 31, -1;",
-])  # fmt: skip
-def test_a_warp_may_be_away(barrier):
-    """The second of two warps jumps over it; or nobody comes to it."""
-    body = "mov.u32 %r1, %tid.x;\nsetp.ge.u32 %p1, %r1, LIMIT;\n@%p1 bra $END;\n" + barrier + "\n$END:\n"
-    for limit, by_warp in itertools.product(("32", "0"), (False, True)):
-        text = body.replace("LIMIT", limit)
-        assert kinds(launch(text, words(1), words(1), threads=64, by_warp=by_warp)) == set()
-
-
-# Instructions
-
-
-def test_relu_of_an_fma():
-    """A half's fused product below zero is zero: -1.0 * 1.0 + 0.5, and 1.0 * 1.0 + 0.5."""
-    body = ADDRESSES + (
-        "ld.global.b32 %r3, [%rd11];\nmov.b32 %r4, 0x3F803F80;\nmov.b32 %r5, 0x3F003F00;\n"
-        "fma.rn.relu.bf16x2 %r6, %r3, %r4, %r5;\nst.global.b32 [%rd12], %r6;\n"
-    )
-    y = words(32)
-    launch(body, words(32, 0x3F80BF80), y)
-    assert set(y.tolist()) == {0x3FC00000}
-
-
-def test_subnormals_and_ftz():
-    """.ftz makes zeros of small operands and of small results; without it they count."""
-    body = ADDRESSES + (
-        "ld.global.b32 %r3, [%rd11];\nmov.b32 %f1, %r3;\nmov.b32 %f2, 0fFACTOR;\n"
-        "mul.MODIFIER.f32 %f3, %f1, %f2;\nmov.b32 %r4, %f3;\nst.global.b32 [%rd12], %r4;\n"
-    )
-    for modifier, small, factor, product in (
-        ("rn", 2.0**-130, 4.0, 2.0**-128),
-        ("rn.ftz", 2.0**-130, 4.0, 0.0),
-        ("rn.ftz", 2.0**-126, 0.5, 0.0),
-    ):
-        y = words(32)
-        bits = f"{np.float32(factor).view(np.uint32):08X}"
-        text = body.replace("MODIFIER", modifier).replace("FACTOR", bits)
-        launch(text, np.full(32, small, np.float32), y)
-        assert set(y.view(np.float32).tolist()) == {product}
