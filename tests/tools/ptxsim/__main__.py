@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", default="", help="a regular expression on a case's text and how it is run")
     parser.add_argument(
-        "--part", default="1/1", help="the first of two halves is 1/2; each wants an --output"
-    )
-    parser.add_argument("--output", type=Path, default=Path("results/ptx"))
+        "--output", type=Path, default=Path("results/ptx"),
+        help="two runs at a time want a folder each; default: %(default)s",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     targets = options.targets.split(",")
     if {*options.kernels.split(",")} - {*cases.SIZES}:
@@ -109,14 +109,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _rows(target: str, options: argparse.Namespace) -> int:
-    part, parts = (int(n) for n in options.part.split("/"))
-    planned = plan(target)
+    planned, kernels = plan(target), options.kernels.split(",")
     named = [
         key for key, case in planned.items()
-        if case.kernel in options.kernels.split(",") and re.search(options.only, " ".join(key))
+        if case.kernel in kernels and re.search(options.only, " ".join(key))
     ]  # fmt: skip
     if not named:
-        print(f"{target}: no planned case of {options.kernels} has {options.only!r} in its text: see --only")
+        print(
+            f"{target}: no case of {options.kernels} matches --only, the regular expression {options.only!r}"
+        )
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{target}.{triton.__version__}.jsonl"
@@ -128,7 +129,7 @@ def _rows(target: str, options: argparse.Namespace) -> int:
         rest.write_text(text)
         rest.replace(path)
     known = {(row["case"], row["how"]) for row in there}
-    todo = [key for key in named[part - 1 :: parts] if key not in known]
+    todo = [key for key in named if key not in known]
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
     emulators = {way: Emulator(target, **how) for way, how in WAYS.items()}
     with path.open("a") as file:

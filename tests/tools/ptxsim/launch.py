@@ -184,10 +184,7 @@ class Emulator:
             if init is not None:  # elements that are another pattern by now, the host has written
                 changed = np.empty(size, bool)
                 changed[0::2], changed[1::2] = mem[0::2] != FRESH[0], mem[1::2] != FRESH[1]
-                for _, t in named:
-                    elements = changed[_extent(t)].reshape(-1, t.element_size())
-                    elements |= elements.any(1, keepdims=True)
-                init |= changed
+                init |= _whole_elements(changed, [t for _, t in named])
             name = "+".join(name for name, _ in named)
             found[base] = Storage(mem, name, _valid([t for _, t in named], size), init)
         return found
@@ -230,11 +227,19 @@ def _parameters(kernel: JITFunction, compiled: Any, bound: dict, f: parser.Funct
     return {name: value for (name, _), (value, _) in zip(f.params, bits, strict=True)}, tensors
 
 
-def _extent(t: torch.Tensor) -> slice:
-    """From its first byte in its storage to its last."""
-    e = t.element_size()
-    n = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    return slice(t.storage_offset() * e, (t.storage_offset() + n) * e)
+def _whole_elements(changed: np.ndarray, tensors: list[torch.Tensor]) -> np.ndarray:
+    """`changed`, and the other bytes of its elements: of a byte's element in the narrowest of its tensors."""
+    out, taken = changed.copy(), np.zeros(len(changed), bool)
+    for t in sorted(tensors, key=torch.Tensor.element_size):
+        e = t.element_size()
+        whole = len(changed) // e * e
+        mine = _valid([t], len(changed))
+        mine = np.ones(len(changed), bool) if mine is None else mine
+        there = (mine & ~taken)[:whole].reshape(-1, e).all(1)
+        there &= changed[:whole].reshape(-1, e).any(1)
+        out[:whole].reshape(-1, e)[there] = True
+        taken |= mine
+    return out
 
 
 def _valid(tensors: list[torch.Tensor], size: int) -> np.ndarray | None:

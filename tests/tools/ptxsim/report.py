@@ -27,8 +27,9 @@ is.**
 
 Made by `make ptx`, at {commits}. {cases} of the {planned} cases that are planned, {bad} with findings.
 
-- cases: each hidden size, arithmetic and direction with up to seven sets of options; batch and input sizes
-  are drawn. The configs that the model in kernels/configs.py would try first, up to seven, take turns.
+- cases: up to seven sets of options for each kernel, hidden size, arithmetic and direction that the model in
+  kernels/configs.py has a config for. Batch and input sizes are drawn; the model's first configs take turns.
+  Eight more cases of cooperative have a config of their own, which reads W_hh in chunks.
 - how: in step, and for a part of the cases once more: each warp by itself in a drawn order (then the lanes'
   order is looked at too); with weak memory, where other programs see stores late and out of order;
   approximate: tanh.approx, ex2.approx and div.full as far off as the ISA allows; with truncated sums, where

@@ -290,6 +290,12 @@ def test_uninitialised_and_outside(emulate):
         add_kernel[(1,)](halves, torch.ones(128), out, 128, BLOCK=128)
         assert e.kinds() == {"uninitialised"}
         e.reset()
+        memory = torch.empty(128)
+        halves = memory.view(torch.bfloat16)[:128]
+        halves[::2], memory[64:] = 1, 1
+        add_kernel[(1,)](halves, memory, torch.empty(128), 128, BLOCK=128)
+        assert e.kinds() == {"uninitialised"}
+        e.reset()
         memory = torch.empty(256)
         halves, numbers = memory.view(torch.bfloat16)[:128], memory[128:]
         halves.fill_(1)

@@ -19,22 +19,29 @@ def test_a_predicate_that_nobody_wrote_is_an_error(text):
         launch(body, words(32), words(1))
 
 
+def said(body):
+    """The words of what is found, the first at each line."""
+    return {report.words for report in launch(body, words(1), words(1)).reports.first.values()}
+
+
 def test_a_member_mask_is_that_of_the_lanes_that_are_there():
     body = (
         "mov.u32 %r1, %tid.x;\nsetp.lt.u32 %p1, %r1, 16;\nselp.b32 %r3, 65535, -65536, %p1;\n"
         "@%p1 bra $END;\nshfl.sync.bfly.b32 %r4, %r1, 1, 31, %r3;\n$END:\n"
     )
-    assert kinds(launch(body, words(1), words(1))) == set()
-    assert kinds(launch(body.replace("-65536", "-1"), words(1), words(1))) == {"lanes"}
+    assert said(body) == set()
+    assert said(body.replace("-65536", "-1")) == {"it waits for a lane that is not there"}
+    assert said(body.replace(" 1, 31,", " 16, 31,")) == {"a shuffle reads from a lane that is not there"}
     apart = body.replace("@%p1 bra $END;\n", "")
-    assert kinds(launch(apart, words(1), words(1))) == set()
-    alone = apart.replace("65535", "-1").replace("-65536", "1").replace(" 16;", " 1;")
-    assert kinds(launch(alone, words(1), words(1))) == {"lanes"}
-    across = apart.replace("bfly.b32 %r4, %r1, 1,", "bfly.b32 %r4, %r1, 16,")
-    assert kinds(launch(across, words(1), words(1))) == {"lanes"}
-    halves = apart.replace("shfl.sync.bfly.b32 %r4, %r1, 1, 31,", "bar.warp.sync")
-    with pytest.raises(parser.PtxError, match=r"bar\.warp\.sync of a part of a warp"):
-        launch(halves, words(1), words(1))
+    assert said(apart) == set()
+    assert said(apart.replace("-65536", "65535")) == {"a lane that its mask leaves out"}
+    assert said(apart.replace("65535", "-1")) == {"lanes that wait for one another and whose masks differ"}
+    across = apart.replace(" 1, 31,", " 16, 31,")
+    assert said(across) == {"a shuffle reads from a lane that its mask leaves out"}
+    for what, operands in (("bar.warp.sync", ""), ("redux.sync.add.s32", "%r4, %r1,")):
+        halves = apart.replace("shfl.sync.bfly.b32 %r4, %r1, 1, 31,", f"{what} {operands}")
+        with pytest.raises(parser.PtxError, match="is known only of a whole warp, with a mask of all lanes"):
+            launch(halves, words(1), words(1))
 
 
 def test_lanes_that_wait_for_one_another_have_one_mask():
@@ -50,11 +57,11 @@ def test_lanes_that_wait_for_one_another_have_one_mask():
     "bar.warp.sync -1;", "redux.sync.add.s32 %r4, %r1, -1;", "shfl.sync.down.b32 %r4, %r1, 9, 31, -1;",
 ])  # fmt: skip
 def test_a_warp_may_be_away(barrier):
-    """The second of two warps jumps over it; or nobody comes to it."""
-    body = "mov.u32 %r1, %tid.x;\nsetp.ge.u32 %p1, %r1, LIMIT;\n@%p1 bra $END;\n" + barrier + "\n$END:\n"
-    for limit, by_warp in itertools.product(("32", "0"), (False, True)):
-        text = body.replace("LIMIT", limit)
-        assert kinds(launch(text, words(1), words(1), threads=64, by_warp=by_warp)) == set()
+    """The second of two warps jumps over it; or a predicate is false for all, or for the second."""
+    first = "mov.u32 %r1, %tid.x;\nsetp.lt.u32 %p1, %r1, LIMIT;\n"
+    for text, limit, by_warp in itertools.product(("@!%p1 bra $END;\n", "@%p1 "), ("32", "0"), (False, True)):
+        body = first.replace("LIMIT", limit) + text + barrier + "\n$END:\n"
+        assert kinds(launch(body, words(1), words(1), threads=64, by_warp=by_warp)) == set()
 
 
 # Instructions

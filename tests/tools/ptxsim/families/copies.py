@@ -41,7 +41,7 @@ class Copy(NamedTuple):
     region: Any
     which: np.ndarray  # threads
     off: np.ndarray
-    reads: list  # (region, which of them, offsets, bytes, of each 4 bytes which are to see NaN)
+    reads: list  # (region, which of them, offsets, bytes, of each 8 bytes which are to see NaN)
 
 
 class CopyOperations:
@@ -65,8 +65,8 @@ class CopyOperations:
                 self.pieces(spec, source[k] + u64(width - 1), k, 1, "global")
                 some = Threads(*(x[k] for x in threads))
                 r.read(o, width, some, spec)
-                words = range(0, width, 4) if r.poison else ()
-                poisoned = [r.poisoned(o + n, min(4, width - n), some.gids) for n in words]
+                words = range(0, width, 8) if r.poison else ()
+                poisoned = [r.poisoned(o + n, min(8, width - n), some.gids) for n in words]
                 reads.append((r, k, o, width, poisoned))
         region.begin_copy(off, spec.size, threads, spec)
         self.cp_open.append(Copy(spec, region, which, off, reads))
@@ -87,6 +87,6 @@ class CopyOperations:
         for region, k, off, width, poisoned in copy.reads:
             data[k[:, None], span(width)] = region.bytes(off, width, self.cta)
             for n, which in enumerate(poisoned):
-                word = slice(4 * n, min(4 * n + 4, width))
+                word = slice(8 * n, min(8 * n + 8, width))
                 data[k[which], word] = np.resize(np.frombuffer(FRESH, u8), word.stop - word.start)
         copy.region.end_copy(copy.off, data, self.of(copy.which), copy.spec)

@@ -79,7 +79,7 @@ class LaneOperations:
 
     def _whole(self, named, here, what, line):
         if not named[here.any(1)].all():
-            raise PtxError(f"line {line}: {what} of a part of a warp is not known")
+            raise PtxError(f"line {line}: {what} is known only of a whole warp, with a mask of all lanes")
 
     def everyone(self, m, line):
         """Faults where only a part of the threads is at an instruction whose effect is all threads' alike."""
