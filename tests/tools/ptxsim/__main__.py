@@ -24,6 +24,7 @@ from typing import Any
 
 import triton
 
+from bench import rows
 from bench.machine import commit
 from elman.kernels import configs
 
@@ -125,33 +126,29 @@ def _rows(target: str, options: argparse.Namespace) -> int:
     there = report.current(path)
     text = "".join(json.dumps(row) + "\n" for row in there)
     if path.exists() and path.read_text() != text:
-        rest = path.with_suffix(".rest")  # a kill loses no row
-        rest.write_text(text)
-        rest.replace(path)
+        rows.replace(path, text)
     known = {(row["case"], row["how"]) for row in there}
     todo = [key for key in named if key not in known]
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
     emulators = {way: Emulator(target, **how) for way, how in WAYS.items()}
-    with path.open("a") as file:
-        for key in todo:
-            case, way = planned[key], key[1]
-            if time.monotonic() >= end:
-                print(f"{target}: time is up after {ran} of {len(todo)} cases", flush=True)
-                break
-            start, ran = time.perf_counter(), ran + 1
-            with emulators[way] as emulator:
-                outcome = check(case, emulator, configs.CHIPS[target])
-                emulator.kernels.clear()
-            row = {
-                "case": str(case), "how": way, "error": outcome.error and float(f"{outcome.error:.3g}"),
-                "wrong": outcome.wrong, "unused": outcome.unused,
-                "seconds": round(time.perf_counter() - start, 2), **stamp,
-            }  # fmt: skip
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            if outcome.wrong:
-                bad += 1
-                print(f"{target} {case}, {way}:", *outcome.wrong[:4], sep="\n    ", flush=True)
+    for key in todo:
+        case, way = planned[key], key[1]
+        if time.monotonic() >= end:
+            print(f"{target}: time is up after {ran} of {len(todo)} cases", flush=True)
+            break
+        start, ran = time.perf_counter(), ran + 1
+        with emulators[way] as emulator:
+            outcome = check(case, emulator, configs.CHIPS[target])
+            emulator.kernels.clear()
+        row = {
+            "case": str(case), "how": way, "error": outcome.error and float(f"{outcome.error:.3g}"),
+            "wrong": outcome.wrong, "unused": outcome.unused,
+            "seconds": round(time.perf_counter() - start, 2), **stamp,
+        }  # fmt: skip
+        rows.append_text(path, json.dumps(row) + "\n")
+        if outcome.wrong:
+            bad += 1
+            print(f"{target} {case}, {way}:", *outcome.wrong[:4], sep="\n    ", flush=True)
     print(f"{target}, Triton {triton.__version__}: {ran} cases ran, {bad} with findings", flush=True)
     return 0  # report, which comes next, fails for findings
 
