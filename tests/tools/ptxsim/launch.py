@@ -180,13 +180,15 @@ class Emulator:
         for base, named in sharing.items():
             size = named[0][1].untyped_storage().nbytes()
             mem = memory_of(base, size)
+            elements = [(t.element_size(), _bytes_of(t, size)) for _, t in named]
+            valid = np.logical_or.reduce([mine for _, mine in elements])
             init = self._init.get(base)
             if init is not None:  # elements that are another pattern by now, the host has written
                 changed = np.empty(size, bool)
                 changed[0::2], changed[1::2] = mem[0::2] != FRESH[0], mem[1::2] != FRESH[1]
-                init |= _whole_elements(changed, [t for _, t in named])
+                init |= _whole_elements(changed, elements)
             name = "+".join(name for name, _ in named)
-            found[base] = Storage(mem, name, _valid([t for _, t in named], size), init)
+            found[base] = Storage(mem, name, None if valid.all() else valid, init)
         return found
 
     def lines(self) -> list[str]:
@@ -227,14 +229,14 @@ def _parameters(kernel: JITFunction, compiled: Any, bound: dict, f: parser.Funct
     return {name: value for (name, _), (value, _) in zip(f.params, bits, strict=True)}, tensors
 
 
-def _whole_elements(changed: np.ndarray, tensors: list[torch.Tensor]) -> np.ndarray:
-    """`changed`, and the other bytes of its elements: of a byte's element in the narrowest of its tensors."""
+def _whole_elements(changed: np.ndarray, elements: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    """`changed`, and the other bytes of its elements: of a byte's element in the narrowest of its tensors.
+
+    elements: of each tensor the size of an element, and which bytes are its own.
+    """
     out, taken = changed.copy(), np.zeros(len(changed), bool)
-    for t in sorted(tensors, key=torch.Tensor.element_size):
-        e = t.element_size()
+    for e, mine in sorted(elements, key=lambda pair: pair[0]):
         whole = len(changed) // e * e
-        mine = _valid([t], len(changed))
-        mine = np.ones(len(changed), bool) if mine is None else mine
         there = (mine & ~taken)[:whole].reshape(-1, e).all(1)
         there &= changed[:whole].reshape(-1, e).any(1)
         out[:whole].reshape(-1, e)[there] = True
@@ -242,13 +244,12 @@ def _whole_elements(changed: np.ndarray, tensors: list[torch.Tensor]) -> np.ndar
     return out
 
 
-def _valid(tensors: list[torch.Tensor], size: int) -> np.ndarray | None:
-    """Which bytes of their storage belong to one of the tensors; None: all."""
+def _bytes_of(t: torch.Tensor, size: int) -> np.ndarray:
+    """Which bytes of its storage belong to the tensor; in a large storage all."""
     if size > LARGE:
-        return None
-    valid = torch.zeros(size, dtype=torch.bool)
-    for t in tensors:
-        e = t.element_size()
-        strides = (*(s * e for s in t.stride()), 1)
-        valid.as_strided((*t.shape, e), strides, t.storage_offset() * e).fill_(True)
-    return None if bool(valid.all()) else valid.numpy()
+        return np.ones(size, bool)
+    mine = torch.zeros(size, dtype=torch.bool)
+    e = t.element_size()
+    strides = (*(s * e for s in t.stride()), 1)
+    mine.as_strided((*t.shape, e), strides, t.storage_offset() * e).fill_(True)
+    return mine.numpy()

@@ -22,8 +22,12 @@ from elman.kernels import configs
 
 from .launch import Emulator
 
-#: How a test ends that neither passes nor fails.
+#: How a test ends that neither passes nor fails; one that is marked xfail may also fail.
 SKIPS = pytest.skip.Exception, pytest.xfail.Exception, unittest.SkipTest
+
+
+class Found(pytest.fail.Exception):
+    """What was found beside wrong results. No mark makes a test with it pass."""
 
 
 def _available_on_a_cpu(unavailable: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -55,11 +59,12 @@ class Emulation:
         with emulator:
             emulator.reset()
             emulator.kernels.clear()
-            skipped, result = None, None
+            excused, result = None, None
+            excuses = (Exception, OutcomeException) if item.get_closest_marker("xfail") else SKIPS
             try:
                 result = yield
-            except SKIPS as skip:  # it hides nothing that was found before
-                skipped = skip
+            except excuses as excuse:  # it hides nothing that was found before
+                excused = excuse
             wrong, digest = emulator.faults + emulator.lines(), emulator.digest.digest()
 
             def again() -> bytes | None:
@@ -69,17 +74,25 @@ class Emulation:
                     item.runtest()
                 except (Exception, OutcomeException) as outcome:
                     ended = outcome
-                if type(ended) is not type(skipped):  # it ends in another way for what it sees: that is used
+                if type(ended) is not type(excused):  # it ends in another way for what it sees: that is used
                     return None
                 return emulator.digest.digest()
 
             if emulator.rerun(again) == digest:
                 wrong = []
         if wrong:
-            pytest.fail("\n".join(wrong), pytrace=False)
-        if skipped:
-            raise skipped
+            raise Found("\n".join(wrong), pytrace=False)
+        if excused:
+            raise excused
         return result
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside pytest's own, which excuses what is marked xfail
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        report = yield
+        if call.excinfo and isinstance(call.excinfo.value, Found):
+            report.outcome = "failed"
+            vars(report).pop("wasxfail", None)
+        return report
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.emulator.launches:  # xdist's workers have made them, and say nothing here
