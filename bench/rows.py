@@ -98,21 +98,31 @@ def append(path: Path, table: str, rows: Iterable[Row]) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Adds to the file, and returns when it is on the disk: a run may be killed at any moment."""
-    with path.open("a", encoding="utf-8", newline="\n") as file:
+    _store(path, "a", text)
+
+
+def _store(path: Path, mode: str, text: str) -> None:
+    with path.open(mode, encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, none if there is none.
+
+    A last line without its end is left out: it is what a killed run was writing.
+    """
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
+
 def read(path: Path) -> dict[str, tuple[Run, list[Row]]]:
     """The tables of a file: each one's run, and its rows, the later of two with the same key.
 
-    A last line without its end is left out: it is what a killed run was writing. Raises ValueError,
-    with file and line, for anything else that is no line of such a file.
+    Raises ValueError, with file and line, for a whole line that is no line of such a file.
     """
     tables: dict[str, tuple[Run, dict[Key, Row]]] = {}
-    text = path.read_text(encoding="utf-8")
-    for number, stored in enumerate(text.split("\n")[:-1], 1):
+    for number, stored in enumerate(whole_lines(path), 1):
         try:
             record = json.loads(stored)
             if "run" in record:
@@ -149,5 +159,5 @@ def put_aside(path: Path, name: str, date: str) -> Path:
 def replace(path: Path, text: str) -> None:
     """Writes the file in one move."""
     fresh = path.with_suffix(".new")
-    fresh.write_text(text, encoding="utf-8", newline="\n")
+    _store(fresh, "w", text)
     fresh.replace(path)

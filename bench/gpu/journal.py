@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.rows import append_text, replace
+from bench.rows import append_text, replace, whole_lines
 
 Row = dict[str, Any]
 
@@ -31,11 +31,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            os.truncate(path, len(whole.encode()))
-        self.rows = [json.loads(line) for line in whole.splitlines()]
+        self.rows = read(path)
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def add(self, **row: Any) -> None:
         append_text(self.path, json.dumps(row, allow_nan=False) + "\n")
@@ -49,8 +47,7 @@ class Journal:
 
 def read(path: Path) -> list[Row]:
     """The rows of a journal that may be being written, without a last line that has no end yet."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in whole_lines(path)]
 
 
 def in_flight(path: Path) -> Row | None:

@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import triton
 
@@ -33,48 +30,6 @@ from .check import check
 from .launch import Emulator
 
 TARGETS = ("sm_80", "sm_90")
-#: How cases are run, by name: machine.Options.
-WAYS: dict[str, dict[str, Any]] = {
-    "in step": {},
-    "by warp": {"by_warp": True, "lanes": True},
-    "weak memory": {"weak": True},
-    "approximate": {"error": 1.0},
-    "truncated sums": {"truncate": True},
-    "a program withheld": {},
-}
-#: Of the drawn cases, every so many are run once more in this way.
-EVERY = {"by warp": 12, "weak memory": 4, "approximate": 15, "truncated sums": 8, "a program withheld": 8}
-
-
-def plan(target: str) -> dict[tuple[str, str], cases.Case]:
-    """What is run, by its text and how it is run. This Triton's version decides which configs there are."""
-    out: dict[tuple[str, str], cases.Case] = {}
-    for case in cases.every([*cases.SIZES], configs.CHIPS[target]):
-        out[str(case), "in step"] = case
-        for way, each in EVERY.items():
-            draw = random.Random(f"{case} {way}")
-            if draw.randrange(each) or not _applies(way, case):
-                continue
-            drawn = case
-            if way == "a program withheld":
-                drawn = replace(case, withheld=draw.choice((0, _programs(case) - 1)), T=3)
-            out[str(drawn), way] = drawn
-    return out
-
-
-def _programs(case: cases.Case) -> int:
-    """How many share a sequence."""
-    return -(-case.H // getattr(case.config, "BLOCK_N", case.H)) if case.kernel == "cooperative" else 1
-
-
-def _applies(way: str, case: cases.Case) -> bool:
-    if way == "weak memory":
-        return case.kernel == "cooperative"
-    if way == "approximate":
-        return not case.relu
-    if way == "a program withheld":
-        return _programs(case) > 1 and not case.lengths and not case.resets
-    return True
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, default=60, help="for each target, at most; default: %(default)g"
     )
-    parser.add_argument("--only", default="", help="a regular expression on a case's text and how it is run")
+    parser.add_argument(
+        "--only", type=_pattern, default="", help="a regular expression on a case's text and how it is run"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("results/ptx"),
         help="two runs at a time want a folder each; default: %(default)s",
@@ -109,16 +66,22 @@ def main(argv: list[str] | None = None) -> int:
     return _rows(targets[0], options)
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
 def _rows(target: str, options: argparse.Namespace) -> int:
-    planned, kernels = plan(target), options.kernels.split(",")
+    planned, kernels = cases.plan(target), options.kernels.split(",")
     named = [
         key for key, case in planned.items()
-        if case.kernel in kernels and re.search(options.only, " ".join(key))
+        if case.kernel in kernels and options.only.search(" ".join(key))
     ]  # fmt: skip
     if not named:
-        print(
-            f"{target}: no case of {options.kernels} matches --only, the regular expression {options.only!r}"
-        )
+        asked = f"--only, the regular expression {options.only.pattern!r}"
+        print(f"{target}: no case of {options.kernels} matches {asked}")
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{target}.{triton.__version__}.jsonl"
@@ -130,7 +93,7 @@ def _rows(target: str, options: argparse.Namespace) -> int:
     known = {(row["case"], row["how"]) for row in there}
     todo = [key for key in named if key not in known]
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
-    emulators = {way: Emulator(target, **how) for way, how in WAYS.items()}
+    emulators = {way: Emulator(target, **how) for way, how in cases.WAYS.items()}
     for key in todo:
         case, way = planned[key], key[1]
         if time.monotonic() >= end:

@@ -45,6 +45,18 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"T": 1, "D": 2, "g_out": False},
 )
 
+#: How cases are run, by name: machine.Options.
+WAYS: dict[str, dict[str, Any]] = {
+    "in step": {},
+    "by warp": {"by_warp": True, "lanes": True},
+    "weak memory": {"weak": True},
+    "approximate": {"error": 1.0},
+    "truncated sums": {"truncate": True},
+    "a program withheld": {},
+}
+#: Of the drawn cases, every so many are run once more in this way.
+EVERY = {"by warp": 12, "weak memory": 4, "approximate": 15, "truncated sums": 8, "a program withheld": 8}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -161,6 +173,37 @@ def _case(case: Case, variant: int, turn: int, chip: Chip, draw: random.Random) 
     if kernel == "cooperative" and variant % 3 == 2 and case.D * -(-B // config.BLOCK_B) > 1:
         case = replace(case, processors=-(-H // config.BLOCK_N))
     return [replace(case, config=config)]
+
+
+def plan(target: str) -> dict[tuple[str, str], Case]:
+    """What is run, by its text and how it is run. This Triton's version decides which configs there are."""
+    out: dict[tuple[str, str], Case] = {}
+    for case in every([*SIZES], configs.CHIPS[target]):
+        out[str(case), "in step"] = case
+        for way, each in EVERY.items():
+            draw = random.Random(f"{case} {way}")
+            if draw.randrange(each) or not _applies(way, case):
+                continue
+            drawn = case
+            if way == "a program withheld":
+                drawn = replace(case, withheld=draw.choice((0, _programs(case) - 1)), T=3)
+            out[str(drawn), way] = drawn
+    return out
+
+
+def _programs(case: Case) -> int:
+    """How many share a sequence."""
+    return -(-case.H // getattr(case.config, "BLOCK_N", case.H)) if case.kernel == "cooperative" else 1
+
+
+def _applies(way: str, case: Case) -> bool:
+    if way == "weak memory":
+        return case.kernel == "cooperative"
+    if way == "approximate":
+        return not case.relu
+    if way == "a program withheld":
+        return _programs(case) > 1 and not case.lengths and not case.resets
+    return True
 
 
 def sample(chip: Chip, seed: int = 0) -> list[tuple[Case, dict[str, bool]]]:

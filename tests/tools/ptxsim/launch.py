@@ -68,11 +68,13 @@ class Emulator:
         self.first: dict[Key, tuple[Report, str, str]] = {}
         self.serious: set[Key] = set()
         self.racy: dict[tuple[int, str], set] = {}
-        #: Of the tensors' memory after each launch; and why launches came to no end.
+        #: Of the tensors' memory after each launch from the first on that raced; and why launches came to
+        #: no end.
         self.digest = hashlib.sha256()
         self.faults: list[str] = []
         self.since = self.launches
         self._fresh.clear()
+        #: Of memory that was fresh, by its address: which bytes kernels have written.
         self._init: dict[int, np.ndarray] = {}
 
     def __enter__(self) -> Emulator:
@@ -148,11 +150,13 @@ class Emulator:
             raise parser.PtxError("the kernel wants scratch memory, or other threads than it says")
         params, tensors = _parameters(kernel, compiled, bound, f)
         number = self.launches - self.since
+        storages = self._storages(tensors)
+        given = {base: s.init.copy() for base, s in storages.items() if s.init is not None}
         self.launches += 1
         self.kernels.append((kernel.fn.__name__, ptx))
         machine = Machine(
             program, tuple(grid(bound) if callable(grid) else grid), f.threads, metadata.shared, params,
-            self._storages(tensors), replace(self.options, seed=self.options.seed + 7919 * number),
+            storages, replace(self.options, seed=self.options.seed + 7919 * number),
             unit=UNITS.get(self.capability), together=bool(getattr(metadata, "launch_cooperative_grid",
             False)),
         )  # fmt: skip
@@ -161,14 +165,17 @@ class Emulator:
         try:
             machine.run()
         finally:
-            for region in sorted(machine.memory.regions, key=lambda r: r.name):  # addresses differ
-                self.digest.update(b"" if region.large else region.mem)
+            for base, known in given.items():
+                self._init[base] |= storages[base].init & ~known
             self.found.update(machine.reports.found)
             self.serious |= machine.reports.serious
             for key, report in machine.reports.first.items():
                 texts = [f.lines[line - 1].strip() if line else "" for line in (report.line, report.other)]
                 self.first.setdefault(key, (report, texts[0], texts[1]))
             self.racy |= {(number, r.name): r.racy for r in machine.memory.regions if r.racy}
+            if self.racy:
+                for region in sorted(machine.memory.regions, key=lambda r: r.name):  # addresses differ
+                    self.digest.update(region.mem)
 
     def _storages(self, tensors: list[tuple[str, torch.Tensor]]) -> dict[int, Storage]:
         """The memory of a launch's tensors. Several tensors may share a storage."""
@@ -183,10 +190,11 @@ class Emulator:
             elements = [(t.element_size(), _bytes_of(t, size)) for _, t in named]
             valid = np.logical_or.reduce([mine for _, mine in elements])
             init = self._init.get(base)
-            if init is not None:  # elements that are another pattern by now, the host has written
-                changed = np.empty(size, bool)
-                changed[0::2], changed[1::2] = mem[0::2] != FRESH[0], mem[1::2] != FRESH[1]
-                init |= _whole_elements(changed, elements)
+            if init is not None and size <= LARGE:  # what is another pattern by now, the host has written
+                changed = ~init
+                changed[0::2] &= mem[0::2] != FRESH[0]
+                changed[1::2] &= mem[1::2] != FRESH[1]
+                init = init | _whole_elements(changed, elements)
             name = "+".join(name for name, _ in named)
             found[base] = Storage(mem, name, None if valid.all() else valid, init)
         return found
@@ -230,16 +238,15 @@ def _parameters(kernel: JITFunction, compiled: Any, bound: dict, f: parser.Funct
 
 
 def _whole_elements(changed: np.ndarray, elements: list[tuple[int, np.ndarray]]) -> np.ndarray:
-    """`changed`, and the other bytes of its elements: of a byte's element in the narrowest of its tensors.
+    """`changed`, grown to whole elements. A byte is of the narrowest tensor that has it.
 
     elements: of each tensor the size of an element, and which bytes are its own.
     """
     out, taken = changed.copy(), np.zeros(len(changed), bool)
     for e, mine in sorted(elements, key=lambda pair: pair[0]):
         whole = len(changed) // e * e
-        there = (mine & ~taken)[:whole].reshape(-1, e).all(1)
-        there &= changed[:whole].reshape(-1, e).any(1)
-        out[:whole].reshape(-1, e)[there] = True
+        some = changed[:whole].reshape(-1, e).any(1).repeat(e)
+        out[:whole] |= some & (mine & ~taken)[:whole]
         taken |= mine
     return out
 

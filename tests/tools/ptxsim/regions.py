@@ -18,8 +18,8 @@ u8 = np.uint8
 UINT = {size: np.dtype(f"u{size}").type for size in (1, 2, 4, 8)}
 #: A clock of what has not ended yet.
 FOREVER = 1 << 30
-#: Memory that nobody has written holds these two bytes by turns: NaN in every dtype, and nothing that a
-#: kernel writes. So does a read that is to see NaN.
+#: Memory that nobody has written holds these two bytes by turns: NaN in every floating dtype, and nothing
+#: that a kernel writes. So does a read that is to see NaN.
 FRESH = b"\xfe\x7f"
 #: As a number of so many bytes.
 NAN = {size: int.from_bytes((FRESH * 4)[:size], "little") for size in UINT}

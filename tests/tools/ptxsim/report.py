@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import precompile
+from bench import precompile, rows
 from tests import cross_compile, helpers
 
 Row = dict[str, Any]
@@ -27,8 +27,9 @@ is.**
 
 Made by `make ptx`, at {commits}. {cases} of the {planned} cases that are planned, {bad} with findings.
 
-- cases: up to seven sets of options for each kernel, hidden size, arithmetic and direction that the model in
-  kernels/configs.py has a config for. Batch and input sizes are drawn; the model's first configs take turns.
+- cases: up to seven sets of options for each combination of kernel, hidden size, arithmetic and direction for
+  which the model in kernels/configs.py has a config. Batch and input sizes are drawn; the model's first
+  configs take turns.
   Eight more cases of cooperative have a config of their own, which reads W_hh in chunks.
 - how: in step, and for a part of the cases once more: each warp by itself in a drawn order (then the lanes'
   order is looked at too); with weak memory, where other programs see stores late and out of order;
@@ -51,7 +52,15 @@ an error.
 
 
 #: Modules that change no row.
-LOOK_ON = ("report.py", "plugin.py", "mutations.py", "conftest.py", "small_kernels.py", "handwritten.py")
+LOOK_ON = (
+    "__main__.py",
+    "report.py",
+    "plugin.py",
+    "mutations.py",
+    "conftest.py",
+    "small_kernels.py",
+    "handwritten.py",
+)
 
 
 @cache
@@ -73,10 +82,9 @@ def code() -> str:
 
 def current(path: Path) -> list[Row]:
     """The rows of a file that come from the code as it is, and from the Triton that the file's name says."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one off
+    there = [json.loads(line) for line in rows.whole_lines(path)]
     return [
-        row for row in rows if row.get("code") == code() and path.name.endswith(f".{row['triton']}.jsonl")
+        row for row in there if row.get("code") == code() and path.name.endswith(f".{row['triton']}.jsonl")
     ]
 
 

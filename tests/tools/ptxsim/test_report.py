@@ -19,7 +19,7 @@ from tests.tools.ptxsim.context import Fault
 from tests.tools.ptxsim.launch import Emulator
 from tests.tools.ptxsim.small_kernels import add_kernel
 
-#: Tests of a user: one races and uses what it read, others hide that a kernel went out
+#: Tests of a user: some race and use what they read, others hide that a kernel went out
 #: of bounds, or could not be run.
 USER = """
 import unittest
@@ -42,6 +42,10 @@ def test_race():
     peek_kernel[(2,)](torch.zeros(32, dtype=torch.int32), out, 32, BLOCK=32)
     assert out.shape == (32,)
 
+@pytest.fixture
+def drawn():
+    return torch.rand(3)
+
 def read_and_used():
     out = torch.zeros(32, dtype=torch.int32)
     peek_kernel[(2,)](torch.zeros(32, dtype=torch.int32), out, 32, BLOCK=32)
@@ -54,13 +58,24 @@ def test_skips_for_what_it_read():
 def test_fails_for_what_it_read():
     assert read_and_used() < 32
 
-def test_race_before_a_skip():
+@pytest.mark.parametrize(
+    "leave", [pytest.skip, pytest.xfail, unittest.SkipTest], ids=["skip", "xfail", "SkipTest"]
+)
+def test_race_before_a_skip(leave):
     read_and_used()
-    pytest.skip()
+    raise leave("")
 
 @pytest.mark.xfail
 def test_race_of_an_xfail():
     assert read_and_used() > 32
+
+def test_race_in_large_memory():
+    out = torch.zeros(2**26 + 32, dtype=torch.int32)[:32]
+    peek_kernel[(2,)](torch.zeros(32, dtype=torch.int32), out, 32, BLOCK=32)
+
+def test_draws(drawn):
+    out = torch.randint(99, (32,), dtype=torch.int32)
+    peek_kernel[(2,)](torch.zeros(32, dtype=torch.int32), out, 0, BLOCK=32)
 
 def test_skip():
     out = torch.zeros(32, dtype=torch.int32)
@@ -150,7 +165,7 @@ def test_rows_go_on_after_a_kill(tmp_path, monkeypatch, target):
         ran.append(case.H)
         return Outcome(0.5, "", [], [])
 
-    monkeypatch.setattr(program, "plan", lambda target: planned)
+    monkeypatch.setattr(program.cases, "plan", lambda target: planned)
     monkeypatch.setattr(program, "check", check)
     make = ["rows", "--targets", target, "--output", str(tmp_path)]
     assert program.main(make) == 0
@@ -165,6 +180,9 @@ def test_rows_go_on_after_a_kill(tmp_path, monkeypatch, target):
 def test_rows_of_nothing_are_an_error(tmp_path, target, capsys):
     assert program.main(["rows", "--targets", target, "--only", "no such", "--output", str(tmp_path)]) == 1
     assert "matches --only, the regular expression 'no such'" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        program.main(["rows", "--only", "["])
+    assert "'[' is no regular expression: unterminated" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         program.main(["rows", "--kernels", "resident,coperative"])
     assert "--kernels is resident,coperative; expected some of resident, " in capsys.readouterr().err
@@ -202,17 +220,21 @@ def test_the_option_accepts_no_race_and_no_hidden_fault(tmp_path, target):
     (tmp_path / "test_user.py").write_text(USER)
     made = helpers.compiling(
         "-m", "pytest", "-p", "tests.conftest", "--ptx", target, "-q", "-p", "no:cacheprovider",
-        tmp_path / "test_user.py", CUDA_VISIBLE_DEVICES="", TRITON_DEFAULT_FP_FUSION="1",
+        "--color=no", tmp_path / "test_user.py",
+        PYTEST_ADDOPTS="", CUDA_VISIBLE_DEVICES="", TRITON_DEFAULT_FP_FUSION="1",
     )  # fmt: skip
     ends, _, summary = made.stdout.partition("short test summary info")  # which may say it all again
     failed = {line.split("::")[1].split()[0] for line in summary.splitlines() if line.startswith("FAILED")}
     races = {
         "test_race",
-        "test_race_before_a_skip",
+        "test_race_before_a_skip[skip]",
+        "test_race_before_a_skip[xfail]",
+        "test_race_before_a_skip[SkipTest]",
+        "test_race_in_large_memory",
         "test_race_of_an_xfail",
         "test_skips_for_what_it_read",
         "test_fails_for_what_it_read",
     }
     assert failed == races | {"test_fault", "test_unknown"}, made.stdout + made.stderr
-    assert "7 failed, 2 passed, 1 skipped" in summary
+    assert "10 failed, 3 passed, 1 skipped" in summary
     assert ends.count(" x race at line ") == len(races), made.stdout

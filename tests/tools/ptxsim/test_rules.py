@@ -4,8 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from tests.tools.ptxsim.handwritten import ADDRESSES, PROGRAM, kinds, launch, racy, words
+from tests.tools.ptxsim.launch import Emulator
+from tests.tools.ptxsim.small_kernels import add_kernel
 
 # Races
 
@@ -223,3 +226,63 @@ def test_who_does_not_see_a_release_is_not_ordered_by_it():
     assert (0, {"race"}) in saw
     # It may have read before anybody stored. What it read then, a later store races with.
     assert (0, set()) not in saw
+
+
+# Fresh memory under tensors of two dtypes
+
+
+@pytest.fixture(autouse=True)
+def fusion(monkeypatch):
+    """Triton 3.9 warns of a kernel that doesn't say whether it wants it."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def found(target, n, make):
+    """What n additions find, after what make(floats, halves of the same memory) has done and returned."""
+    with Emulator(target) as e:
+        floats = torch.empty(256)
+        x, y, out = make(floats, floats.view(torch.bfloat16))
+        add_kernel[(1,)](x, y, out, n, BLOCK=128)
+        return e.kinds()
+
+
+def test_every_second_half_is_unwritten(target):
+    def beside(floats, halves):
+        halves[:128:2] = 1
+        return halves, torch.ones(128), floats[128:]
+
+    def passed_now(floats, halves):
+        halves[:128:2], floats[64:] = 1, 1
+        return halves, floats[64:], torch.empty(128)
+
+    def passed_before(floats, halves):
+        halves[::2] = 1
+        add_kernel[(1,)](floats, floats, torch.empty(1), 0, BLOCK=128)  # nothing is read or written
+        return halves, torch.ones(128), torch.empty(128)
+
+    for make in (beside, passed_now, passed_before):
+        assert found(target, 128, make) == {"uninitialised"}, make
+
+
+def test_the_host_has_written_every_byte(target):
+    def apart(floats, halves):
+        halves[:128] = 1
+        floats[128:].view(torch.int32).fill_(0x3F807FFE)  # its lower half is what unwritten memory holds
+        return halves[:128], floats[128:], torch.empty(128)
+
+    def together(floats, halves):
+        floats.view(torch.int32).fill_(0x3F807FFE)
+        return halves[1::2], floats, torch.empty(128)
+
+    for make in (apart, together):
+        assert found(target, 128, make) == set(), make
+
+
+def test_a_kernel_has_written_half_an_element(target):
+    def make(floats, halves):
+        ones = torch.ones(32).bfloat16()
+        add_kernel[(1,)](ones, ones, halves, written, BLOCK=32)
+        return floats, floats, torch.empty(16)
+
+    for written in (31, 32):
+        assert (found(target, 16, make) == {"uninitialised"}) == (written == 31)
