@@ -98,22 +98,16 @@ def append(path: Path, table: str, rows: Iterable[Row]) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Adds to the file, and returns when it is on the disk: a run may be killed at any moment."""
-    _store(path, "a", text)
-
-
-def _store(path: Path, mode: str, text: str) -> None:
-    with path.open(mode, encoding="utf-8", newline="\n") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a file, none if there is none.
-
-    A last line without its end is left out: it is what a killed run was writing.
-    """
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    """The lines of a file. A last one without its end is left out: it is what a killed run was writing."""
+    text = path.read_bytes()
+    return text[: text.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
 
 
 def read(path: Path) -> dict[str, tuple[Run, list[Row]]]:
@@ -159,5 +153,5 @@ def put_aside(path: Path, name: str, date: str) -> Path:
 def replace(path: Path, text: str) -> None:
     """Writes the file in one move."""
     fresh = path.with_suffix(".new")
-    _store(fresh, "w", text)
+    fresh.write_text(text, encoding="utf-8", newline="\n")
     fresh.replace(path)

@@ -33,7 +33,9 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = read(path)
         if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            text = path.read_bytes()
+            if text and not text.endswith(b"\n"):
+                os.truncate(path, text.rfind(b"\n") + 1)
 
     def add(self, **row: Any) -> None:
         append_text(self.path, json.dumps(row, allow_nan=False) + "\n")
@@ -47,7 +49,7 @@ class Journal:
 
 def read(path: Path) -> list[Row]:
     """The rows of a journal that may be being written, without a last line that has no end yet."""
-    return [json.loads(line) for line in whole_lines(path)]
+    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
 def in_flight(path: Path) -> Row | None:

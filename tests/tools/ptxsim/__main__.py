@@ -23,11 +23,9 @@ import triton
 
 from bench import rows
 from bench.machine import commit
-from elman.kernels import configs
 
 from . import cases, report
-from .check import check
-from .launch import Emulator
+from .check import row
 
 TARGETS = ("sm_80", "sm_90")
 
@@ -69,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
 
 
@@ -87,31 +85,21 @@ def _rows(target: str, options: argparse.Namespace) -> int:
     path = options.output / f"{target}.{triton.__version__}.jsonl"
     stamp = {"triton": triton.__version__, "planned": len(planned), "code": report.code(), **commit()}
     there = report.current(path)
-    text = "".join(json.dumps(row) + "\n" for row in there)
+    text = "".join(json.dumps(made) + "\n" for made in there)
     if path.exists() and path.read_text() != text:
         rows.replace(path, text)
-    known = {(row["case"], row["how"]) for row in there}
+    known = {(made["case"], made["how"]) for made in there}
     todo = [key for key in named if key not in known]
     end, bad, ran = time.monotonic() + 60 * options.minutes, 0, 0
-    emulators = {way: Emulator(target, **how) for way, how in cases.WAYS.items()}
     for key in todo:
-        case, way = planned[key], key[1]
         if time.monotonic() >= end:
             print(f"{target}: time is up after {ran} of {len(todo)} cases", flush=True)
             break
-        start, ran = time.perf_counter(), ran + 1
-        with emulators[way] as emulator:
-            outcome = check(case, emulator, configs.CHIPS[target])
-            emulator.kernels.clear()
-        row = {
-            "case": str(case), "how": way, "error": outcome.error and float(f"{outcome.error:.3g}"),
-            "wrong": outcome.wrong, "unused": outcome.unused,
-            "seconds": round(time.perf_counter() - start, 2), **stamp,
-        }  # fmt: skip
-        rows.append_text(path, json.dumps(row) + "\n")
-        if outcome.wrong:
+        made, ran = row(planned[key], key[1], target), ran + 1
+        rows.append_text(path, json.dumps(made | stamp) + "\n")
+        if made["wrong"]:
             bad += 1
-            print(f"{target} {case}, {way}:", *outcome.wrong[:4], sep="\n    ", flush=True)
+            print(f"{target} {', '.join(key)}:", *made["wrong"][:4], sep="\n    ", flush=True)
     print(f"{target}, Triton {triton.__version__}: {ran} cases ran, {bad} with findings", flush=True)
     return 0  # report, which comes next, fails for findings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from elman import reference
-from elman.kernels import cooperative
+from elman.kernels import configs, cooperative
 from elman.kernels.configs import Chip
 from elman.kernels.errors import DeviceHangError
 from tests.helpers import error
 from tests.scans import clean, problem, some_resets, truth
 from tests.tolerances import tolerance
 
-from .cases import ARITHMETIC, Case
+from .cases import ARITHMETIC, WAYS, Case
 from .launch import Emulator
 
 #: Of tf32 products, relative to the norm: operands are rounded to 11 bits.
@@ -39,6 +40,17 @@ class Outcome:
     digest: str
     wrong: list[str]
     unused: list[str]
+
+
+def row(case: Case, way: str, target: str) -> dict[str, Any]:
+    """What is kept of a case that is run in this way, and how long it took."""
+    start = time.perf_counter()
+    with Emulator(target, **WAYS[way]) as emulator:
+        outcome = check(case, emulator, configs.CHIPS[target])
+    return {
+        "case": str(case), "how": way, "error": outcome.error and float(f"{outcome.error:.3g}"),
+        "wrong": outcome.wrong, "unused": outcome.unused, "seconds": round(time.perf_counter() - start, 2),
+    }  # fmt: skip
 
 
 def check(case: Case, emulator: Emulator, chip: Chip) -> Outcome:

@@ -150,13 +150,11 @@ class Emulator:
             raise parser.PtxError("the kernel wants scratch memory, or other threads than it says")
         params, tensors = _parameters(kernel, compiled, bound, f)
         number = self.launches - self.since
-        storages = self._storages(tensors)
-        given = {base: s.init.copy() for base, s in storages.items() if s.init is not None}
         self.launches += 1
         self.kernels.append((kernel.fn.__name__, ptx))
         machine = Machine(
             program, tuple(grid(bound) if callable(grid) else grid), f.threads, metadata.shared, params,
-            storages, replace(self.options, seed=self.options.seed + 7919 * number),
+            self._storages(tensors), replace(self.options, seed=self.options.seed + 7919 * number),
             unit=UNITS.get(self.capability), together=bool(getattr(metadata, "launch_cooperative_grid",
             False)),
         )  # fmt: skip
@@ -165,8 +163,6 @@ class Emulator:
         try:
             machine.run()
         finally:
-            for base, known in given.items():
-                self._init[base] |= storages[base].init & ~known
             self.found.update(machine.reports.found)
             self.serious |= machine.reports.serious
             for key, report in machine.reports.first.items():
@@ -175,7 +171,7 @@ class Emulator:
             self.racy |= {(number, r.name): r.racy for r in machine.memory.regions if r.racy}
             if self.racy:
                 for region in sorted(machine.memory.regions, key=lambda r: r.name):  # addresses differ
-                    self.digest.update(region.mem)
+                    self.digest.update(region.mem if region.valid is None else region.mem[region.valid])
 
     def _storages(self, tensors: list[tuple[str, torch.Tensor]]) -> dict[int, Storage]:
         """The memory of a launch's tensors. Several tensors may share a storage."""
@@ -186,17 +182,19 @@ class Emulator:
         found = {}
         for base, named in sharing.items():
             size = named[0][1].untyped_storage().nbytes()
-            mem = memory_of(base, size)
+            mem, name = memory_of(base, size), "+".join(name for name, _ in named)
+            if size > LARGE:
+                found[base] = Storage(mem, name)
+                continue
             elements = [(t.element_size(), _bytes_of(t, size)) for _, t in named]
             valid = np.logical_or.reduce([mine for _, mine in elements])
-            init = self._init.get(base)
-            if init is not None and size <= LARGE:  # what is another pattern by now, the host has written
-                changed = ~init
-                changed[0::2] &= mem[0::2] != FRESH[0]
-                changed[1::2] &= mem[1::2] != FRESH[1]
-                init = init | _whole_elements(changed, elements)
-            name = "+".join(name for name, _ in named)
-            found[base] = Storage(mem, name, None if valid.all() else valid, init)
+            init, host = self._init.get(base), None
+            if init is not None:  # what no kernel has written, and is another pattern by now, the host has
+                host = ~init
+                host[0::2] &= mem[0::2] != FRESH[0]
+                host[1::2] &= mem[1::2] != FRESH[1]
+                host = _whole_elements(host, elements)
+            found[base] = Storage(mem, name, None if valid.all() else valid, init, host)
         return found
 
     def lines(self) -> list[str]:
@@ -240,21 +238,21 @@ def _parameters(kernel: JITFunction, compiled: Any, bound: dict, f: parser.Funct
 def _whole_elements(changed: np.ndarray, elements: list[tuple[int, np.ndarray]]) -> np.ndarray:
     """`changed`, grown to whole elements. A byte is of the narrowest tensor that has it.
 
+    An element of which a narrower tensor has a part stays as it is.
     elements: of each tensor the size of an element, and which bytes are its own.
     """
     out, taken = changed.copy(), np.zeros(len(changed), bool)
     for e, mine in sorted(elements, key=lambda pair: pair[0]):
         whole = len(changed) // e * e
-        some = changed[:whole].reshape(-1, e).any(1).repeat(e)
-        out[:whole] |= some & (mine & ~taken)[:whole]
+        there = (mine & ~taken)[:whole].reshape(-1, e).all(1)
+        there &= changed[:whole].reshape(-1, e).any(1)
+        out[:whole].reshape(-1, e)[there] = True
         taken |= mine
     return out
 
 
 def _bytes_of(t: torch.Tensor, size: int) -> np.ndarray:
-    """Which bytes of its storage belong to the tensor; in a large storage all."""
-    if size > LARGE:
-        return np.ones(size, bool)
+    """Which of the `size` bytes of its storage belong to the tensor."""
     mine = torch.zeros(size, dtype=torch.bool)
     e = t.element_size()
     strides = (*(s * e for s in t.stride()), 1)

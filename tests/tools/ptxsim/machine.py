@@ -18,12 +18,13 @@ from .tensor_cores import Unit
 
 @dataclass(frozen=True)
 class Storage:
-    """A tensor's memory. valid, init: Region's."""
+    """A tensor's memory. valid, init, host: Region's."""
 
     mem: np.ndarray
     name: str
     valid: np.ndarray | None = None
     init: np.ndarray | None = None
+    host: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class Machine:
         warps = len(order) * threads // 32
         self.clocks = Clocks(warps)
         regions = {
-            base: Region(s.mem, s.name, self.clocks, 0, warps, self.reports, init=s.init, valid=s.valid)
+            base: Region(
+                s.mem, s.name, self.clocks, 0, warps, self.reports, init=s.init, host=s.host, valid=s.valid
+            )
             for base, s in storages.items()
         }
         if options.weak:

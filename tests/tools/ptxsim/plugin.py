@@ -5,7 +5,6 @@ python -m pytest --ptx sm_90 tests/test_resident.py
 
 from __future__ import annotations
 
-import contextlib
 import os
 import unittest
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from _pytest.outcomes import OutcomeException
 
 os.environ.pop("TRITON_INTERPRET", None)  # before any kernel is decorated
 
@@ -23,9 +21,11 @@ from elman.kernels import configs
 
 from .launch import Emulator
 
-#: How a test ends that neither passes nor fails; one that is marked xfail may also fail. A TestCase's
-#: skipTest is not seen here.
+#: How a test ends that neither passes nor fails; one that is marked xfail may also fail. Of a TestCase,
+#: pytest takes the ending from elsewhere: there they excuse findings.
 SKIPS = pytest.skip.Exception, pytest.xfail.Exception, unittest.SkipTest
+#: What ends all tests.
+STOPS = KeyboardInterrupt, pytest.exit.Exception
 
 
 class Found(pytest.fail.Exception):
@@ -62,17 +62,24 @@ class Emulation:
             emulator.reset()
             emulator.kernels.clear()
             excused, result = None, None
-            excuses = (Exception, OutcomeException) if item.get_closest_marker("xfail") else SKIPS
             try:
                 result = yield
-            except excuses as excuse:  # it hides nothing that was found before
-                excused = excuse
+            except STOPS:
+                raise
+            except BaseException as end:  # where it excuses the test, it hides nothing that was found before
+                if not (isinstance(end, SKIPS) or item.get_closest_marker("xfail")):
+                    raise
+                excused = end
             wrong, digest = emulator.faults + emulator.lines(), emulator.digest.digest()
 
             def again() -> bytes:
                 torch.set_rng_state(state)
-                with contextlib.suppress(Exception, OutcomeException):  # what it saw is in the digest
+                try:
                     item.runtest()
+                except STOPS:
+                    raise
+                except BaseException:  # how it ends follows from what it saw, which is in the digest
+                    pass
                 return emulator.digest.digest()
 
             if emulator.rerun(again) == digest:

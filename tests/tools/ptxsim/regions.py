@@ -60,16 +60,17 @@ class Access(NamedTuple):
 class Region:
     """Bytes that `warps` warps from gid0 on can reach.
 
-    init: which bytes hold something; None: all. valid: which belong to a tensor; None: all. lanes: whether
-    the order between a warp's lanes is looked at too.
+    init: which bytes kernels have written, host: which the host; no init: all hold something. valid: which
+    belong to a tensor; None: all. lanes: whether the order between a warp's lanes is looked at too.
     """
 
     def __init__(
         self, mem: np.ndarray, name: str, clocks: Clocks, gid0: int, warps: int, reports: Reports,
-        *, init: np.ndarray | None = None, valid: np.ndarray | None = None, lanes: bool = False,
+        *, init: np.ndarray | None = None, host: np.ndarray | None = None, valid: np.ndarray | None = None,
+        lanes: bool = False,
     ):  # fmt: skip
         self.mem, self.name, self.clocks, self.gid0, self.warps = mem, name, clocks, gid0, warps
-        self.reports, self.init, self.valid, self.lanes = reports, init, valid, lanes
+        self.reports, self.init, self.host, self.valid, self.lanes = reports, init, host, valid, lanes
         self.views = views_of(mem)
         #: What is there once all stores that are under way have come.
         self.latest = self.views
@@ -121,7 +122,8 @@ class Region:
         if self.valid is not None:
             self.report("outside", "a read outside its tensor", ~self.valid[idx], access)
         if self.init is not None:
-            self.report("uninitialised", "a read of what nobody wrote", ~self.init[idx], access)
+            bad = ~self.init[idx] if self.host is None else ~(self.init[idx] | self.host[idx])
+            self.report("uninitialised", "a read of what nobody wrote", bad, access)
         self.report("async", "a read of what cp.async is still writing", self.writing[idx] > 0, access, lines)
         if not ordered:
             return

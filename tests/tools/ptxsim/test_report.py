@@ -14,7 +14,7 @@ from tests.scans import truth
 from tests.tools.ptxsim import __main__ as program
 from tests.tools.ptxsim import report
 from tests.tools.ptxsim.cases import Case
-from tests.tools.ptxsim.check import Outcome, check
+from tests.tools.ptxsim.check import check
 from tests.tools.ptxsim.context import Fault
 from tests.tools.ptxsim.launch import Emulator
 from tests.tools.ptxsim.small_kernels import add_kernel
@@ -68,6 +68,11 @@ def test_race_before_a_skip(leave):
 @pytest.mark.xfail
 def test_race_of_an_xfail():
     assert read_and_used() > 32
+
+def test_race_of_a_late_xfail(request):
+    request.applymarker(pytest.mark.xfail)
+    read_and_used()
+    raise SystemExit(1)
 
 def test_race_in_large_memory():
     out = torch.zeros(2**26 + 32, dtype=torch.int32)[:32]
@@ -161,12 +166,12 @@ def test_rows_go_on_after_a_kill(tmp_path, monkeypatch, target):
     planned = {(str(case), "in step"): case for case in three}
     ran = []
 
-    def check(case, *_):
+    def made(case, way, target):
         ran.append(case.H)
-        return Outcome(0.5, "", [], [])
+        return row(case=str(case), how=way)
 
     monkeypatch.setattr(program.cases, "plan", lambda target: planned)
-    monkeypatch.setattr(program, "check", check)
+    monkeypatch.setattr(program, "row", made)
     make = ["rows", "--targets", target, "--output", str(tmp_path)]
     assert program.main(make) == 0
     (path,) = tmp_path.glob("*.jsonl")
@@ -232,9 +237,10 @@ def test_the_option_accepts_no_race_and_no_hidden_fault(tmp_path, target):
         "test_race_before_a_skip[SkipTest]",
         "test_race_in_large_memory",
         "test_race_of_an_xfail",
+        "test_race_of_a_late_xfail",
         "test_skips_for_what_it_read",
         "test_fails_for_what_it_read",
     }
     assert failed == races | {"test_fault", "test_unknown"}, made.stdout + made.stderr
-    assert "10 failed, 3 passed, 1 skipped" in summary
+    assert "11 failed, 3 passed, 1 skipped" in summary
     assert ends.count(" x race at line ") == len(races), made.stdout

@@ -1,4 +1,4 @@
-"""Single rules of memory, in PTX written by hand: what is seen, what is found, and what is not."""
+"""Single rules of memory: what is seen, what is found, and what is not. Most are in PTX written by hand."""
 
 import itertools
 
@@ -9,6 +9,8 @@ import torch
 from tests.tools.ptxsim.handwritten import ADDRESSES, PROGRAM, kinds, launch, racy, words
 from tests.tools.ptxsim.launch import Emulator
 from tests.tools.ptxsim.small_kernels import add_kernel
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
 
 # Races
 
@@ -231,12 +233,6 @@ def test_who_does_not_see_a_release_is_not_ordered_by_it():
 # Fresh memory under tensors of two dtypes
 
 
-@pytest.fixture(autouse=True)
-def fusion(monkeypatch):
-    """Triton 3.9 warns of a kernel that doesn't say whether it wants it."""
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-
-
 def found(target, n, make):
     """What n additions find, after what make(floats, halves of the same memory) has done and returned."""
     with Emulator(target) as e:
@@ -260,22 +256,31 @@ def test_every_second_half_is_unwritten(target):
         add_kernel[(1,)](floats, floats, torch.empty(1), 0, BLOCK=128)  # nothing is read or written
         return halves, torch.ones(128), torch.empty(128)
 
-    for make in (beside, passed_now, passed_before):
+    def strided(floats, halves):
+        halves[::2] = 1
+        return halves[::2], floats, torch.empty(128)
+
+    for make in (beside, passed_now, passed_before, strided):
         assert found(target, 128, make) == {"uninitialised"}, make
 
 
 def test_the_host_has_written_every_byte(target):
-    def apart(floats, halves):
+    def make(floats, halves):
         halves[:128] = 1
         floats[128:].view(torch.int32).fill_(0x3F807FFE)  # its lower half is what unwritten memory holds
         return halves[:128], floats[128:], torch.empty(128)
 
-    def together(floats, halves):
-        floats.view(torch.int32).fill_(0x3F807FFE)
-        return halves[1::2], floats, torch.empty(128)
+    assert found(target, 128, make) == set()
 
-    for make in (apart, together):
-        assert found(target, 128, make) == set(), make
+
+def test_a_kernel_writes_what_unwritten_memory_holds(target):
+    def make(floats, halves):
+        numbers = floats.view(torch.int16)
+        numbers.fill_(0)  # the host's, until the kernel writes there
+        add_kernel[(1,)](torch.full((128,), 0x7FFE).short(), numbers[256:], numbers, 128, BLOCK=128)
+        return numbers, numbers, torch.empty_like(numbers)
+
+    assert found(target, 128, make) == set()
 
 
 def test_a_kernel_has_written_half_an_element(target):
