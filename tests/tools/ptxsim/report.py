@@ -30,8 +30,7 @@ Made by `make ptx`, at {commits}. {cases} of the {planned} cases that are planne
 
 - cases: up to seven sets of options for each combination of kernel, hidden size, arithmetic and direction for
   which the model in kernels/configs.py has a config. Batch and input sizes are drawn; the model's first
-  configs take turns.
-  Eight more cases of cooperative have a config of their own, which reads W_hh in chunks.
+  configs take turns. Eight more cases of cooperative have a config of their own, which reads W_hh in chunks.
 - how: in step, and for a part of the cases once more: each warp by itself in a drawn order (then the lanes'
   order is looked at too); with weak memory, where other programs see stores late and out of order;
   approximate: tanh.approx, ex2.approx and div.full as far off as the ISA allows; with truncated sums, where
