@@ -43,8 +43,8 @@ LAUNCH = precompile.Launch("resident", BF16, precompile.candidates("resident", B
 def test_a_killed_process_loses_the_row_in_flight_alone(tmp_path):
     path = tmp_path / "rows.jsonl"
     Journal(path).add(n=1)
-    with path.open("a") as file:
-        file.write('{"n": 2, "half')
+    with path.open("ab") as file:
+        file.write('{"n": 2, "half é'.encode()[:-1])
     assert read(path) == [{"n": 1}]
     assert Journal(path).rows == [{"n": 1}]
     Journal(path).add(n=3)
