@@ -45,8 +45,7 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a sample may have others
-        return _ordered([json.loads(line) for line in lines])
+        return _ordered([json.loads(line) for line in rows.whole_lines(path)])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path.name} has a line that is no comparison ({type(error).__name__}: {error}). Move the file "

@@ -107,6 +107,7 @@ def append_text(path: Path, text: str) -> None:
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file. A last one without its end is left out: it is what a killed run was writing."""
     text = path.read_bytes()
+    # Not splitlines: a text in a row may have others.
     return text[: text.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
 
 
